@@ -1,0 +1,22 @@
+"""Batch normalization for JAX, done properly."""
+
+from bnjax import linen, running
+from bnjax._checks import BatchNormWarning, UnboundAxisNameError
+from bnjax.linen import BatchNorm
+from bnjax.moments import Moments, merge, moments
+from bnjax.normalize import batch_norm, normalize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchNormWarning",
+    "Moments",
+    "UnboundAxisNameError",
+    "batch_norm",
+    "linen",
+    "merge",
+    "moments",
+    "normalize",
+    "running",
+]

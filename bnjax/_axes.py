@@ -1,0 +1,48 @@
+"""Axis arithmetic. The only place where a negative axis exists."""
+
+from collections.abc import Sequence
+
+import jax
+
+Axes = tuple[int, ...]
+
+
+def canonical(axis: int | Sequence[int], ndim: int) -> Axes:
+    """The axes as sorted non-negative integers; raises on an axis that is not there."""
+    given = (axis,) if isinstance(axis, int) else tuple(axis)
+    wrong = [a for a in given if not -ndim <= a < ndim]
+    if wrong:
+        raise ValueError(
+            f"axis={axis!r} is out of range for an input of {ndim} dimension(s): "
+            f"expected integers from {-ndim} to {ndim - 1}, got {wrong[0]}. "
+            "axis names the feature axis, for example axis=-1 for "
+            "(batch, height, width, feature)."
+        )
+    axes = tuple(sorted(a % ndim for a in given))
+    if len(set(axes)) != len(axes):
+        raise ValueError(
+            f"axis={axis!r} names an axis of the {ndim}-dimensional input twice: "
+            "expected distinct axes. Name each feature axis once."
+        )
+    return axes
+
+
+def complement(axes: Axes, ndim: int) -> Axes:
+    """Every axis that is not in `axes`, in ascending order."""
+    return tuple(a for a in range(ndim) if a not in axes)
+
+
+def sizes(shape: Sequence[int], axes: Axes) -> tuple[int, ...]:
+    """The sizes of `axes` in ascending order: the shape of a per-feature value."""
+    return tuple(shape[a] for a in axes)
+
+
+def expand(value: jax.Array, axes: Axes, ndim: int) -> jax.Array:
+    """A per-feature value of shape `sizes(shape, axes)` that broadcasts against x.
+
+    A scalar stays a scalar: it already does.
+    """
+    if value.ndim == 0:
+        return value
+    of_axis = dict(zip(axes, value.shape, strict=True))
+    return value.reshape([of_axis.get(a, 1) for a in range(ndim)])

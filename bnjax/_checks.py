@@ -1,0 +1,186 @@
+"""Validation. Every message says what was received, what was expected, what to write."""
+
+import warnings
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+
+class BatchNormWarning(UserWarning):
+    """Batch normalization is about to do something that is rarely meant."""
+
+
+class UnboundAxisNameError(NameError, ValueError):
+    """A collective was asked for over an axis that no transform has bound.
+
+    A NameError because that is what JAX and Flax raise here.
+    """
+
+
+_UNBOUND = (
+    "axis_name={axis_name!r} is not bound here: expected the name of an axis of the "
+    "surrounding jax.shard_map mesh, jax.pmap(axis_name=...) or "
+    "jax.vmap(axis_name=...). Inside plain jax.jit write axis_name=None: with a "
+    "sharded batch the statistics are already global."
+)
+
+_SINGLE_VALUE = (
+    "batch normalization received one value per feature (input shape {shape}, feature "
+    "axis {axis}): expected at least two, because the mean of one value is that value, "
+    "and the output is the bias whatever the input. Use a larger batch, pass "
+    "axis_name=... to share the statistics between replicas, or normalize by the "
+    "running statistics (use_running_average=True)."
+)
+
+
+def inexact(name: str, x: ArrayLike) -> jax.Array:
+    """`x` as a JAX array of a floating or complex dtype."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"{name} has dtype {x.dtype}: expected a floating or complex dtype, because "
+            f"statistics of integers are not integers. Write "
+            f"{name}.astype(jnp.float32)."
+        )
+    return x
+
+
+def output_dtype(dtype) -> jnp.dtype:
+    """`dtype`, which must be floating or complex."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"dtype={jnp.dtype(dtype).name} is the dtype of the output: expected a "
+            "floating or complex dtype. Write dtype=None to infer it from the input."
+        )
+    return jnp.dtype(dtype)
+
+
+def feature_shape(
+    name: str, value: jax.Array | None, expected: Sequence[int], axis
+) -> None:
+    """Raises unless `value` is None or has one entry per feature."""
+    if value is not None and value.shape != tuple(expected):
+        raise ValueError(
+            f"{name} has shape {value.shape}: expected {tuple(expected)}, the sizes of "
+            f"the input along its feature axis (axis={axis!r}). If the features lie "
+            "on another axis of the input, name it with axis=...; if the layer was "
+            "created for another input, initialize it again."
+        )
+
+
+def mask(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
+    """The mask as a boolean array of the rank of `x`, or None."""
+    if value is None:
+        return None
+    value = jnp.asarray(value, dtype=bool)
+    rank = len(shape)
+    aligned = (1,) * (rank - value.ndim) + value.shape
+    fits = len(aligned) == rank and all(
+        m == 1 or m == n for m, n in zip(aligned, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask has shape {value.shape}, which does not broadcast to the input's "
+            f"shape {tuple(shape)}: expected sizes that equal the input's or 1. For one "
+            "flag per example write mask[:, None] (or "
+            "mask.reshape((-1,) + (1,) * (x.ndim - 1)))."
+        )
+    return value.reshape(aligned)
+
+
+def residual(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
+    """The residual as an array of the shape of `x`, or None."""
+    if value is None:
+        return None
+    value = inexact("residual", value)
+    if value.shape != tuple(shape):
+        raise ValueError(
+            f"residual has shape {value.shape}: expected {tuple(shape)}, the shape of "
+            "the input that it is added to. Project or broadcast it first "
+            "(jnp.broadcast_to(residual, x.shape))."
+        )
+    return value
+
+
+def activation(value) -> None:
+    """Raises unless `value` is None or callable."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"activation={value!r} is not callable: expected an elementwise function "
+            "of one array. Write activation=jax.nn.relu."
+        )
+
+
+def epsilon(value) -> None:
+    """Raises on an epsilon below zero."""
+    if isinstance(value, (int, float)) and not value >= 0:
+        raise ValueError(
+            f"epsilon={value!r} is added to the variance: expected a number >= 0. "
+            "Write epsilon=1e-5."
+        )
+
+
+def weight(name: str, value) -> None:
+    """Raises on a momentum or decay outside [0, 1]."""
+    if isinstance(value, (int, float)) and not 0 <= value <= 1:
+        raise ValueError(
+            f"{name}={value!r} is the weight of the old running value: expected a "
+            f"number in [0, 1]. Write {name}=0.99 (PyTorch's momentum=0.1 is "
+            f"{name}=0.9 here)."
+        )
+
+
+def implementation(value, known: Sequence[str | None]) -> None:
+    """Raises on the name of an implementation that does not exist."""
+    if value not in known:
+        raise ValueError(
+            f"implementation={value!r} is unknown: expected one of {list(known)}. "
+            "Write implementation=None to let bnjax choose for the platform."
+        )
+
+
+def axis_name(value):
+    """`axis_name` as None, a str or a tuple; raises where it is not bound."""
+    if value is None or value == ():
+        return None
+    names = (value,) if isinstance(value, str) else tuple(value)
+    try:
+        for name in names:
+            lax.axis_size(name)
+    except NameError:
+        raise UnboundAxisNameError(_UNBOUND.format(axis_name=value)) from None
+    return value if isinstance(value, str) else names
+
+
+def groups(value, name, size: int | None) -> tuple[tuple[int, ...], ...] | None:
+    """`axis_index_groups` as tuples; raises unless they partition the named axis."""
+    if value is None:
+        return None
+    if name is None:
+        raise ValueError(
+            f"axis_index_groups={value!r} was given without axis_name: expected the "
+            "name of the axis whose replicas it groups. Write axis_name='batch'; for "
+            "groups within one batch under plain jax.jit normalize the reshaped batch "
+            "(ghost batches)."
+        )
+    as_tuples = tuple(tuple(int(i) for i in group) for group in value)
+    if sorted(i for group in as_tuples for i in group) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups={value!r} does not partition the {size} replicas of "
+            f"axis_name={name!r}: expected every index from 0 to {size - 1} in exactly "
+            "one group. Groups may differ in size."
+        )
+    return as_tuples
+
+
+def warn_single_value(count, shape: Sequence[int], axis) -> None:
+    """Warns where the statistics are those of one value; `count` may be symbolic."""
+    if isinstance(count, int) and count == 1:
+        warnings.warn(
+            _SINGLE_VALUE.format(shape=tuple(shape), axis=axis),
+            BatchNormWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,21 @@
+"""Which dtype is computed in, stored and returned."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def promote(*values) -> jnp.dtype:
+    """JAX's standard promotion, whatever promotion mode the caller has set."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*values)
+
+
+def statistics(*values) -> jnp.dtype:
+    """At least float32; float64 and complex preserved."""
+    return promote(jnp.float32, *values)
+
+
+def real(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of |x|: variances and counts are real."""
+    return jnp.finfo(dtype).dtype

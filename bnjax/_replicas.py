@@ -1,0 +1,110 @@
+"""Collectives over named axes, the same in shard_map, pmap and vmap.
+
+Under shard_map(check_vma=True) a value is typed by the mesh axes that it varies
+over. There a gathered value must be asked for as invarying, and a value that does
+not vary yet must be cast before it is summed. Under pmap, vmap and
+shard_map(check_vma=False) nothing is typed, and either request is an error.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+AxisName = str | tuple[str, ...]
+Groups = tuple[tuple[int, ...], ...]
+
+
+def varying(x) -> frozenset:
+    """The mesh axes that `x` is typed to vary over; empty where nothing is typed."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def cast_like(reference, x):
+    """`x`, typed to vary over every axis that `reference` varies over."""
+    return _cast(x, varying(reference))
+
+
+def axis_size(axis_name: AxisName) -> int:
+    """How many replicas the named axis, or tuple of axes, has."""
+    return math.prod(lax.axis_size(name) for name in _names(axis_name))
+
+
+def gather(x: jax.Array, axis_name: AxisName, groups: Groups | None = None):
+    """Every replica's `x`, stacked on a new leading axis, in one collective.
+
+    With `groups`, only the rows of this replica's own group are kept: the others
+    are zero. Never differentiated (jax-ml/jax transposes `to='invarying'` wrongly
+    outside a typed shard_map before 0.12).
+    """
+    typed = _typed(axis_name)
+    x = _cast(x, typed)
+    if groups is None and typed:
+        return lax.all_gather(x, axis_name, to="invarying")
+    rows = lax.all_gather(x, axis_name)
+    return rows if groups is None else _own_group(rows, axis_name, groups)
+
+
+def all_sum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None = None):
+    """The sum of `x` over the replicas, or over those of this replica's group."""
+    if axis_name is None:
+        return x
+    x = _cast(x, _typed(axis_name))
+    if groups is None:
+        return lax.psum(x, axis_name)
+    return _own_group(lax.all_gather(x, axis_name), axis_name, groups).sum(0)
+
+
+def packed_sum(values, axis_name: AxisName):
+    """The sums of several arrays over the replicas, in one collective."""
+    vector, unpack = pack(values)
+    return unpack(all_sum(vector, axis_name))
+
+
+def pack(values):
+    """The arrays as one real vector, so that one collective carries it; and the way back."""
+    parts = []
+    for value in values:
+        parts += [value.real, value.imag] if jnp.iscomplexobj(value) else [value]
+    ends = list(itertools.accumulate((part.size for part in parts), initial=0))
+
+    def unpack(vector):
+        split = iter(
+            vector[start:end].reshape(part.shape)
+            for part, start, end in zip(parts, ends, ends[1:], strict=False)
+        )
+        return [
+            lax.complex(next(split), next(split))
+            if jnp.iscomplexobj(value)
+            else next(split)
+            for value in values
+        ]
+
+    return jnp.concatenate([part.ravel() for part in parts]), unpack
+
+
+def _names(axis_name: AxisName) -> tuple[str, ...]:
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def _typed(axis_name: AxisName) -> frozenset:
+    """Those of the named axes that are typed where this is traced."""
+    return varying(lax.axis_index(axis_name)) & frozenset(_names(axis_name))
+
+
+def _cast(x, axes: frozenset):
+    missing = tuple(sorted(axes - varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _own_group(rows: jax.Array, axis_name: AxisName, groups: Groups):
+    """`rows` with every row of another group set to zero (not multiplied: NaN)."""
+    group_of = np.zeros(rows.shape[0], np.int32)
+    for number, members in enumerate(groups):
+        group_of[list(members)] = number
+    mine = jnp.asarray(group_of)[lax.axis_index(axis_name)]
+    own = (group_of == mine).reshape((-1,) + (1,) * (rows.ndim - 1))
+    return jnp.where(own, rows, jnp.zeros_like(rows))

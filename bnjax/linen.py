@@ -1,0 +1,189 @@
+"""Linen layers: variables around the pure functions, and no arithmetic.
+
+`BatchNorm` has the name, the fields, the variables and the errors of
+`flax.linen.BatchNorm`, so that it loads Flax's checkpoints and Flax loads its own.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+from jax.typing import ArrayLike, DTypeLike
+
+from bnjax import _axes, _checks, running
+from bnjax.moments import Moments, merge, moments
+from bnjax.normalize import batch_norm, normalize
+
+__all__ = ["BatchNorm"]
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization, a drop-in replacement of `flax.linen.BatchNorm`.
+
+        y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
+
+    Variables: `params/{scale,bias}`, `batch_stats/{mean,var}` (float32). Two switches are
+    independent: where the statistics come from (`use_running_average`), and whether the
+    running statistics are written (`update_stats`). While `batch_moments` is mutable,
+    the layer leaves the Moments of its input there, as `batch_moments/moments`, merged
+    with what the collection already holds (a layer called twice pools both inputs).
+    That collection is transient: start it empty at each step.
+
+    Attributes:
+        use_running_average: whether to normalize by the running statistics; here or in
+            the call, not both.
+        axis: the feature axis or axes; all others are reduced.
+        momentum: the weight of the old running value (PyTorch's is one minus this).
+        epsilon: added to the variance.
+        dtype: of the output; None for `result_type(x, scale, bias)`.
+        param_dtype: of the parameters.
+        use_bias: whether to add a bias (beta).
+        use_scale: whether to multiply by a scale (gamma).
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
+            over. Not needed under jit.
+        axis_index_groups: a partition of that axis; groups may differ in size.
+        use_fast_variance: accepted and without effect: one pass is as accurate as two.
+        force_float32_reductions: if False the running statistics are stored in
+            `param_dtype`; they are computed in at least float32 all the same.
+        unbiased: whether the running variance divides by n - 1, as PyTorch's does. The
+            batch is always normalized by the biased variance.
+        update_stats: whether the running statistics are written. None: as Flax, when
+            batch statistics are used. False: never, and `mutable` is not needed. True:
+            always, also when normalizing by the running statistics (those from before
+            the update).
+        skip_nonfinite_updates: whether a batch whose moments hold a NaN or an infinity
+            leaves the running statistics as they were.
+        activation: an elementwise function; its input is not stored for the backward
+            pass.
+
+    >>> layer = BatchNorm(use_running_average=False)
+    >>> x = jax.random.normal(jax.random.key(0), (5, 6))
+    >>> variables = layer.init(jax.random.key(1), x)
+    >>> print(jax.tree.map(jnp.shape, variables))
+    {'batch_stats': {'mean': (6,), 'var': (6,)}, 'params': {'scale': (6,), 'bias': (6,)}}
+    >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+
+    References: Ioffe & Szegedy 2015.
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Callable[..., Any] = initializers.zeros
+    scale_init: Callable[..., Any] = initializers.ones
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    unbiased: bool = False
+    update_stats: bool | None = None
+    skip_nonfinite_updates: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), floating or complex.
+            use_running_average: see the attribute; exactly one of the two is given.
+            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: see the attribute, over which this takes precedence.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: `use_running_average` given twice or not at all, and whatever
+                `bnjax.batch_norm` raises.
+            flax.errors.ModifyScopeVariableError: the running statistics are to be
+                written, but `batch_stats` is not mutable.
+        """
+        use_running = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        update = self.update_stats if update_stats is None else update_stats
+        x = _checks.inexact("x", x)
+        stats = self._running_statistics(x)
+        stored = running.State(*(variable.value for variable in stats))
+        affine = {**self._parameters(x), "residual": residual}
+        over: dict[str, Any] = {"mask": mask}
+        if self.is_initializing():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", _checks.BatchNormWarning)
+                if use_running:
+                    return normalize(x, *stored, **affine)
+                return batch_norm(x, **over, **affine)[0]
+
+        over["axis_name"] = self.axis_name
+        over["axis_index_groups"] = self.axis_index_groups
+        update = not use_running if update is None else update
+        pools = self.is_mutable_collection("batch_moments")
+        if use_running:
+            y = normalize(x, *stored, **affine)
+            batch = moments(x, axis=self.axis, **over) if update or pools else None
+        else:
+            y, batch = batch_norm(x, **over, **affine, fallback=stored)
+        if update:
+            self._update(stats, stored, batch)
+        if pools:
+            pool = self.variable("batch_moments", "moments", Moments.empty, stored.mean.shape)
+            pool.value = merge(pool.value, batch)
+        return y
+
+    def _running_statistics(self, x: jax.Array) -> running.State:
+        """The variables of the running statistics."""
+        shape = _axes.sizes(x.shape, _axes.canonical(self.axis, x.ndim))
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        start = running.ema().init(shape, dtype)
+        stats = running.State(
+            self.variable("batch_stats", "mean", lambda: start.mean),
+            self.variable("batch_stats", "var", lambda: start.var),
+        )
+        for name, variable in zip(stats._fields, stats):
+            _checks.feature_shape(f"batch_stats/{name}", variable.value, shape, self.axis)
+        return stats
+
+    def _parameters(self, x: jax.Array) -> dict[str, Any]:
+        """The arguments that `normalize` and `batch_norm` share; declares the params."""
+        shape = _axes.sizes(x.shape, _axes.canonical(self.axis, x.ndim))
+        shared: dict[str, Any] = {}
+        if self.use_scale:
+            shared["scale"] = self.param("scale", self.scale_init, shape, self.param_dtype)
+        if self.use_bias:
+            shared["bias"] = self.param("bias", self.bias_init, shape, self.param_dtype)
+        shared.update(axis=self.axis, epsilon=self.epsilon, dtype=self.dtype)
+        shared.update(activation=self.activation)
+        return shared
+
+    def _update(self, stats: running.State, stored: running.State, batch: Moments):
+        """Writes the running statistics after one batch."""
+        _checks.weight("momentum", self.momentum)
+        rule = running.ema(
+            self.momentum,
+            ddof=int(self.unbiased),
+            skip_nonfinite=self.skip_nonfinite_updates,
+        )
+        for variable, old, new in zip(stats, stored, rule.update(stored, batch)):
+            keep = not (self.force_float32_reductions or jnp.iscomplexobj(new))
+            variable.value = new.astype(old.dtype) if keep else new

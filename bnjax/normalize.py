@@ -1,0 +1,292 @@
+"""Normalization by given statistics, and the training transform.
+
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+`batch_norm` is `normalize` by the `moments` of its own input. Each has a derivative of
+its own, and JAX composes and transposes them:
+
+    normalize:  dy = dx a + x_hat A + B,   a = scale rstd,   x_hat = (x - mean) rstd,
+                A = dscale - a rstd dvar/2,   B = dbias - a dmean
+    moments:    dmean = sum dx / n,   dm2 = 2 sum (x - mean) dx
+
+The backward pass is then two full reductions, S = sum dy and T = sum dy x_hat, one
+collective, and dx = a (dy - S/n - x_hat T/n): Ioffe & Szegedy 2015, section 3.
+
+Both sit inside one `jax.checkpoint` that keeps the moments by name. Stored for the
+backward pass are `x` in its own dtype and per-feature vectors; the normalized value,
+the sum with the residual and the activation are computed again. The checkpoint stands
+outside the derivative rules because `jax_remat3` cannot transpose one inside.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from bnjax import _axes, _backend, _checks, _dtypes, _replicas
+from bnjax.moments import NAME, Moments, Reduction, reduction, statistics
+
+__all__ = ["batch_norm", "normalize"]
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def normalize(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    residual: ArrayLike | None = None,
+    activation: Activation | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Normalizes `x` by given statistics: inference, or frozen batch normalization.
+
+        y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
+
+    Args:
+        x: (batch, *spatial, feature), floating or complex.
+        mean: (feature,).
+        var: (feature,), real.
+        scale: (feature,), gamma; None for 1.
+        bias: (feature,), beta; None for 0.
+        axis: the feature axis or axes; with several, per-feature values have their
+            sizes in ascending axis order.
+        epsilon: added to the variance.
+        residual: of the shape of `x`; added before the activation.
+        activation: an elementwise function.
+        dtype: of the output; None for `result_type(x, scale, bias)`. The arithmetic is
+            in at least float32 and rounded once, at the end.
+        implementation: None to choose for the platform; see `batch_norm`.
+
+    Returns:
+        An array of the shape of `x`.
+
+    Raises:
+        TypeError: `x` or `residual` holds integers; `activation` is not callable.
+        ValueError: shapes that do not fit, an axis out of range or repeated, a
+            negative epsilon, an integer dtype.
+
+    >>> y = normalize(jnp.array([[4.0], [7.0], [5.0]]), jnp.array([5.0]), jnp.array([4.0]))
+    >>> print(y.round(3).ravel())
+    [-0.5  1.   0. ]
+
+    References: Ioffe & Szegedy 2015, Algorithm 2, line 11.
+    """
+    x = _checks.inexact("x", x)
+    how = _affine_of(x, axis, epsilon, dtype, implementation, (scale, bias))
+    vectors = _per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
+    residual = _checks.residual(residual, x.shape)
+    _checks.activation(activation)
+
+    @_keep_moments
+    def transform(x, vectors, residual):
+        y = _affine(x.astype(how.compute), *vectors, how)
+        return _finish(y, residual, activation, how)
+
+    return transform(x, vectors, residual)
+
+
+def batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    residual: ArrayLike | None = None,
+    activation: Activation | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+    fallback: tuple[ArrayLike, ArrayLike] | None = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalizes `x` by its own statistics: the training transform.
+
+        mean = sum x / n,  var = sum |x - mean|^2 / n        (biased, over the valid x)
+        y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
+
+    Differentiable in every mode and order, through `y` and through the Moments.
+    The backward pass stores `x` in its own dtype, `residual`, and per-feature vectors.
+
+    Args:
+        x: (batch, *spatial, feature), floating or complex.
+        scale: (feature,), gamma; None for 1.
+        bias: (feature,), beta; None for 0.
+        axis: the feature axis or axes; all others are reduced.
+        epsilon: added to the variance.
+        mask: boolean, broadcastable to `x`; True = counts. Masked values are normalized
+            like the others, but take no part in the statistics; those that are not
+            finite are read as 0.
+        axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
+            over. Not needed under jit: the statistics of a sharded batch are global.
+        axis_index_groups: a partition of that axis: statistics are shared within each
+            group. Groups may differ in size.
+        residual: of the shape of `x`; added before the activation.
+        activation: an elementwise function; its input is computed again, not stored.
+        dtype: of the output; None for `result_type(x, scale, bias)`.
+        implementation: "xla" lets XLA share reads of `x`; "reread" has each reduction
+            read it again, which is faster on a CPU; None chooses for the platform.
+        fallback: (mean, var), each (feature,): normalizes the features without a valid
+            value. None for (0, 1).
+
+    Returns:
+        y, of the shape of `x`, and the Moments of the batch (of every replica).
+
+    Raises:
+        TypeError: `x` or `residual` holds integers; `activation` is not callable.
+        ValueError: shapes that do not fit, an axis out of range or repeated, a mask
+            that does not broadcast, an axis name that is not bound, groups that do
+            not partition it, a negative epsilon, an integer dtype.
+
+    Warns:
+        BatchNormWarning: at trace time, for one value per feature.
+
+    >>> y, (count, mean, m2) = batch_norm(jnp.array([[4.0], [7.0], [5.0]]))
+    >>> print(y.round(3).ravel(), mean)
+    [-1.069  1.336 -0.267] [5.3333335]
+
+    References: Ioffe & Szegedy 2015, Algorithm 1; section 3.2 for spatial axes.
+    """
+    x = _checks.inexact("x", x)
+    how = _affine_of(x, axis, epsilon, dtype, implementation, (scale, bias))
+    over = reduction(x, axis, axis_name, axis_index_groups, implementation)
+    mean, var = (0.0, 1.0) if fallback is None else fallback
+    vectors = _per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
+    mask = _checks.mask(mask, x.shape)
+    residual = _checks.residual(residual, x.shape)
+    _checks.activation(activation)
+    values = math.prod(x.shape[a] for a in over.axes)
+    if mask is None:
+        _checks.warn_single_value(_smallest_count(values, over), x.shape, axis)
+    never_empty = mask is None and values != 0
+
+    @_keep_moments
+    def transform(x, vectors, mask, residual):
+        if mask is not None:
+            x = jnp.where(mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+        x = x.astype(how.compute)
+        batch = statistics(x, mask, over)
+        mean, var, scale, bias = vectors
+        some = True if never_empty else batch.count > 0
+        mean = jnp.where(some, batch.mean, mean)
+        var = jnp.where(some, batch.variance(), var)
+        y = _affine(x, mean, var, scale, bias, how)
+        return _finish(y, residual, activation, how), batch
+
+    y, batch = transform(x, vectors, mask, residual)
+    return y, Moments(*map(jnp.asarray, batch))  # a constant count is no array yet
+
+
+# Keeps the moments (and with them one collective) and recomputes all else; XLA may
+# still share the recomputation with the forward pass inside one jit.
+_keep_moments = functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names(NAME),
+    prevent_cse=False,
+)
+
+
+class _Affine(NamedTuple):
+    """What is done to each value; static."""
+
+    feature_axes: tuple[int, ...]
+    epsilon: float
+    storage: jnp.dtype
+    compute: jnp.dtype
+    output: jnp.dtype
+    implementation: str | None
+
+
+def _affine_of(x, axis, epsilon, dtype, implementation, parameters) -> _Affine:
+    _checks.epsilon(epsilon)
+    _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
+    if dtype is None:
+        output = _dtypes.promote(x, *(p for p in parameters if p is not None))
+    else:
+        output = _checks.output_dtype(dtype)
+    compute = _dtypes.statistics(x.dtype, output)
+    axes = _axes.canonical(axis, x.ndim)
+    return _Affine(axes, epsilon, x.dtype, compute, output, implementation)
+
+
+def _per_feature(x, axis, how: _Affine, *, mean, var, scale, bias):
+    """The four vectors, checked, with 1 for a missing scale and 0 for a missing bias."""
+    shape = _axes.sizes(x.shape, how.feature_axes)
+    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    default = {"mean": 0, "var": 1, "scale": 1, "bias": 0}
+    real = _dtypes.real(how.compute)
+    vectors = []
+    for name, value in given.items():
+        dtype = real if name == "var" else how.compute
+        if value is None or isinstance(value, float):
+            value = jnp.full(shape, default[name], dtype)
+        value = jnp.asarray(value)
+        _checks.feature_shape(name, value, shape, axis)
+        vectors.append(value.astype(dtype))
+    return tuple(vectors)
+
+
+def _smallest_count(values, over: Reduction):
+    """The number of values per feature in the smallest group of replicas."""
+    if over.axis_name is None:
+        return values
+    if over.groups is not None:
+        return values * min(map(len, over.groups))
+    return values * _replicas.axis_size(over.axis_name)
+
+
+def _finish(y, residual, activation, how: _Affine):
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    if activation is not None:
+        y = activation(y)
+    return y.astype(how.output)
+
+
+# The derivative, in the symbols of the module's docstring. Only A and B meet the axes
+# that the replicas vary over; stacked and cast once, they transpose to one collective.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _affine(x, mean, var, scale, bias, how: _Affine):
+    a = lax.rsqrt(var + how.epsilon).astype(how.compute) * scale
+    x, mean, a, bias = _fresh(how, x, mean, a, bias)
+    return (x - mean) * a + bias
+
+
+@_affine.defjvp
+def _(how, primals, tangents):
+    x, mean, var, scale, bias = primals
+    dx, dmean, dvar, dscale, dbias = tangents
+    y = _affine(*primals, how)
+    rstd = lax.rsqrt(var + how.epsilon).astype(how.compute)
+    a = rstd * scale
+    slope = dscale - a * rstd * dvar.astype(how.compute) / 2
+    offset = dbias - a * dmean
+    x, mean, rstd, a = _fresh(how, x, mean, rstd, a)
+    slope, offset = (
+        _axes.expand(v, how.feature_axes, x.ndim)
+        for v in _replicas.cast_like(x, jnp.stack([slope, offset]))
+    )
+    again = functools.partial(_backend.reread_cotangent, how.output, how.implementation)
+    offset = jnp.broadcast_to(offset, x.shape)
+    return y, dx * a + again((x - mean) * rstd * slope + again(offset))
+
+
+def _fresh(how: _Affine, x, *vectors):
+    """`x`, to be read again, and the per-feature vectors in its rank."""
+    x, *vectors = _backend.reread(how.storage, how.implementation, x, *vectors)
+    return x, *(_axes.expand(v, how.feature_axes, x.ndim) for v in vectors)

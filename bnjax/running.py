@@ -1,0 +1,189 @@
+"""Running statistics as (init, update, read), all pure.
+
+    ema            mean <- decay mean + (1 - decay) batch mean, the variance likewise
+    debiased_ema   the same from 0, divided by 1 - decay^t
+    cumulative     mean <- mean + (batch mean - mean) / t
+
+`decay` is the weight of the old value: Flax's momentum, one minus PyTorch's. A feature
+without a valid value in the batch (count 0) keeps its statistics, and t counts only
+batches that had one. These rules average variances of batches, so the variance of
+the batches' means is left out; `merge` the moments for a population's variance.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from bnjax import _checks
+from bnjax.moments import Moments
+
+__all__ = ["AverageState", "Rule", "State", "cumulative", "debiased_ema", "ema"]
+
+
+class State(NamedTuple):
+    """Running statistics per feature: mean, and var (real)."""
+
+    mean: jax.Array
+    var: jax.Array
+
+
+class AverageState(NamedTuple):
+    """Averages that start at 0, and the total weight of what they hold, per feature."""
+
+    mean: jax.Array
+    var: jax.Array
+    weight: jax.Array
+
+
+class Rule(NamedTuple):
+    """A rule for running statistics.
+
+    Attributes:
+        init: (feature shape, dtype) -> state.
+        update: (state, Moments) -> state.
+        read: state -> State(mean, var); (0, 1) where nothing has been seen.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[[Any, Moments], Any]
+    read: Callable[[Any], State]
+
+
+def ema(decay: float = 0.99, *, ddof: int = 0, skip_nonfinite: bool = False) -> Rule:
+    """The exponential moving average that starts at mean 0, var 1: Flax's rule.
+
+        value <- decay value + (1 - decay) batch value
+
+    After t batches the start still weighs decay^t: 37 % after 100 at 0.99.
+
+    Args:
+        decay: the weight of the old value, in [0, 1].
+        ddof: 0 for the biased variance (Flax), 1 for the unbiased one (PyTorch).
+        skip_nonfinite: a batch whose moments hold a NaN or an infinity changes nothing.
+
+    Returns:
+        Rule, with State as its state.
+
+    Raises:
+        ValueError: decay outside [0, 1].
+
+    >>> rule = ema(0.9, ddof=1)
+    >>> state = rule.update(rule.init((1,)), Moments(3.0, jnp.ones(1), jnp.full(1, 14 / 3)))
+    >>> print(rule.read(state).var)
+    [1.1333333]
+
+    References: Ioffe & Szegedy 2015, section 3.1, last paragraph.
+    """
+    _checks.weight("decay", decay)
+
+    def init(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> State:
+        return State(jnp.zeros(shape, dtype), jnp.ones(shape, dtype))
+
+    def update(state: State, batch: Moments) -> State:
+        new = State(batch.mean, batch.variance(ddof))
+        blended = State(*(decay * old + (1 - decay) * b for old, b in zip(state, new)))
+        return _where(_usable(batch, skip_nonfinite), blended, state)
+
+    return Rule(init, update, lambda state: state)
+
+
+def debiased_ema(
+    decay: float = 0.99, *, ddof: int = 0, skip_nonfinite: bool = False
+) -> Rule:
+    """The exponential moving average without the weight of its start.
+
+        value <- decay value + (1 - decay) batch value, from 0;  read value / (1 - decay^t)
+
+    After one batch it equals that batch's statistics.
+
+    Args:
+        decay: the weight of the old value, in [0, 1].
+        ddof: 0 for the biased variance, 1 for the unbiased one.
+        skip_nonfinite: a batch whose moments hold a NaN or an infinity changes nothing.
+
+    Returns:
+        Rule, with AverageState as its state; its weight is 1 - decay^t.
+
+    Raises:
+        ValueError: decay outside [0, 1].
+
+    >>> rule = debiased_ema(0.9)
+    >>> state = rule.update(rule.init((1,)), Moments(3.0, jnp.ones(1), jnp.full(1, 6.0)))
+    >>> print(rule.read(state).var)
+    [2.]
+
+    References: Kingma & Ba 2015, section 3 (the same correction in Adam).
+    """
+    _checks.weight("decay", decay)
+
+    def update(state: AverageState, batch: Moments) -> AverageState:
+        new = (batch.mean, batch.variance(ddof), 1.0)
+        blended = (decay * old + (1 - decay) * b for old, b in zip(state, new))
+        usable = _usable(batch, skip_nonfinite)
+        return _where(usable, AverageState(*blended), state)
+
+    def read(state: AverageState) -> State:
+        seen = state.weight > 0
+        weight = jnp.where(seen, state.weight, 1)
+        return State(
+            jnp.where(seen, state.mean / weight, 0),
+            jnp.where(seen, state.var / weight, 1),
+        )
+
+    return Rule(_init_average, update, read)
+
+
+def cumulative(*, ddof: int = 0, skip_nonfinite: bool = False) -> Rule:
+    """The plain average over all batches: PyTorch's momentum=None.
+
+        value <- value + (batch value - value) / t
+
+    Args:
+        ddof: 0 for the biased variance, 1 for the unbiased one (PyTorch).
+        skip_nonfinite: a batch whose moments hold a NaN or an infinity changes nothing.
+
+    Returns:
+        Rule, with AverageState as its state; its weight is t, the number of batches.
+
+    >>> rule, state = cumulative(), cumulative().init((1,))
+    >>> for mean in (1.0, 2.0, 6.0):
+    ...     state = rule.update(state, Moments(2.0, jnp.full(1, mean), jnp.ones(1)))
+    >>> print(rule.read(state).mean, state.weight)
+    [3.] [3.]
+
+    References: Ioffe & Szegedy 2015, Algorithm 2, line 10, batch by batch.
+    """
+
+    def update(state: AverageState, batch: Moments) -> AverageState:
+        t = state.weight + 1
+        averaged = AverageState(
+            state.mean + (batch.mean - state.mean) / t,
+            state.var + (batch.variance(ddof) - state.var) / t,
+            t,
+        )
+        return _where(_usable(batch, skip_nonfinite), averaged, state)
+
+    def read(state: AverageState) -> State:
+        return State(state.mean, jnp.where(state.weight > 0, state.var, 1))
+
+    return Rule(_init_average, update, read)
+
+
+def _init_average(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> AverageState:
+    return AverageState(*(jnp.zeros(shape, dtype) for _ in AverageState._fields))
+
+
+def _usable(batch: Moments, skip_nonfinite: bool) -> jax.Array:
+    """Per feature, whether the batch says something about it."""
+    usable = jnp.asarray(batch.count) > 0
+    if skip_nonfinite:
+        finite = jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.m2).all()
+        usable = usable & finite
+    return usable
+
+
+def _where(usable: jax.Array, new, old):
+    return jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, old)

@@ -1,0 +1,83 @@
+"""One comparison that fails on what it should, and the measures of the tests."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Relative to the largest expected magnitude. Looser ones need a reason on the line.
+TOLERANCE = {
+    "float16": 1e-3,
+    "bfloat16": 1e-2,
+    "float32": 1e-6,
+    "float64": 1e-12,
+    "complex64": 1e-6,
+    "complex128": 1e-12,
+}
+GRADIENT_TOLERANCE = {"bfloat16": 2e-2, "float32": 2e-5, "float64": 1e-10}
+
+
+def assert_close(actual, expected, *, tol=None, dtype=None, what=""):
+    """Same shape, the dtype asked for, finite, and close at the scale of `expected`."""
+    actual, expected = jnp.asarray(actual), np.asarray(expected)
+    if dtype is not None:
+        assert actual.dtype == jnp.dtype(dtype), f"{what} {actual.dtype} is not {dtype}"
+    assert actual.shape == expected.shape, f"{what} {actual.shape} {expected.shape}"
+    is_complex = np.iscomplexobj(actual) or np.iscomplexobj(expected)
+    wide = np.complex128 if is_complex else np.float64
+    got, want = np.asarray(actual).astype(wide), expected.astype(wide)
+    assert np.isfinite(want).all(), f"{what} the expected value is not finite"
+    assert np.isfinite(got).all(), f"{what} not finite: {got}"
+    tol = TOLERANCE[actual.dtype.name] if tol is None else tol
+    error = np.abs(got - want).max(initial=0)
+    limit = tol * max(np.abs(want).max(initial=0), 1e-30)
+    assert error <= limit, f"{what} error {error:.3g} > {limit:.3g}"
+
+
+def assert_trees_close(actual, expected, **kwargs):
+    paths, tree = jax.tree.flatten_with_path(actual)
+    leaves, expected_tree = jax.tree.flatten(expected)
+    assert tree == expected_tree, f"{tree} is not {expected_tree}"
+    for (path, a), e in zip(paths, leaves, strict=True):
+        assert_close(a, e, what=jax.tree_util.keystr(path), **kwargs)
+
+
+def poison(x, mask, value=np.nan):
+    """`x` with `value` wherever the mask is False."""
+    return np.where(mask, x, value).astype(np.asarray(x).dtype)
+
+
+def residual_bytes(f, *args) -> int:
+    """Bytes that reverse mode keeps between the forward and the backward pass."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(jax.vjp(f, *args)[1]))
+
+
+def compiled_text(f, *args) -> str:
+    return jax.jit(f).lower(*args).compile().as_text()
+
+
+def collectives(f, *args) -> dict[str, int]:
+    """How many of each collective the compiled program holds, if any."""
+    text = compiled_text(f, *args)
+    kinds = (
+        "all-reduce",
+        "all-gather",
+        "all-to-all",
+        "collective-permute",
+        "reduce-scatter",
+    )
+    found = {k: len(re.findall(rf" {k}(?:-start)?\(", text)) for k in kinds}
+    return {k: n for k, n in found.items() if n}
+
+
+def plain_batch_norm(x, scale, bias, *, axes, mask=None, epsilon=1e-5):
+    """The formula in jnp, two passes, for JAX to differentiate by itself."""
+    count = jnp.sum(jnp.ones(x.shape) if mask is None else mask + 0 * x.real, axes)
+    n = jnp.maximum(count, 1)
+    mean = jnp.sum(x, axes, where=mask) / n
+    centred = x - jnp.expand_dims(mean, axes)
+    m2 = jnp.sum((centred * jnp.conj(centred)).real, axes, where=mask)
+    rstd = 1 / jnp.sqrt(m2 / n + epsilon)
+    scale, bias, rstd = (jnp.expand_dims(v, axes) for v in (scale, bias, rstd))
+    return centred * rstd * scale + bias, (mean, m2)

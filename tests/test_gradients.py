@@ -1,0 +1,425 @@
+"""Derivatives: exact, in every mode and order, with little stored."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import (
+    GRADIENT_TOLERANCE,
+    assert_close,
+    assert_trees_close,
+    compiled_text,
+    plain_batch_norm,
+    poison,
+    residual_bytes,
+)
+from jax.test_util import check_grads
+
+import bnjax
+
+SHAPE = (5, 4, 6, 3)
+AXES = (0, 1, 2)
+
+
+def case(dtype=np.float64, seed=0, shape=SHAPE):
+    rng = np.random.default_rng(seed)
+    x, dy = rng.normal(size=(2, *shape)) * 2 + 0.5
+    scale, bias = rng.normal(size=(2, shape[-1]))
+    return [jnp.asarray(v, dtype) for v in (x, scale, bias, dy)]
+
+
+def mask_of(shape=(*SHAPE[:-1], 1), seed=1):
+    return np.random.default_rng(seed).random(shape) < 0.6
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "reread"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_papers_gradient(dtype, masked, implementation):
+    x, scale, bias, dy = case(dtype)
+    mask = mask_of() if masked else None
+
+    def f(*args):
+        return bnjax.batch_norm(*args, mask=mask, implementation=implementation)[0]
+
+    y, vjp = jax.vjp(f, x, scale, bias)
+    exact = oracle.batch_norm_gradients(x, scale, dy, AXES, mask)
+    for g, e in zip(jax.jit(vjp)(dy), exact, strict=True):
+        assert_close(g, e, tol=GRADIENT_TOLERANCE[dtype], dtype=dtype)
+
+
+def test_bfloat16_gradient_is_rounded_once():
+    """The parts of dx are added in float32: their sum may be far smaller than they."""
+    x, scale, _, dy = case("float32")
+    x, dy = x.astype(jnp.bfloat16), (dy + 100).astype(jnp.bfloat16)
+
+    def f(x):
+        return bnjax.batch_norm(x, scale, dtype=jnp.bfloat16)[0]
+
+    (dx,) = jax.vjp(f, x)[1](dy)
+    exact = oracle.batch_norm_gradients(x, scale, dy, AXES)[0]
+    assert_close(dx, exact, tol=4e-3)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": jnp.tanh},
+        {"residual": True},
+        {"residual": True, "activation": jnp.sin},
+        {"scale": False},
+        {"bias": False},
+        {"scale": False, "bias": False, "activation": jnp.tanh},
+    ],
+    ids=str,
+)
+def test_check_grads(options, masked):
+    """Both modes, second order, through y and through the Moments."""
+    options = dict(options)
+    x, scale, bias, r = case(shape=(5, 4, 3))
+    arguments = {"x": x}
+    if options.pop("scale", True):
+        arguments["scale"] = scale
+    if options.pop("bias", True):
+        arguments["bias"] = bias
+    if options.pop("residual", False):
+        arguments["residual"] = r
+    mask = mask_of((5, 4, 1)) if masked else None
+
+    def f(arguments):
+        y, m = bnjax.batch_norm(**arguments, mask=mask, **options)
+        return y, m.mean, m.m2, m.variance(ddof=1)
+
+    check_grads(f, (arguments,), order=2, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("x64")
+def test_check_grads_of_normalize_and_moments():
+    x, scale, bias, _ = case(shape=(5, 4, 3))
+    mean, var = jnp.array([0.3, -1.0, 2.0]), jnp.array([0.5, 2.0, 1.0])
+    check = functools.partial(
+        check_grads, order=2, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4
+    )
+    check(bnjax.normalize, (x, mean, var, scale, bias))
+    mask = mask_of((5, 4, 3))
+    check(lambda x: bnjax.moments(x, mask=mask)[1:], (x,))
+    check(
+        lambda a, b: bnjax.merge(bnjax.moments(a), bnjax.moments(b))[1:], (x[:2], x[2:])
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("axis", [0, 1, (1, 2), (0, 3)])
+def test_check_grads_of_other_axes(axis):
+    x, *_ = case(shape=(2, 4, 3, 5))
+    features = [x.shape[a] for a in np.atleast_1d(axis)]
+    scale = jnp.asarray(np.random.default_rng(0).normal(size=features))
+
+    def f(x, scale):
+        return bnjax.batch_norm(x, scale, scale + 1, axis=axis)[0]
+
+    check_grads(f, (x, scale), order=2, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("x64")
+def test_complex_gradient():
+    x, scale, bias, r = case(shape=(5, 4, 3))
+    z = x + 1j * r
+
+    def parts(batch_norm):
+        def f(re, im, scale, bias):
+            y, (mean, m2) = batch_norm(re + 1j * im, scale, bias)
+            return jnp.sum(jnp.sin(y.real) + y.imag**3) + (mean.real * mean.imag * m2).sum()
+
+        return f
+
+    ours = parts(lambda *a: (lambda y, m: (y, m[1:]))(*bnjax.batch_norm(*a)))
+    plain = parts(functools.partial(plain_batch_norm, axes=(0, 1)))
+    args = (z.real, z.imag, scale, bias)
+    for transform in (jax.grad, jax.jacfwd):
+        for a, e in zip(
+            transform(ours, (0, 1, 2, 3))(*args), transform(plain, (0, 1, 2, 3))(*args)
+        ):
+            assert_close(a, np.asarray(e), tol=1e-10)
+
+
+def test_gradient_sums_vanish():
+    """The gradient is orthogonal to a constant and (for epsilon 0) to x_hat."""
+    x, scale, bias, dy = case("float32")
+    f = functools.partial(bnjax.batch_norm, epsilon=0.0)
+    dx = jax.grad(lambda x: (f(x, scale, bias)[0] * dy).sum())(x)
+    x_hat = f(x)[0]
+    size = np.abs(dx).sum()
+    assert np.abs(dx.sum(AXES)).max() < 1e-6 * size
+    assert np.abs((dx * x_hat).sum(AXES)).max() < 1e-6 * size
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradient_through_moments_alone():
+    x, *_ = case()
+    m = bnjax.moments(x)
+    (dx,) = jax.vjp(lambda x: bnjax.batch_norm(x)[1].m2, x)[1](jnp.array([1.0, 2.0, -1.0]))
+    assert_close(dx, 2 * np.asarray(x - m.mean[None, None, None]) * [1.0, 2.0, -1.0])
+    (dx,) = jax.vjp(lambda x: bnjax.batch_norm(x)[1].mean, x)[1](jnp.array([1.0, 2.0, -1.0]))
+    assert_close(dx, np.broadcast_to(np.array([1.0, 2.0, -1.0]) / 120, SHAPE))
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("shape", [(5, 1, 1, 1), (5, 4, 6, 1), SHAPE])
+def test_masked_values_have_no_gradient(shape, garbage):
+    """Zero where the loss does not look, never NaN, and no trace in the others."""
+    x, scale, bias, dy = case("float32")
+    mask = mask_of(shape)
+    dy = jnp.where(mask, dy, 0)
+
+    def f(x, scale, bias):
+        y, m = bnjax.batch_norm(x, scale, bias, mask=mask, activation=jnp.tanh)
+        return jnp.sum(y * dy) + m.mean.sum() + jnp.log(m.m2).sum()
+
+    clean = jax.grad(f, (0, 1, 2))(x, scale, bias)
+    dirty = jax.grad(f, (0, 1, 2))(poison(x, mask, garbage), scale, bias)
+    assert_trees_close(dirty, jax.tree.map(np.asarray, clean), tol=1e-5)
+    assert (np.asarray(dirty[0])[~np.broadcast_to(mask, SHAPE)] == 0).all()
+
+
+def test_masked_nan_with_a_cotangent_is_finite():
+    x, scale, bias, dy = case("float32")
+    mask = mask_of()
+    x = poison(x, mask)
+    out, vjp = jax.vjp(lambda *a: bnjax.batch_norm(*a, mask=mask)[0], x, scale, bias)
+    assert np.isfinite(out).all()
+    for g in vjp(dy):
+        assert np.isfinite(g).all()
+
+
+# ---- every transform, against JAX's own derivative of the plain formula ----
+
+MASK = mask_of()
+
+
+def loss_of(batch_norm):
+    def loss(x, scale, bias):
+        y, (mean, m2) = batch_norm(x, scale, bias)
+        return jnp.sum(jnp.sin(y) * x) + (mean * m2).sum()
+
+    return loss
+
+
+def ours(x, scale, bias, mask=MASK):
+    y, m = bnjax.batch_norm(x, scale, bias, mask=mask, activation=jnp.tanh)
+    return y, m[1:]
+
+
+def plain(x, scale, bias, mask=MASK):
+    y, m = plain_batch_norm(x, scale, bias, axes=AXES, mask=mask)
+    return jnp.tanh(y), m
+
+
+def directions(args, seed=9):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=a.shape)) for a in args)
+
+
+ALL = (0, 1, 2)
+
+
+def grad(f):
+    return jax.grad(f, ALL)
+
+
+def hvp_forward_over_reverse(f):
+    return lambda *a: jax.jvp(grad(f), a, directions(a))[1]
+
+
+def hvp_reverse_over_forward(f):
+    return grad(lambda *a: jax.jvp(f, a, directions(a))[1])
+
+
+def hvp_reverse_over_reverse(f):
+    return grad(
+        lambda *a: sum(jnp.vdot(g, d) for g, d in zip(grad(f)(*a), directions(a)))
+    )
+
+
+def third_order(f):
+    return hvp_forward_over_reverse(
+        lambda *a: sum(jnp.vdot(g, d) for g, d in zip(grad(f)(*a), directions(a, 8)))
+    )
+
+
+def stacked(args):
+    return [jnp.stack([a, 2 * a + 1]) for a in args]
+
+
+def scanned(f):
+    def run(*a):
+        def step(carry, one):
+            return carry + f(*one), None
+
+        return jax.lax.scan(step, 0.0, tuple(stacked(a)))[0]
+
+    return run
+
+
+def linear_transposed(f):
+    def run(*a):
+        _, linear = jax.linearize(f, *a)
+        return jax.linear_transpose(linear, *a)(1.0)
+
+    return run
+
+
+def vmapped_cotangents(batch_norm):
+    def run(*a):
+        y, vjp = jax.vjp(lambda *a: batch_norm(*a)[0], *a)
+        return jax.vmap(vjp)(jnp.stack([jnp.cos(y), y]))
+
+    return run
+
+
+def cond(f):
+    return lambda *a: jax.lax.cond(a[1][0] > -100, f, lambda *a: a[1].sum(), *a)
+
+
+names = jax.checkpoint_policies.save_only_these_names
+TRANSFORMS = {
+    "value": lambda f: f,
+    "grad": grad,
+    "jit grad": lambda f: jax.jit(grad(f)),
+    "vmap grad": lambda f: lambda *a: jax.vmap(grad(f))(*stacked(a)),
+    "scan": lambda f: grad(scanned(f)),
+    "cond": lambda f: grad(cond(f)),
+    "remat": lambda f: grad(jax.checkpoint(f)),
+    "remat policy": lambda f: grad(
+        jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable)
+    ),
+    "remat names": lambda f: grad(jax.checkpoint(f, policy=names("none"))),
+    "linear_transpose": linear_transposed,
+    "reverse over reverse": hvp_reverse_over_reverse,
+    "third order": third_order,
+    "jvp": lambda f: lambda *a: jax.jvp(f, a, directions(a)),
+    "linearize": lambda f: lambda *a: jax.linearize(f, *a)[1](*directions(a)),
+    "vmap jvp": lambda f: lambda *a: jax.vmap(
+        lambda *a: jax.jvp(f, a, directions(a))
+    )(*stacked(a)),
+    "remat jvp": lambda f: lambda *a: jax.jvp(jax.checkpoint(f), a, directions(a)),
+    "jacfwd": lambda f: jax.jacfwd(f, (1, 2)),
+    "hessian": lambda f: jax.hessian(f, 1),
+    "reverse over forward": hvp_reverse_over_forward,
+    "forward over reverse": hvp_forward_over_reverse,
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transform(name):
+    args = case()[:3]
+    expected = TRANSFORMS[name](loss_of(plain))(*args)
+    actual = TRANSFORMS[name](loss_of(ours))(*args)
+    assert_trees_close(actual, jax.tree.map(np.asarray, expected), tol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_vmap_over_cotangents():
+    args = case()[:3]
+    expected = vmapped_cotangents(plain)(*args)
+    actual = vmapped_cotangents(ours)(*args)
+    assert_trees_close(actual, jax.tree.map(np.asarray, expected), tol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_activation_may_close_over_a_parameter():
+    x, scale, bias, dy = case()
+
+    def loss(batch_norm, slope):
+        return (batch_norm(lambda y: jnp.where(y > 0, y, slope * y)) * dy).sum()
+
+    ours = jax.jit(jax.grad(lambda s: loss(
+        lambda act: bnjax.batch_norm(x, scale, bias, activation=act)[0], s)))
+    plain = jax.grad(lambda s: loss(
+        lambda act: act(plain_batch_norm(x, scale, bias, axes=AXES)[0]), s))
+    assert_close(ours(0.3), np.asarray(plain(0.3)), tol=1e-10)
+
+
+# ---- what is kept for the backward pass ----
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.gelu])
+def test_residuals_are_the_input(dtype, activation):
+    x = jnp.ones((64, 32, 32, 64), dtype)
+    scale, bias = jnp.ones(64), jnp.zeros(64)
+
+    def f(x, scale, bias):
+        return bnjax.batch_norm(x, scale, bias, activation=activation, dtype=dtype)
+
+    assert residual_bytes(f, x, scale, bias) <= 1.001 * x.nbytes
+
+
+def test_residuals_with_residual_mask_and_frozen_statistics():
+    x = jnp.ones((64, 32, 32, 64), jnp.bfloat16)
+    scale = jnp.ones(64)
+    mask = jnp.ones((64, 32, 32, 1), bool)
+
+    def added(x, r):
+        return bnjax.batch_norm(
+            x, scale, residual=r, activation=jax.nn.relu, dtype=x.dtype
+        )[0]
+
+    assert residual_bytes(added, x, x) <= 2.001 * x.nbytes  # both inputs
+
+    def masked(x, scale):
+        return bnjax.batch_norm(x, scale, mask=mask, dtype=x.dtype)[0]
+
+    assert residual_bytes(masked, x, scale) <= 1.001 * x.nbytes + mask.nbytes
+
+    def frozen(x, scale):
+        return bnjax.normalize(
+            x, scale, scale, scale, activation=jax.nn.relu, dtype=x.dtype
+        )
+
+    assert residual_bytes(frozen, x, scale) <= 1.001 * x.nbytes
+
+
+def test_backward_pass_holds_two_full_reductions():
+    """S and T; the statistics are not computed again."""
+    x, scale, bias, dy = case("float32")
+    _, vjp = jax.vjp(lambda *a: bnjax.batch_norm(*a)[0], x, scale, bias)
+    jaxpr = jax.make_jaxpr(vjp)(dy)
+    full = [
+        eqn
+        for eqn in equations(jaxpr.jaxpr)
+        if eqn.primitive.name == "reduce_sum" and eqn.invars[0].aval.shape == SHAPE
+    ]
+    assert len(full) == 2
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_no_full_size_float32_copy_on_the_cpu():
+    """Each reduction of a bfloat16 input reads the input itself."""
+    x = jnp.ones((16, 32, 32, 64), jnp.bfloat16)
+    scale, bias = jnp.ones(64), jnp.zeros(64)
+
+    def f(x, scale, bias, dy):
+        y, vjp = jax.vjp(
+            lambda *a: bnjax.batch_norm(*a, dtype=jnp.bfloat16)[0], x, scale, bias
+        )
+        return y, vjp(dy)
+
+    text = compiled_text(f, x, scale, bias, x)
+    entry = text[text.index("ENTRY") :]
+    assert " f32[16,32,32,64]" not in entry

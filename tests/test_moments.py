@@ -1,0 +1,253 @@
+"""Moments: values, merge laws, accuracy, masks, replicas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close, assert_trees_close, poison
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bnjax
+from bnjax import Moments
+
+SHAPE = (6, 4, 5, 3)
+
+
+def data(shape=SHAPE, seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape) * 2 + 1
+    if np.issubdtype(dtype, np.complexfloating):
+        x = x + 1j * rng.normal(size=shape)
+    return x.astype(dtype)
+
+
+def complement(axis, ndim):
+    axis = (axis,) if isinstance(axis, int) else axis
+    return tuple(a for a in range(ndim) if a not in {b % ndim for b in axis})
+
+
+def full(count, shape):
+    """The oracle's count is per feature; one number where all agree is as good."""
+    return np.broadcast_to(np.asarray(count), shape)
+
+
+def check(actual: Moments, x, axes, mask=None, tol=None):
+    count, mean, m2 = oracle.moments(x, axes, mask)
+    np.testing.assert_array_equal(full(actual.count, mean.shape), count)
+    assert_close(actual.mean, mean, tol=tol, what="mean")
+    assert_close(actual.m2, m2, tol=tol, what="m2")
+
+
+def test_worked_example():
+    m = bnjax.moments(jnp.array([[4.0], [7.0], [5.0]]))
+    assert_trees_close(m, Moments(np.array(3.0), np.array([16 / 3]), np.array([14 / 3])))
+    assert_close(m.variance(), np.array([14 / 9]))
+    assert_close(m.variance(ddof=1), np.array([7 / 3]))
+    merged = bnjax.merge(Moments(2.0, 5.5, 4.5), Moments(1.0, 5.0, 0.0))
+    assert_trees_close(merged, Moments(*map(np.array, (3.0, 16 / 3, 14 / 3))))
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 1, 3, (1, 3), (-1, -3), (2, 0)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+def test_values(axis, dtype):
+    x = jnp.asarray(data(dtype=np.complex64 if dtype == "complex64" else np.float32))
+    x = x.astype(dtype)
+    m = jax.jit(lambda x: bnjax.moments(x, axis=axis))(x)
+    check(m, np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))), complement(axis, 4))
+    assert m.mean.dtype == (jnp.complex64 if dtype == "complex64" else jnp.float32)
+    assert m.m2.dtype == m.count.dtype == jnp.float32
+    assert isinstance(m.count, jax.Array)
+    assert m.count.shape == ()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_double_precision_is_kept(dtype):
+    x = data(dtype=np.dtype(dtype))
+    m = bnjax.moments(x)
+    check(m, x, (0, 1, 2), tol=1e-13)
+    assert m.mean.dtype == dtype
+    assert m.m2.dtype == jnp.float64
+
+
+MASKS = {
+    "per example": (6, 1, 1, 1),
+    "per position": (6, 4, 5, 1),
+    "low rank": (5, 1),
+    "per feature": (6, 4, 5, 3),
+    "feature only": (3,),
+    "constant over examples": (4, 5, 3),
+}
+
+
+@pytest.mark.parametrize("mask_shape", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("axis", [-1, 1, (0, 3)])
+def test_masked_values_change_nothing(mask_shape, garbage, axis):
+    x = data()
+    mask = np.random.default_rng(1).random(mask_shape) < 0.5
+    m = jax.jit(lambda x: bnjax.moments(x, axis=axis, mask=mask))(poison(x, mask, garbage))
+    check(m, x, complement(axis, 4), mask)
+
+
+def test_count_is_scalar_unless_the_mask_varies_by_feature():
+    x = data()
+    assert bnjax.moments(x, mask=np.ones((6, 1, 1, 1), bool)).count.shape == ()
+    assert bnjax.moments(x, mask=np.ones(3, bool)).count.shape == (3,)
+    two = bnjax.moments(x, axis=(1, 3), mask=np.ones((1, 4, 1, 1), bool))
+    assert two.count.shape == (4, 3)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1e2, 1e3, 1e4, -1e2, -1e3, -1e4])
+@pytest.mark.parametrize("shape", [(4096, 5), (64, 28, 28, 5), (300, 3), (9, 11, 2)])
+@pytest.mark.parametrize("kind", ["clean", "outliers first", "masked NaN", "masked 1e30"])
+def test_variance_at_large_mean(ratio, shape, kind):
+    """The first batch, without help of a running mean."""
+    rng = np.random.default_rng(0)
+    x = (ratio + rng.normal(size=shape)).astype(np.float32)
+    mask, axes = None, tuple(range(x.ndim - 1))
+    if kind == "outliers first":
+        x[: max(1, shape[0] // 50)] = 1e6
+    if kind.startswith("masked"):
+        mask = rng.random(shape[:-1] + (1,)) < 0.5
+        mask[: shape[0] // 3] = False
+        x = poison(x, mask, float(kind.split()[1]))
+    for implementation in (None, "xla"):
+        _, m = jax.jit(
+            lambda x, i=implementation: bnjax.batch_norm(x, mask=mask, implementation=i)
+        )(x)
+        count, mean, m2 = oracle.moments(np.where(np.isfinite(x), x, 0), axes, mask)
+        np.testing.assert_allclose(m.variance(), m2 / count, rtol=1e-5)
+        scale = np.abs(mean) + np.sqrt(m2 / count)
+        assert (np.abs(m.mean - mean) / scale).max() < 3e-7
+
+
+@pytest.mark.parametrize("position", [0, 31, 32, 2047])
+def test_one_huge_outlier_anywhere(position):
+    """The subsample holds it, or not: its variance is that of the outlier."""
+    x = np.random.default_rng(0).normal(size=(2048, 3)).astype(np.float32)
+    x[position] = 1e8
+    check(bnjax.moments(x), x, (0,), tol=1e-5)
+
+
+def test_one_value_in_thirty_two_is_enough():
+    """The bound of `_shift`, at its worst: the subsample is where the outliers are."""
+    x = np.random.default_rng(0).normal(size=(4096, 3)).astype(np.float32)
+    x[::32] += 1e6
+    check(bnjax.moments(x), x, (0,), tol=1e-5)
+
+
+def test_variance_is_never_negative():
+    x = jnp.full((100, 3), 0.1)
+    m = bnjax.moments(x)
+    assert (m.m2 >= 0).all()
+    assert (m.variance() < 1e-14).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0, 3)])
+def test_no_values(shape):
+    m = bnjax.moments(np.ones(shape, np.float32))
+    assert_trees_close(m, Moments(np.array(0.0), np.zeros(3), np.zeros(3)))
+    assert_close(m.variance(), np.zeros(3))
+    assert_close(m.variance(ddof=1), np.zeros(3))
+
+
+def test_one_value_has_variance_zero():
+    m = bnjax.moments(jnp.array([[3.0, 4.0, 5.0]]))
+    assert_trees_close(m, Moments(np.array(1.0), np.array([3.0, 4.0, 5.0]), np.zeros(3)))
+    assert_close(m.variance(ddof=1), np.zeros(3))
+
+
+def test_all_masked_is_the_identity():
+    m = bnjax.moments(np.full((4, 3), np.nan, np.float32), mask=np.zeros((4, 1), bool))
+    assert_trees_close(m, jax.tree.map(np.asarray, Moments.empty((3,))))
+
+
+def test_empty_dtypes():
+    m = Moments.empty((2, 3), jnp.complex64)
+    assert m.mean.dtype == jnp.complex64
+    assert m.m2.dtype == m.count.dtype == jnp.float32
+    assert m.mean.shape == m.m2.shape == (2, 3)
+
+
+def split_moments(x, sizes):
+    parts = np.split(x, np.cumsum(sizes)[:-1])
+    return [bnjax.moments(part) for part in parts]
+
+
+@pytest.mark.parametrize("sizes", [[64], [2, 2, 4, 8, 16, 32], [1] * 10 + [54], [0, 63, 1]])
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_merge_is_independent_of_the_split(sizes, offset):
+    """What fvcore asserts of its precise batch norm, for any split."""
+    x = data((64, 3)) + np.float32(offset)
+    merged = bnjax.merge(*split_moments(x, sizes))
+    # Each mean is rounded at 1e4, that is by 5e-4 of these standard deviations.
+    check(merged, x, (0,), tol=1e-4 if offset else 1e-6)
+
+
+parts = st.lists(st.integers(0, 9), min_size=3, max_size=3)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(sizes=parts, seed=st.integers(0, 9), offset=st.sampled_from([0.0, -3.0, 1e3]))
+def test_merge_laws(sizes, seed, offset):
+    x = data((sum(sizes), 3), seed) + np.float32(offset)
+    a, b, c = split_moments(x, sizes)
+    identity = Moments.empty((3,))
+    for left, right in [
+        (bnjax.merge(a, bnjax.merge(b, c)), bnjax.merge(bnjax.merge(a, b), c)),
+        (bnjax.merge(a, b), bnjax.merge(b, a)),
+    ]:
+        assert_trees_close(left, jax.tree.map(np.asarray, right), tol=2e-5)  # 1e3 offset
+    for same in (bnjax.merge(a, identity), bnjax.merge(identity, a)):
+        jax.tree.map(np.testing.assert_array_equal, same, a)
+
+
+def test_merging_nothing_with_a_huge_mean_is_finite():
+    huge = Moments(jnp.array(2.0), jnp.array([1e25]), jnp.array([1.0]))
+    jax.tree.map(
+        np.testing.assert_array_equal, bnjax.merge(Moments.empty((1,)), huge), huge
+    )
+
+
+def test_merge_with_counts_per_feature():
+    x = data((10, 3))
+    mask = np.random.default_rng(3).random((10, 3)) < 0.5
+    merged = bnjax.merge(
+        bnjax.moments(x[:4], mask=mask[:4]), bnjax.moments(x[4:], mask=mask[4:])
+    )
+    check(merged, x, (0,), mask)
+
+
+def test_merge_of_complex_values():
+    x = data((10, 3), dtype=np.complex64)
+    check(bnjax.merge(bnjax.moments(x[:4]), bnjax.moments(x[4:])), x, (0,))
+
+
+def test_moments_pass_through_jit_scan_and_vmap():
+    x = data((7, 5, 3))
+
+    def step(total, batch):
+        return bnjax.merge(total, bnjax.moments(batch)), None
+
+    total, _ = jax.jit(lambda x: jax.lax.scan(step, Moments.empty((3,)), x))(x)
+    check(total, x, (0, 1))
+    each = jax.vmap(bnjax.moments)(x)
+    assert each.mean.shape == (7, 3)
+    for i in range(7):
+        check(jax.tree.map(lambda leaf, i=i: leaf[i], each), x[i], (0,))
+
+
+@pytest.mark.parametrize("replicas", [8, 72])
+def test_vmap_axis_name_gathers_or_sums(replicas):
+    """Up to 64 replicas one gather, beyond it two sums; the values are the same."""
+    x = data((replicas, 5, 3)) + np.float32(1e4)
+    mask = np.random.default_rng(0).random((replicas, 5, 1)) < 0.6
+    mask[2] = False
+    m = jax.vmap(lambda x, k: bnjax.moments(x, mask=k, axis_name="i"), axis_name="i")(
+        poison(x, mask), mask
+    )
+    for i in (0, 2, replicas - 1):
+        check(jax.tree.map(lambda leaf, i=i: leaf[i], m), x, (0, 1), mask, tol=1e-5)
