@@ -28,6 +28,12 @@ def cast_like(reference, x):
     return _cast(x, varying(reference))
 
 
+def cast_together(*values):
+    """The values, each typed to vary over every axis that one of them varies over."""
+    axes = frozenset().union(*map(varying, values))
+    return [_cast(value, axes) for value in values]
+
+
 def axis_size(axis_name: AxisName) -> int:
     """How many replicas the named axis, or tuple of axes, has."""
     return math.prod(lax.axis_size(name) for name in _names(axis_name))
@@ -40,11 +46,7 @@ def gather(x: jax.Array, axis_name: AxisName, groups: Groups | None = None):
     are zero. Never differentiated (jax-ml/jax transposes `to='invarying'` wrongly
     outside a typed shard_map before 0.12).
     """
-    typed = _typed(axis_name)
-    x = _cast(x, typed)
-    if groups is None and typed:
-        return lax.all_gather(x, axis_name, to="invarying")
-    rows = lax.all_gather(x, axis_name)
+    rows = _all_gather(x, axis_name, invarying=groups is None)
     return rows if groups is None else _own_group(rows, axis_name, groups)
 
 
@@ -52,10 +54,9 @@ def all_sum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None = No
     """The sum of `x` over the replicas, or over those of this replica's group."""
     if axis_name is None:
         return x
-    x = _cast(x, _typed(axis_name))
     if groups is None:
-        return lax.psum(x, axis_name)
-    return _own_group(lax.all_gather(x, axis_name), axis_name, groups).sum(0)
+        return lax.psum(_cast(x, _typed(axis_name)), axis_name)
+    return _own_group(_all_gather(x, axis_name), axis_name, groups).sum(0)
 
 
 def packed_sum(values, axis_name: AxisName):
@@ -88,6 +89,18 @@ def pack(values):
 
 def _names(axis_name: AxisName) -> tuple[str, ...]:
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def _all_gather(x: jax.Array, axis_name: AxisName, invarying: bool = False):
+    typed = _typed(axis_name)
+    to = {"to": "invarying"} if invarying and typed else {}
+    x = _cast(x, typed)
+    if frozenset(_names(axis_name)) <= frozenset(jax.sharding.get_abstract_mesh().axis_names):
+        return lax.all_gather(x, axis_name, **to)
+    rows = x  # axes of vmap: JAX gathers over one at a time
+    for name in reversed(_names(axis_name)):
+        rows = lax.all_gather(rows, name)
+    return rows.reshape(-1, *x.shape)
 
 
 def _typed(axis_name: AxisName) -> frozenset:

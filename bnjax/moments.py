@@ -289,7 +289,8 @@ def _centred(x: jax.Array, centre: jax.Array, how: Reduction) -> jax.Array:
 
 
 def _reread(x: jax.Array, vector: jax.Array, how: Reduction):
-    return _backend.reread(how.storage, how.implementation, x, vector)
+    values = _replicas.cast_together(x, vector)
+    return _backend.reread(how.storage, how.implementation, *values)
 
 
 def _abs_product(a: jax.Array, b: jax.Array) -> jax.Array:

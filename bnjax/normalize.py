@@ -282,11 +282,12 @@ def _(how, primals, tangents):
         for v in _replicas.cast_like(x, jnp.stack([slope, offset]))
     )
     again = functools.partial(_backend.reread_cotangent, how.output, how.implementation)
-    offset = jnp.broadcast_to(offset, x.shape)
+    offset = offset + jnp.zeros_like(x)  # split over the devices as x is
     return y, dx * a + again((x - mean) * rstd * slope + again(offset))
 
 
 def _fresh(how: _Affine, x, *vectors):
     """`x`, to be read again, and the per-feature vectors in its rank."""
-    x, *vectors = _backend.reread(how.storage, how.implementation, x, *vectors)
+    values = _replicas.cast_together(x, *vectors)
+    x, *vectors = _backend.reread(how.storage, how.implementation, *values)
     return x, *(_axes.expand(v, how.feature_axes, x.ndim) for v in vectors)

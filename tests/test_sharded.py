@@ -1,0 +1,302 @@
+"""Replicas: the result is that of the concatenated batch, whatever the split."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close, assert_trees_close, collectives, poison
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import bnjax
+
+SHAPE = (16, 4, 5, 3)
+AXES = (0, 1, 2)
+P = PartitionSpec
+
+
+def mesh(kind=AxisType.Auto, **sizes):
+    sizes = sizes or {"data": 8}
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes)
+    )
+
+
+def case():
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, *SHAPE)) * 2 + 1
+    x = x + np.arange(16).reshape(16, 1, 1, 1)  # the replicas' means differ
+    scale, bias = rng.normal(size=(2, 3))
+    return [np.asarray(v, np.float32) for v in (x, scale, bias, dy)]
+
+
+def masks():
+    rng = np.random.default_rng(1)
+    uneven = rng.random((16, 4, 5, 1)) < 0.5
+    uneven[4:6] = False  # the third replica has nothing
+    return {
+        "none": None,
+        "uneven": uneven,
+        "per feature": (rng.random(SHAPE) < 0.5) & uneven,
+        "all empty": np.zeros((16, 1, 1, 1), bool),
+    }
+
+
+MASKS = masks()
+
+
+def weighted(x, scale, bias, dy, mask, axis_name):
+    """A loss that looks at y and at the Moments."""
+    y, m = bnjax.batch_norm(x, scale, bias, mask=mask, axis_name=axis_name)
+    return jnp.sum(y * dy), (y, m)
+
+
+def local_loss(x, scale, bias, dy, mask):
+    """The loss of one replica: its share of y, and of the Moments."""
+    loss, (y, m) = weighted(x, scale, bias, dy, mask, "data")
+    share = (jnp.sum(m.mean) + jnp.sum(m.m2) / 100) / 8
+    return loss + share, (y, m)
+
+
+def global_loss(x, scale, bias, dy, mask):
+    loss, (y, m) = weighted(x, scale, bias, dy, mask, None)
+    return loss + jnp.sum(m.mean) + jnp.sum(m.m2) / 100, (y, m)
+
+
+def in_shard_map(check_vma, outside):
+    """The gradient taken outside of shard_map, or inside."""
+
+    def run(x, scale, bias, dy, mask):
+        specs = (P("data"), P(), P(), P("data"), None if mask is None else P("data"))
+        outputs = (P("data"), P())
+        wrap = functools.partial(
+            jax.shard_map, mesh=mesh(), in_specs=specs, check_vma=check_vma
+        )
+        if outside:
+
+            def summed(*args):
+                loss, aux = local_loss(*args)
+                return jax.lax.psum(loss, "data"), aux
+
+            f = wrap(summed, out_specs=(P(), outputs))
+            return jax.grad(f, (0, 1, 2), has_aux=True)(x, scale, bias, dy, mask)
+
+        def inner(x, scale, bias, dy, mask):
+            grads, aux = jax.grad(local_loss, (0, 1, 2), has_aux=True)(
+                x, scale, bias, dy, mask
+            )
+            if not check_vma:  # typed, the sum over the replicas is implied
+                grads = (grads[0], *jax.lax.psum(grads[1:], "data"))
+            return grads, aux
+
+        grads = (P("data"), P(), P())
+        return wrap(inner, out_specs=(grads, outputs))(x, scale, bias, dy, mask)
+
+    return jax.jit(run)
+
+
+def per_replica(transform):
+    """pmap and vmap: a leading axis of replicas."""
+
+    def run(x, scale, bias, dy, mask):
+        split = jax.tree.map(lambda t: t.reshape(8, 2, *t.shape[1:]), (x, dy, mask))
+
+        def inner(x, dy, mask, scale, bias):
+            grads, (y, m) = jax.grad(local_loss, (0, 1, 2), has_aux=True)(
+                x, scale, bias, dy, mask
+            )
+            return (grads[0], *jax.lax.psum(grads[1:], "data")), (y, m)
+
+        in_axes = (0, 0, None if mask is None else 0, None, None)
+        out = transform(inner, axis_name="data", in_axes=in_axes)(*split, scale, bias)
+        (dx, *rest), (y, m) = jax.tree.map(np.asarray, out)
+        for leaf in jax.tree.leaves((rest, m)):
+            assert (leaf == leaf[:1]).all(), "the replicas agree, bit for bit"
+        first = jax.tree.map(lambda t: t[0], (rest, m))
+        whole = [t.reshape(SHAPE) for t in (dx, y)]
+        return (whole[0], *first[0]), (whole[1], first[1])
+
+    return run
+
+
+def in_jit(kind):
+    def run(x, scale, bias, dy, mask):
+        placed = NamedSharding(mesh(kind), P("data"))
+        x, dy = jax.device_put((x, dy), placed)
+        if mask is not None:
+            mask = jax.device_put(mask, placed)
+        with jax.set_mesh(mesh(kind)):
+            return jax.jit(jax.grad(global_loss, (0, 1, 2), has_aux=True))(
+                x, scale, bias, dy, mask
+            )
+
+    return run
+
+
+MODES = {
+    "shard_map typed, grad outside": in_shard_map(True, True),
+    "shard_map typed, grad inside": in_shard_map(True, False),
+    "shard_map untyped, grad outside": in_shard_map(False, True),
+    "shard_map untyped, grad inside": in_shard_map(False, False),
+    "pmap": per_replica(jax.pmap),
+    "vmap": per_replica(jax.vmap),
+    "jit, Auto axes": in_jit(AxisType.Auto),
+    "jit, Explicit axes": in_jit(AxisType.Explicit),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_the_concatenated_batch(mode, mask):
+    x, scale, bias, dy = case()
+    keep = MASKS[mask]
+    if keep is not None:
+        x = poison(x, keep)
+        dy = np.where(keep, dy, 0).astype(np.float32)
+    expected = jax.grad(global_loss, (0, 1, 2), has_aux=True)(x, scale, bias, dy, keep)
+    actual = MODES[mode](x, scale, bias, dy, keep)
+    assert_trees_close(actual, jax.tree.map(np.asarray, expected), tol=1e-5)
+    if mask != "all empty":
+        clean = np.where(True if keep is None else keep, x, 0)
+        y = oracle.batch_norm(clean, scale, bias, AXES, keep)
+        seen = np.ones(SHAPE, bool) if keep is None else np.broadcast_to(keep, SHAPE)
+        assert_close(np.asarray(actual[1][0])[seen], y[seen], tol=5e-6)
+
+
+@pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 5, 7], [1], [2, 3, 4, 6]]])
+@pytest.mark.parametrize("mode", ["typed", "untyped", "pmap", "vmap"])
+def test_groups(groups, mode):
+    """Uneven ones too; also the derivative."""
+    x, scale, bias, dy = case()
+
+    def inner(x, dy):
+        def loss(x):
+            y, m = bnjax.batch_norm(
+                x, scale, bias, axis_name="data", axis_index_groups=groups
+            )
+            return jnp.sum(y * dy), (y, m.mean)
+
+        dx, (y, mean) = jax.grad(loss, has_aux=True)(x)
+        return dx, y, mean[None]
+
+    if mode in ("typed", "untyped"):
+        f = jax.shard_map(
+            inner,
+            mesh=mesh(),
+            in_specs=P("data"),
+            out_specs=P("data"),
+            check_vma=mode == "typed",
+        )
+        dx, y, mean = jax.jit(f)(x, dy)
+    else:
+        f = (jax.pmap if mode == "pmap" else jax.vmap)(inner, axis_name="data")
+        out = f(*(t.reshape(8, 2, *t.shape[1:]) for t in (x, dy)))
+        dx, y, mean = (np.asarray(t).reshape(16 if t.ndim > 4 else 8, *t.shape[2:]) for t in out)
+    for group in groups:
+        rows = np.concatenate([[2 * i, 2 * i + 1] for i in group])
+        assert_close(np.asarray(y)[rows], oracle.batch_norm(x[rows], scale, bias, AXES), tol=5e-6)
+        exact = oracle.batch_norm_gradients(x[rows], scale, dy[rows], AXES)[0]
+        assert_close(np.asarray(dx)[rows], exact, tol=2e-5)
+        for i in group:
+            assert_close(np.asarray(mean)[i], x[rows].mean(AXES), tol=2e-6)
+
+
+def test_another_groups_nan_stays_there():
+    x = case()[0]
+    x[8:] = np.nan
+    f = jax.vmap(
+        lambda x: bnjax.batch_norm(
+            x, axis_name="data", axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]
+        )[0],
+        axis_name="data",
+    )
+    y = np.asarray(f(x.reshape(8, 2, *SHAPE[1:])))
+    assert np.isfinite(y[:4]).all()
+    assert np.isnan(y[4:]).all()
+
+
+@pytest.mark.parametrize("mode", ["typed", "untyped", "vmap"])
+def test_two_axis_names(mode):
+    """Also where x varies over only one of them: the other repeats the batch."""
+    x, scale, bias, _ = case()
+    expected = oracle.batch_norm(x, scale, bias, AXES)
+
+    def f(x):
+        return bnjax.batch_norm(x, scale, bias, axis_name=("data", "model"))[0]
+
+    if mode == "vmap":
+        split = x.reshape(4, 2, 2, *SHAPE[1:])
+        y = jax.vmap(jax.vmap(f, axis_name="model"), axis_name="data")(split)
+        assert_close(np.asarray(y).reshape(SHAPE), expected, tol=5e-6)
+        return
+    two = mesh(data=4, model=2)
+    wrap = functools.partial(jax.shard_map, mesh=two, check_vma=mode == "typed")
+    both = P(("data", "model"))
+    y = jax.jit(wrap(f, in_specs=both, out_specs=both))(x)
+    assert_close(y, expected, tol=5e-6)
+    y = jax.jit(wrap(f, in_specs=P("data"), out_specs=P("data")))
+    if mode == "untyped":
+        assert_close(y(x), expected, tol=5e-6)
+        dx = jax.grad(lambda x: jnp.sum(jnp.sin(y(x))))(x)
+    else:
+        replicated = jax.jit(wrap(f, in_specs=P("data"), out_specs=P("data")))
+        assert_close(replicated(x), expected, tol=5e-6)
+        dx = jax.grad(lambda x: jnp.sum(jnp.sin(replicated(x))))(x)
+    exact = oracle.batch_norm_gradients(x, scale, np.cos(expected), AXES)[0]
+    assert_close(dx, exact, tol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [None, "uneven", "per feature"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_one_collective_forward_and_one_backward(check_vma, mask):
+    x, scale, bias, dy = case()
+    keep = None if mask is None else MASKS[mask]
+    wrap = functools.partial(jax.shard_map, mesh=mesh(), check_vma=check_vma)
+
+    def forward(x, scale, bias, mask):
+        return bnjax.batch_norm(x, scale, bias, mask=mask, axis_name="data")[0]
+
+    specs = (P("data"), P(), P(), None if keep is None else P("data"))
+    f = wrap(forward, in_specs=specs, out_specs=P("data"))
+    assert collectives(f, x, scale, bias, keep) == {"all-gather": 1}
+
+    def both(*args):
+        y, vjp = jax.vjp(lambda *a: f(*a, keep), *args)
+        return y, vjp(dy)
+
+    assert collectives(both, x, scale, bias) == {"all-gather": 1, "all-reduce": 1}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("shape", [SHAPE, (4096, 3), (24, 3)])
+def test_jit_never_gathers_the_batch(kind, shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    placed = jax.device_put(x, NamedSharding(mesh(kind), P("data")))
+
+    def both(x):
+        y, vjp = jax.vjp(lambda x: bnjax.batch_norm(x)[0], x)
+        return y, vjp(y)
+
+    with jax.set_mesh(mesh(kind)):
+        found = collectives(both, placed)
+    assert set(found) <= {"all-reduce"}, found
+    assert found["all-reduce"] <= 3  # the shift, the sums, the backward sums
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+def test_large_means_that_differ_between_replicas(offset):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(512, 3)) + offset).astype(np.float32)
+    x += np.repeat(rng.normal(size=(8, 1)), 64, 0).astype(np.float32)
+    f = jax.shard_map(
+        lambda x: bnjax.moments(x, axis_name="data"),
+        mesh=mesh(),
+        in_specs=P("data"),
+        out_specs=P(),
+    )
+    _, mean, m2 = oracle.moments(x, (0,))
+    m = jax.jit(f)(x)
+    np.testing.assert_allclose(m.m2, m2, rtol=1e-5)
+    np.testing.assert_allclose(m.mean, mean, rtol=1e-6, atol=1e-6)
