@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,10 @@ class BatchNorm(nn.Module):
 
     Variables: `params/{scale,bias}`, `batch_stats/{mean,var}` (float32). Two switches are
     independent: where the statistics come from (`use_running_average`), and whether the
-    running statistics are written (`update_stats`). While `batch_moments` is mutable,
-    the layer leaves the Moments of its input there, as `batch_moments/moments`, merged
-    with what the collection already holds (a layer called twice pools both inputs).
-    That collection is transient: start it empty at each step.
+    running statistics are written (`update_stats`). Where `mutable` names `batch_moments`
+    (`mutable=True` does not), the layer leaves the Moments of its input there, as
+    `batch_moments/moments`, merged with what the collection already holds: a layer that
+    is called twice pools both inputs. Start that collection empty at each step.
 
     Attributes:
         use_running_average: whether to normalize by the running statistics; here or in
@@ -66,7 +67,7 @@ class BatchNorm(nn.Module):
     >>> x = jax.random.normal(jax.random.key(0), (5, 6))
     >>> variables = layer.init(jax.random.key(1), x)
     >>> print(jax.tree.map(jnp.shape, variables))
-    {'batch_stats': {'mean': (6,), 'var': (6,)}, 'params': {'scale': (6,), 'bias': (6,)}}
+    {'batch_stats': {'mean': (6,), 'var': (6,)}, 'params': {'bias': (6,), 'scale': (6,)}}
     >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
 
     References: Ioffe & Szegedy 2015.
@@ -122,11 +123,12 @@ class BatchNorm(nn.Module):
         use_running = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        _checks.weight("momentum", self.momentum)
         update = self.update_stats if update_stats is None else update_stats
         x = _checks.inexact("x", x)
-        stats = self._running_statistics(x)
+        stats = _running_statistics(self, x)
         stored = running.State(*(variable.value for variable in stats))
-        affine = {**self._parameters(x), "residual": residual}
+        affine = {**_parameters(self, x), "residual": residual}
         over: dict[str, Any] = {"mask": mask}
         if self.is_initializing():
             with warnings.catch_warnings():
@@ -138,52 +140,70 @@ class BatchNorm(nn.Module):
         over["axis_name"] = self.axis_name
         over["axis_index_groups"] = self.axis_index_groups
         update = not use_running if update is None else update
-        pools = self.is_mutable_collection("batch_moments")
+        pools = _asks_for_moments(self)
         if use_running:
             y = normalize(x, *stored, **affine)
             batch = moments(x, axis=self.axis, **over) if update or pools else None
         else:
             y, batch = batch_norm(x, **over, **affine, fallback=stored)
         if update:
-            self._update(stats, stored, batch)
+            _update(self, stats, batch)
         if pools:
             pool = self.variable("batch_moments", "moments", Moments.empty, stored.mean.shape)
             pool.value = merge(pool.value, batch)
         return y
 
-    def _running_statistics(self, x: jax.Array) -> running.State:
-        """The variables of the running statistics."""
-        shape = _axes.sizes(x.shape, _axes.canonical(self.axis, x.ndim))
-        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        start = running.ema().init(shape, dtype)
-        stats = running.State(
-            self.variable("batch_stats", "mean", lambda: start.mean),
-            self.variable("batch_stats", "var", lambda: start.var),
-        )
-        for name, variable in zip(stats._fields, stats):
-            _checks.feature_shape(f"batch_stats/{name}", variable.value, shape, self.axis)
-        return stats
 
-    def _parameters(self, x: jax.Array) -> dict[str, Any]:
-        """The arguments that `normalize` and `batch_norm` share; declares the params."""
-        shape = _axes.sizes(x.shape, _axes.canonical(self.axis, x.ndim))
-        shared: dict[str, Any] = {}
-        if self.use_scale:
-            shared["scale"] = self.param("scale", self.scale_init, shape, self.param_dtype)
-        if self.use_bias:
-            shared["bias"] = self.param("bias", self.bias_init, shape, self.param_dtype)
-        shared.update(axis=self.axis, epsilon=self.epsilon, dtype=self.dtype)
-        shared.update(activation=self.activation)
-        return shared
+# Functions, not methods: Flax wraps methods, and summaries list their calls.
 
-    def _update(self, stats: running.State, stored: running.State, batch: Moments):
-        """Writes the running statistics after one batch."""
-        _checks.weight("momentum", self.momentum)
-        rule = running.ema(
-            self.momentum,
-            ddof=int(self.unbiased),
-            skip_nonfinite=self.skip_nonfinite_updates,
-        )
-        for variable, old, new in zip(stats, stored, rule.update(stored, batch)):
-            keep = not (self.force_float32_reductions or jnp.iscomplexobj(new))
-            variable.value = new.astype(old.dtype) if keep else new
+
+def _running_statistics(layer: BatchNorm, x: jax.Array) -> running.State:
+    """The variables of the running statistics."""
+    shape = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
+    dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+    start = running.ema().init(shape, dtype)
+    stats = running.State(
+        layer.variable("batch_stats", "mean", lambda: start.mean),
+        layer.variable("batch_stats", "var", lambda: start.var),
+    )
+    for name, stored in zip(stats._fields, stats):
+        _checks.feature_shape(f"batch_stats/{name}", stored.value, shape, layer.axis)
+    return stats
+
+
+def _parameters(layer: BatchNorm, x: jax.Array) -> dict[str, Any]:
+    """The arguments that `normalize` and `batch_norm` share; declares the params."""
+    shape = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
+    shared: dict[str, Any] = {}
+    if layer.use_scale:
+        shared["scale"] = layer.param("scale", layer.scale_init, shape, layer.param_dtype)
+    if layer.use_bias:
+        shared["bias"] = layer.param("bias", layer.bias_init, shape, layer.param_dtype)
+    shared.update(axis=layer.axis, epsilon=layer.epsilon, dtype=layer.dtype)
+    shared.update(activation=layer.activation)
+    return shared
+
+
+def _asks_for_moments(layer: BatchNorm) -> bool:
+    """Whether `batch_moments` is mutable by name.
+
+    `mutable=True` and DenyList, which summaries and careless callers pass, would leave
+    Flax's users with a collection, and in evaluation with work, that Flax has not.
+    """
+    everything = layer.scope is None or isinstance(
+        layer.scope.mutable, (bool, flax.core.DenyList)
+    )
+    return not everything and layer.is_mutable_collection("batch_moments")
+
+
+def _update(layer: BatchNorm, stats: running.State, batch: Moments) -> None:
+    """Writes the running statistics after one batch."""
+    rule = running.ema(
+        layer.momentum,
+        ddof=int(layer.unbiased),
+        skip_nonfinite=layer.skip_nonfinite_updates,
+    )
+    stored = running.State(*(variable.value for variable in stats))
+    for variable, old, new in zip(stats, stored, rule.update(stored, batch)):
+        keep = not (layer.force_float32_reductions or jnp.iscomplexobj(new))
+        variable.value = new.astype(old.dtype) if keep else new

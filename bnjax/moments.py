@@ -61,8 +61,8 @@ class Moments(NamedTuple):
             (feature,), real. Where count <= ddof there is no estimate, and the value
             is that of a single value: 0.
 
-        >>> print(moments(jnp.array([[4.0], [7.0], [5.0]])).variance(ddof=1))
-        [2.3333333]
+        >>> print(moments(jnp.array([[1.0], [3.0], [8.0]])).variance(ddof=1))
+        [13.]
         """
         return self.m2 / jnp.maximum(self.count - ddof, 1)
 
@@ -134,9 +134,9 @@ def moments(
         ValueError: an axis out of range or repeated, a mask that does not broadcast,
             an axis name that is not bound, groups that do not partition it.
 
-    >>> count, mean, m2 = moments(jnp.array([[4.0], [7.0], [5.0]]))
+    >>> count, mean, m2 = moments(jnp.array([[1.0], [3.0], [8.0]]))
     >>> print(count, mean, m2)
-    3.0 [5.3333335] [4.666667]
+    3.0 [4.] [26.]
 
     References: Chan, Golub & LeVeque 1979; Ioffe & Szegedy 2015, Algorithm 1.
     """

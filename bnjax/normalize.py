@@ -154,9 +154,9 @@ def batch_norm(
     Warns:
         BatchNormWarning: at trace time, for one value per feature.
 
-    >>> y, (count, mean, m2) = batch_norm(jnp.array([[4.0], [7.0], [5.0]]))
-    >>> print(y.round(3).ravel(), mean)
-    [-1.069  1.336 -0.267] [5.3333335]
+    >>> y, (count, mean, m2) = batch_norm(jnp.array([[1.0], [5.0]]), epsilon=0.0)
+    >>> print(y.ravel(), mean)
+    [-1.  1.] [3.]
 
     References: Ioffe & Szegedy 2015, Algorithm 1; section 3.2 for spatial axes.
     """
@@ -267,23 +267,46 @@ def _affine(x, mean, var, scale, bias, how: _Affine):
     return (x - mean) * a + bias
 
 
-@_affine.defjvp
+@functools.partial(_affine.defjvp, symbolic_zeros=True)
 def _(how, primals, tangents):
     x, mean, var, scale, bias = primals
-    dx, dmean, dvar, dscale, dbias = tangents
     y = _affine(*primals, how)
     rstd = lax.rsqrt(var + how.epsilon).astype(how.compute)
     a = rstd * scale
-    slope = dscale - a * rstd * dvar.astype(how.compute) / 2
-    offset = dbias - a * dmean
+    dx, dmean, dvar, dscale, dbias = (None if _is_zero(t) else t for t in tangents)
+    slope = _sum(dscale, None if dvar is None else a * rstd * dvar.astype(a.dtype) / -2)
+    offset = _sum(dbias, None if dmean is None else -a * dmean)
+    slope, offset = _cast_like(x, slope, offset)
+
     x, mean, rstd, a = _fresh(how, x, mean, rstd, a)
-    slope, offset = (
-        _axes.expand(v, how.feature_axes, x.ndim)
-        for v in _replicas.cast_like(x, jnp.stack([slope, offset]))
-    )
     again = functools.partial(_backend.reread_cotangent, how.output, how.implementation)
-    offset = offset + jnp.zeros_like(x)  # split over the devices as x is
-    return y, dx * a + again((x - mean) * rstd * slope + again(offset))
+    dy = None
+    if offset is not None:  # as large as x, and split over the devices as x is
+        dy = again(_axes.expand(offset, how.feature_axes, x.ndim) + jnp.zeros_like(x))
+    if slope is not None:
+        slope = _axes.expand(slope, how.feature_axes, x.ndim)
+        dy = again(_sum((x - mean) * rstd * slope, dy))
+    return y, _sum(None if dx is None else dx * a, dy)
+
+
+def _is_zero(tangent) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _sum(first, second):
+    """The sum, where None is zero."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _cast_like(x, *vectors):
+    """The vectors that are not None, cast together to vary over the replicas as x."""
+    given = [v for v in vectors if v is not None]
+    if not given:
+        return vectors
+    cast = iter(_replicas.cast_like(x, jnp.stack(given)))
+    return [None if v is None else next(cast) for v in vectors]
 
 
 def _fresh(how: _Affine, x, *vectors):

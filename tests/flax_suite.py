@@ -1,0 +1,73 @@
+"""Flax's own unit tests, with its Linen BatchNorm replaced by ours.
+
+    python tests/flax_suite.py            # fetches the sources of the installed Flax
+    python tests/flax_suite.py FOLDER     # an unpacked source distribution of Flax
+
+Runs every test file that names `BatchNorm` outside of the NNX tests. Flax turns warnings
+into errors and trains with one value per feature, so BatchNormWarning is ignored.
+"""
+
+import importlib.metadata
+import pathlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+PLUGIN = '''
+import flax.linen
+import flax.linen.normalization
+import bnjax
+
+flax.linen.BatchNorm = flax.linen.normalization.BatchNorm = bnjax.BatchNorm
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore::bnjax.BatchNormWarning")
+    config.addinivalue_line("filterwarnings", "ignore:jax.pmap:DeprecationWarning")
+'''
+
+
+def fetch(folder: pathlib.Path) -> pathlib.Path:
+    """The sources of the installed version of Flax, from the package index."""
+    version = importlib.metadata.version("flax")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--no-binary", "flax", "--dest", str(folder), f"flax=={version}"]
+    subprocess.run(command, check=True)
+    with tarfile.open(next(folder.glob("flax-*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"flax-{version}"
+
+
+def test_files(flax: pathlib.Path) -> list[str]:
+    found = [
+        path.relative_to(flax)
+        for path in sorted((flax / "tests").rglob("*_test.py"))
+        if "BatchNorm" in path.read_text() and "nnx" not in path.parts
+    ]
+    if not found:
+        raise SystemExit(f"no tests of BatchNorm below {flax}")
+    return [str(path) for path in found]
+
+
+def run(flax: pathlib.Path, *arguments: str) -> int:
+    """pytest's exit status, and its report on the standard output."""
+    flax = flax.resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "swap_batch_norm.py").write_text(PLUGIN)
+        code = f"import sys; sys.path.insert(0, {folder!r}); import pytest; "
+        code += "sys.exit(pytest.main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "-p", "swap_batch_norm", "-q"]
+        command += ["-p", "no:cacheprovider", *arguments, *test_files(flax)]
+        return subprocess.run(command, cwd=flax).returncode
+
+
+def main() -> int:
+    if len(sys.argv) > 1:
+        return run(pathlib.Path(sys.argv[1]), *sys.argv[2:])
+    with tempfile.TemporaryDirectory() as folder:
+        return run(fetch(pathlib.Path(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

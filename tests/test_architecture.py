@@ -1,0 +1,121 @@
+"""Levels, imports, sizes and interfaces, as the design has them."""
+
+import ast
+import inspect
+import pathlib
+
+import pytest
+
+import bnjax
+
+ROOT = pathlib.Path(bnjax.__file__).parent
+LEVELS = {
+    0: ["_axes", "_backend", "_checks", "_dtypes", "_replicas"],
+    1: ["moments"],
+    2: ["normalize", "running"],
+    3: ["fold", "ghost", "renorm", "split", "whiten", "population", "diagnostics", "convert"],
+    4: ["linen", "nnx", "training"],
+}
+LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
+
+
+def room_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_imports_go_down(path):
+    assert room_of(path) in LEVEL, "give the new room a level"
+    level = LEVEL[room_of(path)]
+    for name in imported(ast.parse(path.read_text())):
+        assert "jax._src" not in name
+        assert name.split(".")[0] not in ("tests", "experiments")
+        if name.startswith("bnjax.") and name.split(".")[1] in LEVEL:
+            other = name.split(".")[1]
+            assert LEVEL[other] < level or other == room_of(path), f"{path.name}: {name}"
+        if name.split(".")[0] in ("flax", "optax"):
+            assert level == 4, f"{path.name}: {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_sizes(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        lines = node.end_lineno - node.body[0].lineno + 1
+        if ast.get_docstring(node) is not None:
+            lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+        assert lines <= 45, f"{path.name}: {node.name} has {lines} lines"
+        if node.name.startswith("_"):
+            assert len(node.args.args) <= 7, f"{path.name}: {node.name}"
+
+
+def test_library_is_small():
+    assert sum(len(p.read_text().splitlines()) for p in FILES) <= 3000
+
+
+PUBLIC = {
+    name: value
+    for name in bnjax.__all__
+    if inspect.isfunction(value := getattr(bnjax, name)) or inspect.isclass(value)
+}
+PUBLIC |= {f"running.{n}": getattr(bnjax.running, n) for n in bnjax.running.__all__}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings(name):
+    doc = inspect.getdoc(PUBLIC[name])
+    assert doc
+    assert doc.splitlines()[0].endswith(".")
+    if inspect.isfunction(PUBLIC[name]):
+        for section in ("Args:", "Returns:", ">>>", "References:"):
+            assert section in doc, f"{name}: {section}"
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if inspect.isfunction(PUBLIC[n])])
+def test_options_are_keyword_only(name):
+    """Arrays first; what has a default that is no missing array needs its name."""
+    optional_arrays = {"scale", "bias"}
+    for parameter in inspect.signature(PUBLIC[name]).parameters.values():
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            is_array = parameter.default is inspect.Parameter.empty
+            assert is_array or parameter.name in optional_arrays | {"decay"}
+
+
+def test_public_names():
+    assert bnjax.__all__ == sorted(set(bnjax.__all__))
+    for name in bnjax.__all__:
+        assert hasattr(bnjax, name)
+    assert bnjax.__version__ in (ROOT.parent / "pyproject.toml").read_text()
+
+
+def test_signatures_of_the_design():
+    """Users' code depends on these."""
+    signature = {
+        n: list(inspect.signature(v).parameters)
+        for n, v in PUBLIC.items()
+        if not issubclass(type(v), type) or not issubclass(v, BaseException)
+    }
+    assert signature["moments"] == "x axis mask axis_name axis_index_groups".split()
+    assert signature["merge"] == ["first", "rest"]
+    assert signature["Moments"] == ["count", "mean", "m2"]
+    normalize = "x mean var scale bias axis epsilon dtype".split()
+    assert [p for p in signature["normalize"] if p in normalize] == normalize
+    batch_norm = (
+        "x scale bias axis epsilon mask axis_name axis_index_groups residual "
+        "activation dtype implementation"
+    ).split()
+    assert signature["batch_norm"][: len(batch_norm)] == batch_norm

@@ -1,0 +1,209 @@
+"""Every message, rendered: what was received, what was expected, what to write."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnjax
+
+X = np.ones((6, 4, 3), np.float32)
+V3, V4 = np.ones(3, np.float32), np.ones(4, np.float32)
+
+
+def batch_norm(**keywords):
+    return lambda: bnjax.batch_norm(X, **keywords)
+
+
+def layer(*, x=X, v=None, call=(False,), **fields):
+    def run():
+        norm = bnjax.BatchNorm(**fields)
+        variables = v if v is not None else norm.init(jax.random.key(0), X, True)
+        return norm.apply(variables, x, *call, mutable=["batch_stats"])
+
+    return run
+
+
+def in_vmap(**keywords):
+    x = np.ones((4, 6, 3), np.float32)
+    return lambda: jax.vmap(
+        lambda x: bnjax.batch_norm(x, **keywords)[0], axis_name="i"
+    )(x)
+
+
+STORED_FOR_4 = {
+    "params": {"scale": V4, "bias": V4},
+    "batch_stats": {"mean": V4, "var": V4},
+}
+CASES = {
+    "integers": (
+        lambda: bnjax.batch_norm(np.ones((6, 3), np.int32)),
+        TypeError,
+        ["x has dtype int32", "expected a floating", "x.astype(jnp.float32)"],
+    ),
+    "integers, moments": (
+        lambda: bnjax.moments(np.ones((6, 3), bool)),
+        TypeError,
+        ["x has dtype bool", "expected a floating"],
+    ),
+    "integers, normalize": (
+        lambda: bnjax.normalize(np.ones((6, 3), np.int8), V3, V3),
+        TypeError,
+        ["x has dtype int8"],
+    ),
+    "integers, layer": (layer(x=X.astype(int)), TypeError, ["x has dtype int32"]),
+    "integer residual": (
+        batch_norm(residual=np.ones(X.shape, int)),
+        TypeError,
+        ["residual has dtype int32", "residual.astype(jnp.float32)"],
+    ),
+    "axis out of range": (
+        batch_norm(axis=3),
+        ValueError,
+        ["axis=3 is out of range", "3 dimension(s)", "from -3 to 2", "axis=-1"],
+    ),
+    "axis out of range below": (
+        batch_norm(axis=(-4, 0)),
+        ValueError,
+        ["axis=(-4, 0) is out of range", "got -4"],
+    ),
+    "axis repeated": (
+        batch_norm(axis=(2, -1)),
+        ValueError,
+        ["axis=(2, -1) names an axis", "twice", "Name each feature axis once"],
+    ),
+    "mask of another shape": (
+        batch_norm(mask=np.ones((6,), bool)),
+        ValueError,
+        ["mask has shape (6,)", "input's shape (6, 4, 3)", "mask[:, None]"],
+    ),
+    "mask of higher rank": (
+        batch_norm(mask=np.ones((1, 6, 4, 3), bool)),
+        ValueError,
+        ["mask has shape (1, 6, 4, 3)", "does not broadcast"],
+    ),
+    "mask that would enlarge x": (
+        lambda: bnjax.moments(np.ones((1, 3), np.float32), mask=np.ones((5, 1), bool)),
+        ValueError,
+        ["mask has shape (5, 1)", "input's shape (1, 3)"],
+    ),
+    "scale of another size": (
+        batch_norm(scale=V4),
+        ValueError,
+        ["scale has shape (4,)", "expected (3,)", "axis=-1"],
+    ),
+    "bias of another size": (
+        batch_norm(bias=V4, axis=-1),
+        ValueError,
+        ["bias has shape (4,)", "expected (3,)"],
+    ),
+    "scale for two axes": (
+        batch_norm(scale=np.ones((3, 4), np.float32), axis=(2, 1)),
+        ValueError,
+        ["scale has shape (3, 4)", "expected (4, 3)", "axis=(2, 1)"],
+    ),
+    "mean of another size": (
+        lambda: bnjax.normalize(X, V4, V3),
+        ValueError,
+        ["mean has shape (4,)", "expected (3,)"],
+    ),
+    "fallback of another size": (
+        batch_norm(fallback=(V3, V4)),
+        ValueError,
+        ["var has shape (4,)", "expected (3,)"],
+    ),
+    "stored statistics of another size": (
+        layer(v=STORED_FOR_4),
+        ValueError,
+        ["batch_stats/mean has shape (4,)", "expected (3,)", "initialize it again"],
+    ),
+    "residual of another shape": (
+        batch_norm(residual=V3),
+        ValueError,
+        ["residual has shape (3,)", "expected (6, 4, 3)", "jnp.broadcast_to"],
+    ),
+    "activation by name": (
+        batch_norm(activation="relu"),
+        TypeError,
+        ["activation='relu' is not callable", "activation=jax.nn.relu"],
+    ),
+    "negative epsilon": (
+        batch_norm(epsilon=-1e-5),
+        ValueError,
+        ["epsilon=-1e-05", "expected a number >= 0", "epsilon=1e-5"],
+    ),
+    "epsilon NaN": (batch_norm(epsilon=float("nan")), ValueError, ["epsilon=nan"]),
+    "momentum": (
+        layer(momentum=1.1),
+        ValueError,
+        ["momentum=1.1", "[0, 1]", "momentum=0.9"],
+    ),
+    "decay": (lambda: bnjax.running.ema(-0.1), ValueError, ["decay=-0.1", "[0, 1]"]),
+    "decay, debiased": (
+        lambda: bnjax.running.debiased_ema(2),
+        ValueError,
+        ["decay=2", "[0, 1]"],
+    ),
+    "integer dtype": (
+        batch_norm(dtype=jnp.int32),
+        ValueError,
+        ["dtype=int32", "floating or complex", "dtype=None"],
+    ),
+    "implementation": (
+        batch_norm(implementation="cudnn"),
+        ValueError,
+        ["implementation='cudnn' is unknown", "'xla'", "implementation=None"],
+    ),
+    "unbound axis_name": (
+        batch_norm(axis_name="batch"),
+        ValueError,
+        ["axis_name='batch' is not bound", "jax.shard_map", "axis_name=None"],
+    ),
+    "one of two axis names unbound": (
+        in_vmap(axis_name=("i", "batch")),
+        NameError,
+        ["axis_name=('i', 'batch') is not bound"],
+    ),
+    "unbound axis_name, layer": (
+        layer(axis_name="batch"),
+        NameError,
+        ["axis_name='batch' is not bound"],
+    ),
+    "groups without a name": (
+        batch_norm(axis_index_groups=[[0, 1]]),
+        ValueError,
+        ["axis_index_groups=[[0, 1]]", "without axis_name", "ghost batches"],
+    ),
+    "groups that leave one out": (
+        in_vmap(axis_name="i", axis_index_groups=[[0, 1], [2]]),
+        ValueError,
+        ["[[0, 1], [2]] does not partition the 4 replicas", "axis_name='i'", "0 to 3"],
+    ),
+    "groups that overlap": (
+        in_vmap(axis_name="i", axis_index_groups=[[0, 1, 2], [2, 3]]),
+        ValueError,
+        ["does not partition"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(name):
+    call, error, fragments = CASES[name]
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    for fragment in fragments:
+        assert fragment in message, message
+    assert not set("{}") & set(message), "a stray brace"
+    assert message[-1] in ".)", message
+
+
+def test_the_layer_raises_before_it_writes():
+    """A bad argument leaves the variables as they were."""
+    norm = bnjax.BatchNorm(use_running_average=False)
+    variables = norm.init(jax.random.key(0), X)
+    before = jax.tree.map(np.array, variables)
+    with pytest.raises(ValueError, match="mask has shape"):
+        norm.apply(variables, X, mask=np.ones(6, bool), mutable=["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
