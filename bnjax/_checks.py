@@ -1,4 +1,4 @@
-"""Validation. Every message says what was received, what was expected, what to write."""
+"""Validation. Every message says what was received, expected, and what to write."""
 
 import warnings
 from collections.abc import Sequence
@@ -41,8 +41,8 @@ def inexact(name: str, x: ArrayLike) -> jax.Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"{name} has dtype {x.dtype}: expected a floating or complex dtype, because "
-            f"statistics of integers are not integers. Write "
+            f"{name} has dtype {x.dtype}: expected a floating or complex dtype, for "
+            "statistics of integers are not integers. Write "
             f"{name}.astype(jnp.float32)."
         )
     return x
@@ -84,8 +84,8 @@ def mask(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
     if not fits:
         raise ValueError(
             f"mask has shape {value.shape}, which does not broadcast to the input's "
-            f"shape {tuple(shape)}: expected sizes that equal the input's or 1. For one "
-            "flag per example write mask[:, None] (or "
+            f"shape {tuple(shape)}: expected sizes that equal the input's or 1. For "
+            "one flag per example write mask[:, None] (or "
             "mask.reshape((-1,) + (1,) * (x.ndim - 1)))."
         )
     return value.reshape(aligned)
@@ -155,7 +155,7 @@ def axis_name(value):
     return value if isinstance(value, str) else names
 
 
-def groups(value, name, size: int | None) -> tuple[tuple[int, ...], ...] | None:
+def groups(value, name, size: int) -> tuple[tuple[int, ...], ...] | None:
     """`axis_index_groups` as tuples; raises unless they partition the named axis."""
     if value is None:
         return None

@@ -66,7 +66,7 @@ def packed_sum(values, axis_name: AxisName):
 
 
 def pack(values):
-    """The arrays as one real vector, so that one collective carries it; and the way back."""
+    """The arrays as one real vector, for one collective to carry; and the way back."""
     parts = []
     for value in values:
         parts += [value.real, value.imag] if jnp.iscomplexobj(value) else [value]
@@ -93,10 +93,12 @@ def _names(axis_name: AxisName) -> tuple[str, ...]:
 
 def _all_gather(x: jax.Array, axis_name: AxisName, invarying: bool = False):
     typed = _typed(axis_name)
-    to = {"to": "invarying"} if invarying and typed else {}
+    to = "invarying" if invarying and typed else "varying"
     x = _cast(x, typed)
-    if frozenset(_names(axis_name)) <= frozenset(jax.sharding.get_abstract_mesh().axis_names):
-        return lax.all_gather(x, axis_name, **to)
+    if frozenset(_names(axis_name)) <= frozenset(
+        jax.sharding.get_abstract_mesh().axis_names
+    ):
+        return lax.all_gather(x, axis_name, to=to)
     rows = x  # axes of vmap: JAX gathers over one at a time
     for name in reversed(_names(axis_name)):
         rows = lax.all_gather(rows, name)

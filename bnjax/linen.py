@@ -27,12 +27,12 @@ class BatchNorm(nn.Module):
 
         y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
 
-    Variables: `params/{scale,bias}`, `batch_stats/{mean,var}` (float32). Two switches are
-    independent: where the statistics come from (`use_running_average`), and whether the
-    running statistics are written (`update_stats`). Where `mutable` names `batch_moments`
-    (`mutable=True` does not), the layer leaves the Moments of its input there, as
-    `batch_moments/moments`, merged with what the collection already holds: a layer that
-    is called twice pools both inputs. Start that collection empty at each step.
+    Variables: `params/{scale,bias}`, `batch_stats/{mean,var}` (float32). Two switches
+    are independent: where the statistics come from (`use_running_average`), and whether
+    the running statistics are written (`update_stats`). Where `mutable` names
+    `batch_moments` (`mutable=True` does not), the layer leaves the Moments of its input
+    there, as `batch_moments/moments`, merged with what the collection already holds: a
+    layer that is called twice pools both inputs. Start it empty at each step.
 
     Attributes:
         use_running_average: whether to normalize by the running statistics; here or in
@@ -66,8 +66,8 @@ class BatchNorm(nn.Module):
     >>> layer = BatchNorm(use_running_average=False)
     >>> x = jax.random.normal(jax.random.key(0), (5, 6))
     >>> variables = layer.init(jax.random.key(1), x)
-    >>> print(jax.tree.map(jnp.shape, variables))
-    {'batch_stats': {'mean': (6,), 'var': (6,)}, 'params': {'bias': (6,), 'scale': (6,)}}
+    >>> print(jax.tree.map(jnp.shape, variables["batch_stats"]))
+    {'mean': (6,), 'var': (6,)}
     >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
 
     References: Ioffe & Szegedy 2015.
@@ -127,7 +127,7 @@ class BatchNorm(nn.Module):
         update = self.update_stats if update_stats is None else update_stats
         x = _checks.inexact("x", x)
         stats = _running_statistics(self, x)
-        stored = running.State(*(variable.value for variable in stats))
+        stored = running.State._make(variable.value for variable in stats)
         affine = {**_parameters(self, x), "residual": residual}
         over: dict[str, Any] = {"mask": mask}
         if self.is_initializing():
@@ -143,13 +143,17 @@ class BatchNorm(nn.Module):
         pools = _asks_for_moments(self)
         if use_running:
             y = normalize(x, *stored, **affine)
-            batch = moments(x, axis=self.axis, **over) if update or pools else None
+            if not (update or pools):
+                return y
+            batch = moments(x, axis=self.axis, **over)
         else:
             y, batch = batch_norm(x, **over, **affine, fallback=stored)
         if update:
             _update(self, stats, batch)
         if pools:
-            pool = self.variable("batch_moments", "moments", Moments.empty, stored.mean.shape)
+            pool = self.variable(
+                "batch_moments", "moments", Moments.empty, stored.mean.shape
+            )
             pool.value = merge(pool.value, batch)
         return y
 
@@ -157,17 +161,16 @@ class BatchNorm(nn.Module):
 # Functions, not methods: Flax wraps methods, and summaries list their calls.
 
 
-def _running_statistics(layer: BatchNorm, x: jax.Array) -> running.State:
-    """The variables of the running statistics."""
+def _running_statistics(layer: BatchNorm, x: jax.Array) -> list[nn.Variable]:
+    """The variables of the running statistics: mean, var."""
     shape = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
     dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     start = running.ema().init(shape, dtype)
-    stats = running.State(
-        layer.variable("batch_stats", "mean", lambda: start.mean),
-        layer.variable("batch_stats", "var", lambda: start.var),
-    )
-    for name, stored in zip(stats._fields, stats):
+    stats = []
+    for name, value in start._asdict().items():
+        stored = layer.variable("batch_stats", name, lambda value=value: value)
         _checks.feature_shape(f"batch_stats/{name}", stored.value, shape, layer.axis)
+        stats.append(stored)
     return stats
 
 
@@ -176,7 +179,9 @@ def _parameters(layer: BatchNorm, x: jax.Array) -> dict[str, Any]:
     shape = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
     shared: dict[str, Any] = {}
     if layer.use_scale:
-        shared["scale"] = layer.param("scale", layer.scale_init, shape, layer.param_dtype)
+        shared["scale"] = layer.param(
+            "scale", layer.scale_init, shape, layer.param_dtype
+        )
     if layer.use_bias:
         shared["bias"] = layer.param("bias", layer.bias_init, shape, layer.param_dtype)
     shared.update(axis=layer.axis, epsilon=layer.epsilon, dtype=layer.dtype)
@@ -196,14 +201,14 @@ def _asks_for_moments(layer: BatchNorm) -> bool:
     return not everything and layer.is_mutable_collection("batch_moments")
 
 
-def _update(layer: BatchNorm, stats: running.State, batch: Moments) -> None:
+def _update(layer: BatchNorm, stats: list[nn.Variable], batch: Moments) -> None:
     """Writes the running statistics after one batch."""
     rule = running.ema(
         layer.momentum,
         ddof=int(layer.unbiased),
         skip_nonfinite=layer.skip_nonfinite_updates,
     )
-    stored = running.State(*(variable.value for variable in stats))
+    stored = running.State._make(variable.value for variable in stats)
     for variable, old, new in zip(stats, stored, rule.update(stored, batch)):
         keep = not (layer.force_float32_reductions or jnp.iscomplexobj(new))
         variable.value = new.astype(old.dtype) if keep else new

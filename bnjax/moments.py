@@ -78,9 +78,7 @@ class Moments(NamedTuple):
         (3,)
         """
         real = _dtypes.real(dtype)
-        return cls(
-            jnp.zeros((), real), jnp.zeros(shape, dtype), jnp.zeros(shape, real)
-        )
+        return cls(jnp.zeros((), real), jnp.zeros(shape, dtype), jnp.zeros(shape, real))
 
 
 class Reduction(NamedTuple):
@@ -180,7 +178,7 @@ def reduction(x, axis, axis_name=None, groups=None, implementation=None) -> Redu
     """The checked static description of a reduction of `x`."""
     feature_axes = _axes.canonical(axis, x.ndim)
     axis_name = _checks.axis_name(axis_name)
-    size = None if axis_name is None else _replicas.axis_size(axis_name)
+    size = 1 if axis_name is None else _replicas.axis_size(axis_name)
     groups = _checks.groups(groups, axis_name, size)
     _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
     axes = _axes.complement(feature_axes, x.ndim)
@@ -197,14 +195,16 @@ def reduction(x, axis, axis_name=None, groups=None, implementation=None) -> Redu
 def statistics(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
     """The moments of a widened `x`, differentiable; arguments are checked already."""
     local, rest = _local(x, mask, how)
-    return local if how.axis_name is None else _merge_replicas(local, rest, how)
+    if how.axis_name is None:
+        return local
+    return _merge_replicas(local, rest, how.axis_name, how.groups)
 
 
 @statistics.defjvp
 def _(how, primals, tangents):
     (x, mask), (dx, _) = primals, tangents
     # Named here, and not inside `statistics`: a policy does not look into its call.
-    result = Moments(*map(_named, statistics(x, mask, how)))
+    result = Moments._make(map(_named, statistics(x, mask, how)))
     centred = _valid(_centred(*_reread(x, result.mean, how), how), mask)
     dx = _valid(dx, mask)
     sums = jnp.stack([dx.sum(how.axes), (jnp.conj(centred) * dx).sum(how.axes)])
@@ -220,10 +220,12 @@ def _named(value: jax.Array) -> jax.Array:
     return checkpoint_name(value, NAME)
 
 
-def _local(x: jax.Array, mask: jax.Array | None, how: Reduction):
+def _local(
+    x: jax.Array, mask: jax.Array | None, how: Reduction
+) -> tuple[Moments, jax.Array]:
     """The Moments, from one pass over `x` about a shift close to the mean.
 
-    mean = shift + s1/n,  m2 = s2 - |s1|^2/n,  with s1 = sum d, s2 = sum |d|^2, d = x - shift
+    d = x - shift,  mean = shift + sum d / n,  m2 = sum |d|^2 - |sum d|^2 / n
 
     Also what the rounded mean lacks: at |mean|/std = 1e4 that is 1e-3 of a standard
     deviation, and the distances between the means of replicas need it.
@@ -250,8 +252,12 @@ def _shift(x: jax.Array, mask: jax.Array | None, how: Reduction) -> jax.Array:
     which the mask varies is kept whole, or N/K would not hold among the valid.
     """
     values = math.prod(x.shape[a] for a in how.axes)
-    rest = min(_SUBSAMPLE, max(values // _SUBSAMPLE, 1)) if isinstance(values, int) else _SUBSAMPLE
-    for a in reversed(how.axes):
+    rest = (
+        min(_SUBSAMPLE, max(values // _SUBSAMPLE, 1))
+        if isinstance(values, int)
+        else _SUBSAMPLE
+    )
+    for a in how.axes[1:] + how.axes[:1]:  # the batch last: it may be sharded
         if rest == 1 or (mask is not None and mask.shape[a] != 1) or _sharded(x, a):
             continue
         size = x.shape[a]
@@ -267,7 +273,7 @@ def _sharded(x: jax.Array, axis: int) -> bool:
 
 
 def _count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    """The number of valid values: (), or (feature,) where the mask varies by feature."""
+    """The number of valid values; (feature,) where the mask varies by feature."""
     dtype = _dtypes.real(x.dtype)
     if mask is None:
         return jnp.full((), math.prod(x.shape[a] for a in axes), dtype)
@@ -288,9 +294,12 @@ def _centred(x: jax.Array, centre: jax.Array, how: Reduction) -> jax.Array:
     return x - _axes.expand(centre, _axes.complement(how.axes, x.ndim), x.ndim)
 
 
-def _reread(x: jax.Array, vector: jax.Array, how: Reduction):
+def _reread(
+    x: jax.Array, vector: jax.Array, how: Reduction
+) -> tuple[jax.Array, jax.Array]:
     values = _replicas.cast_together(x, vector)
-    return _backend.reread(how.storage, how.implementation, *values)
+    x, vector = _backend.reread(how.storage, how.implementation, *values)
+    return x, vector
 
 
 def _abs_product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -298,29 +307,24 @@ def _abs_product(a: jax.Array, b: jax.Array) -> jax.Array:
     return (jnp.conj(a) * b).real if jnp.iscomplexobj(a) else a * b
 
 
-def _merge_replicas(local: Moments, rest: jax.Array, how: Reduction) -> Moments:
+def _merge_replicas(local: Moments, rest: jax.Array, axis_name, groups) -> Moments:
     """The merge of every replica's moments: one collective, or two beyond 64."""
     values = (*local, rest)
-    if how.groups is None and _replicas.axis_size(how.axis_name) > _GATHER_LIMIT:
-
-        def total(*each):
-            return _replicas.packed_sum(each, how.axis_name)
-
-        return _merge_all(*values, total)
+    if groups is None and _replicas.axis_size(axis_name) > _GATHER_LIMIT:
+        return _merge_all(values, lambda *v: _replicas.packed_sum(v, axis_name))
     vector, unpack = _replicas.pack(values)
-    rows = _replicas.gather(vector, how.axis_name, how.groups)
-    merged = _merge_all(
-        *jax.vmap(unpack)(rows), lambda *each: [v.sum(0, keepdims=True) for v in each]
-    )
-    return Moments(*(value[0] for value in merged))
+    rows = jax.vmap(unpack)(_replicas.gather(vector, axis_name, groups))
+    merged = _merge_all(rows, lambda *v: [each.sum(0, keepdims=True) for each in v])
+    return Moments._make(value[0] for value in merged)
 
 
-def _merge_all(count, mean, m2, rest, total) -> Moments:
-    """The merge of many moments at once, where `total` sums over them.
+def _merge_all(each, total) -> Moments:
+    """The merge of many (count, mean, m2, rest) at once; `total` sums over them.
 
     The mean is corrected by the mean deviation from its first estimate, because that
     is rounded at the magnitude of the mean, not of the deviation.
     """
+    count, mean, m2, rest = each
     weight = count.reshape(count.shape + (1,) * (mean.ndim - count.ndim))
     count, summed = total(count, weight * mean)
     n = jnp.maximum(count.reshape(count.shape + (1,) * (mean.ndim - count.ndim)), 1)

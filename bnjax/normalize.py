@@ -77,17 +77,24 @@ def normalize(
         ValueError: shapes that do not fit, an axis out of range or repeated, a
             negative epsilon, an integer dtype.
 
-    >>> y = normalize(jnp.array([[4.0], [7.0], [5.0]]), jnp.array([5.0]), jnp.array([4.0]))
-    >>> print(y.round(3).ravel())
-    [-0.5  1.   0. ]
+    >>> x, mean, var = jnp.array([[4.0], [7.0]]), jnp.array([5.0]), jnp.array([4.0])
+    >>> print(normalize(x, mean, var, epsilon=0.0).ravel())
+    [-0.5  1. ]
 
     References: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
     x = _checks.inexact("x", x)
-    how = _affine_of(x, axis, epsilon, dtype, implementation, (scale, bias))
+    how = _affine_of(
+        x,
+        (scale, bias),
+        axis=axis,
+        epsilon=epsilon,
+        dtype=dtype,
+        activation=activation,
+        implementation=implementation,
+    )
     vectors = _per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
     residual = _checks.residual(residual, x.shape)
-    _checks.activation(activation)
 
     @_keep_moments
     def transform(x, vectors, residual):
@@ -161,13 +168,20 @@ def batch_norm(
     References: Ioffe & Szegedy 2015, Algorithm 1; section 3.2 for spatial axes.
     """
     x = _checks.inexact("x", x)
-    how = _affine_of(x, axis, epsilon, dtype, implementation, (scale, bias))
+    how = _affine_of(
+        x,
+        (scale, bias),
+        axis=axis,
+        epsilon=epsilon,
+        dtype=dtype,
+        activation=activation,
+        implementation=implementation,
+    )
     over = reduction(x, axis, axis_name, axis_index_groups, implementation)
     mean, var = (0.0, 1.0) if fallback is None else fallback
     vectors = _per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
     mask = _checks.mask(mask, x.shape)
     residual = _checks.residual(residual, x.shape)
-    _checks.activation(activation)
     values = math.prod(x.shape[a] for a in over.axes)
     if mask is None:
         _checks.warn_single_value(_smallest_count(values, over), x.shape, axis)
@@ -200,18 +214,32 @@ _keep_moments = functools.partial(
 
 
 class _Affine(NamedTuple):
-    """What is done to each value; static."""
+    """What is done to each value; static.
+
+    Attributes:
+        feature_axes: ascending.
+        epsilon: added to the variance.
+        storage: the dtype of the input, before it is widened.
+        compute: the dtype of the arithmetic.
+        output: the dtype of the result.
+        cotangent: the dtype that the cotangent of the affine map is widened from.
+        implementation: see `_backend`.
+    """
 
     feature_axes: tuple[int, ...]
     epsilon: float
     storage: jnp.dtype
     compute: jnp.dtype
     output: jnp.dtype
+    cotangent: jnp.dtype
     implementation: str | None
 
 
-def _affine_of(x, axis, epsilon, dtype, implementation, parameters) -> _Affine:
+def _affine_of(
+    x, parameters, *, axis, epsilon, dtype, activation, implementation
+) -> _Affine:
     _checks.epsilon(epsilon)
+    _checks.activation(activation)
     _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
     if dtype is None:
         output = _dtypes.promote(x, *(p for p in parameters if p is not None))
@@ -219,11 +247,12 @@ def _affine_of(x, axis, epsilon, dtype, implementation, parameters) -> _Affine:
         output = _checks.output_dtype(dtype)
     compute = _dtypes.statistics(x.dtype, output)
     axes = _axes.canonical(axis, x.ndim)
-    return _Affine(axes, epsilon, x.dtype, compute, output, implementation)
+    cotangent = output if activation is None else compute
+    return _Affine(axes, epsilon, x.dtype, compute, output, cotangent, implementation)
 
 
 def _per_feature(x, axis, how: _Affine, *, mean, var, scale, bias):
-    """The four vectors, checked, with 1 for a missing scale and 0 for a missing bias."""
+    """The four vectors, checked; 1 for a missing scale, 0 for a missing bias."""
     shape = _axes.sizes(x.shape, how.feature_axes)
     given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
     default = {"mean": 0, "var": 1, "scale": 1, "bias": 0}
@@ -269,7 +298,7 @@ def _affine(x, mean, var, scale, bias, how: _Affine):
 
 @functools.partial(_affine.defjvp, symbolic_zeros=True)
 def _(how, primals, tangents):
-    x, mean, var, scale, bias = primals
+    x, mean, var, scale, _ = primals
     y = _affine(*primals, how)
     rstd = lax.rsqrt(var + how.epsilon).astype(how.compute)
     a = rstd * scale
@@ -279,7 +308,9 @@ def _(how, primals, tangents):
     slope, offset = _cast_like(x, slope, offset)
 
     x, mean, rstd, a = _fresh(how, x, mean, rstd, a)
-    again = functools.partial(_backend.reread_cotangent, how.output, how.implementation)
+    again = functools.partial(
+        _backend.reread_cotangent, how.cotangent, how.implementation
+    )
     dy = None
     if offset is not None:  # as large as x, and split over the devices as x is
         dy = again(_axes.expand(offset, how.feature_axes, x.ndim) + jnp.zeros_like(x))
@@ -300,11 +331,11 @@ def _sum(first, second):
     return first + second
 
 
-def _cast_like(x, *vectors):
+def _cast_like(x, *vectors) -> list:
     """The vectors that are not None, cast together to vary over the replicas as x."""
     given = [v for v in vectors if v is not None]
     if not given:
-        return vectors
+        return list(vectors)
     cast = iter(_replicas.cast_like(x, jnp.stack(given)))
     return [None if v is None else next(cast) for v in vectors]
 

@@ -71,7 +71,8 @@ def ema(decay: float = 0.99, *, ddof: int = 0, skip_nonfinite: bool = False) -> 
         ValueError: decay outside [0, 1].
 
     >>> rule = ema(0.9, ddof=1)
-    >>> state = rule.update(rule.init((1,)), Moments(3.0, jnp.ones(1), jnp.full(1, 14 / 3)))
+    >>> batch = Moments(3.0, jnp.ones(1), jnp.full(1, 14 / 3))
+    >>> state = rule.update(rule.init((1,)), batch)
     >>> print(rule.read(state).var)
     [1.1333333]
 
@@ -95,7 +96,7 @@ def debiased_ema(
 ) -> Rule:
     """The exponential moving average without the weight of its start.
 
-        value <- decay value + (1 - decay) batch value, from 0;  read value / (1 - decay^t)
+        value <- decay value + (1 - decay) batch value, from 0;  value / (1 - decay^t)
 
     After one batch it equals that batch's statistics.
 
@@ -111,7 +112,8 @@ def debiased_ema(
         ValueError: decay outside [0, 1].
 
     >>> rule = debiased_ema(0.9)
-    >>> state = rule.update(rule.init((1,)), Moments(3.0, jnp.ones(1), jnp.full(1, 6.0)))
+    >>> batch = Moments(3.0, jnp.ones(1), jnp.full(1, 6.0))
+    >>> state = rule.update(rule.init((1,)), batch)
     >>> print(rule.read(state).var)
     [2.]
 

@@ -3,8 +3,9 @@
     python tests/flax_suite.py            # fetches the sources of the installed Flax
     python tests/flax_suite.py FOLDER     # an unpacked source distribution of Flax
 
-Runs every test file that names `BatchNorm` outside of the NNX tests. Flax turns warnings
-into errors and trains with one value per feature, so BatchNormWarning is ignored.
+Runs every test file that names `BatchNorm` outside of the NNX tests. Flax turns
+warnings into errors and trains with one value per feature, so BatchNormWarning is
+ignored.
 """
 
 import importlib.metadata
@@ -14,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 
-PLUGIN = '''
+PLUGIN = """
 import flax.linen
 import flax.linen.normalization
 import bnjax
@@ -25,7 +26,7 @@ flax.linen.BatchNorm = flax.linen.normalization.BatchNorm = bnjax.BatchNorm
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore::bnjax.BatchNormWarning")
     config.addinivalue_line("filterwarnings", "ignore:jax.pmap:DeprecationWarning")
-'''
+"""
 
 
 def fetch(folder: pathlib.Path) -> pathlib.Path:

@@ -24,7 +24,9 @@ def moments(x, axes, mask=None):
 
 
 def normalize(x, mean, var, scale, bias, axes, epsilon=1e-5):
-    mean, var, scale, bias = (np.expand_dims(wide(v), axes) for v in (mean, var, scale, bias))
+    mean, var, scale, bias = (
+        np.expand_dims(wide(v), axes) for v in (mean, var, scale, bias)
+    )
     return (wide(x) - mean) / np.sqrt(var + epsilon) * scale + bias
 
 

@@ -13,7 +13,16 @@ LEVELS = {
     0: ["_axes", "_backend", "_checks", "_dtypes", "_replicas"],
     1: ["moments"],
     2: ["normalize", "running"],
-    3: ["fold", "ghost", "renorm", "split", "whiten", "population", "diagnostics", "convert"],
+    3: [
+        "fold",
+        "ghost",
+        "renorm",
+        "split",
+        "whiten",
+        "population",
+        "diagnostics",
+        "convert",
+    ],
     4: ["linen", "nnx", "training"],
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
@@ -43,7 +52,9 @@ def test_imports_go_down(path):
         assert name.split(".")[0] not in ("tests", "experiments")
         if name.startswith("bnjax.") and name.split(".")[1] in LEVEL:
             other = name.split(".")[1]
-            assert LEVEL[other] < level or other == room_of(path), f"{path.name}: {name}"
+            assert LEVEL[other] < level or other == room_of(path), (
+                f"{path.name}: {name}"
+            )
         if name.split(".")[0] in ("flax", "optax"):
             assert level == 4, f"{path.name}: {name}"
 

@@ -45,7 +45,7 @@ def test_the_papers_gradient(dtype, masked, implementation):
     def f(*args):
         return bnjax.batch_norm(*args, mask=mask, implementation=implementation)[0]
 
-    y, vjp = jax.vjp(f, x, scale, bias)
+    _, vjp = jax.vjp(f, x, scale, bias)
     exact = oracle.batch_norm_gradients(x, scale, dy, AXES, mask)
     for g, e in zip(jax.jit(vjp)(dy), exact, strict=True):
         assert_close(g, e, tol=GRADIENT_TOLERANCE[dtype], dtype=dtype)
@@ -77,7 +77,7 @@ def test_bfloat16_gradient_is_rounded_once():
         {"bias": False},
         {"scale": False, "bias": False, "activation": jnp.tanh},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_check_grads(options, masked):
     """Both modes, second order, through y and through the Moments."""
@@ -135,7 +135,10 @@ def test_complex_gradient():
     def parts(batch_norm):
         def f(re, im, scale, bias):
             y, (mean, m2) = batch_norm(re + 1j * im, scale, bias)
-            return jnp.sum(jnp.sin(y.real) + y.imag**3) + (mean.real * mean.imag * m2).sum()
+            return (
+                jnp.sum(jnp.sin(y.real) + y.imag**3)
+                + (mean.real * mean.imag * m2).sum()
+            )
 
         return f
 
@@ -164,9 +167,13 @@ def test_gradient_sums_vanish():
 def test_gradient_through_moments_alone():
     x, *_ = case()
     m = bnjax.moments(x)
-    (dx,) = jax.vjp(lambda x: bnjax.batch_norm(x)[1].m2, x)[1](jnp.array([1.0, 2.0, -1.0]))
+    (dx,) = jax.vjp(lambda x: bnjax.batch_norm(x)[1].m2, x)[1](
+        jnp.array([1.0, 2.0, -1.0])
+    )
     assert_close(dx, 2 * np.asarray(x - m.mean[None, None, None]) * [1.0, 2.0, -1.0])
-    (dx,) = jax.vjp(lambda x: bnjax.batch_norm(x)[1].mean, x)[1](jnp.array([1.0, 2.0, -1.0]))
+    (dx,) = jax.vjp(lambda x: bnjax.batch_norm(x)[1].mean, x)[1](
+        jnp.array([1.0, 2.0, -1.0])
+    )
     assert_close(dx, np.broadcast_to(np.array([1.0, 2.0, -1.0]) / 120, SHAPE))
 
 
@@ -305,9 +312,9 @@ TRANSFORMS = {
     "third order": third_order,
     "jvp": lambda f: lambda *a: jax.jvp(f, a, directions(a)),
     "linearize": lambda f: lambda *a: jax.linearize(f, *a)[1](*directions(a)),
-    "vmap jvp": lambda f: lambda *a: jax.vmap(
-        lambda *a: jax.jvp(f, a, directions(a))
-    )(*stacked(a)),
+    "vmap jvp": lambda f: (
+        lambda *a: jax.vmap(lambda *a: jax.jvp(f, a, directions(a)))(*stacked(a))
+    ),
     "remat jvp": lambda f: lambda *a: jax.jvp(jax.checkpoint(f), a, directions(a)),
     "jacfwd": lambda f: jax.jacfwd(f, (1, 2)),
     "hessian": lambda f: jax.hessian(f, 1),
@@ -340,10 +347,18 @@ def test_activation_may_close_over_a_parameter():
     def loss(batch_norm, slope):
         return (batch_norm(lambda y: jnp.where(y > 0, y, slope * y)) * dy).sum()
 
-    ours = jax.jit(jax.grad(lambda s: loss(
-        lambda act: bnjax.batch_norm(x, scale, bias, activation=act)[0], s)))
-    plain = jax.grad(lambda s: loss(
-        lambda act: act(plain_batch_norm(x, scale, bias, axes=AXES)[0]), s))
+    ours = jax.jit(
+        jax.grad(
+            lambda s: loss(
+                lambda act: bnjax.batch_norm(x, scale, bias, activation=act)[0], s
+            )
+        )
+    )
+    plain = jax.grad(
+        lambda s: loss(
+            lambda act: act(plain_batch_norm(x, scale, bias, axes=AXES)[0]), s
+        )
+    )
     assert_close(ours(0.3), np.asarray(plain(0.3)), tol=1e-10)
 
 
@@ -423,3 +438,30 @@ def test_no_full_size_float32_copy_on_the_cpu():
     text = compiled_text(f, x, scale, bias, x)
     entry = text[text.index("ENTRY") :]
     assert " f32[16,32,32,64]" not in entry
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "reread"])
+def test_bfloat16_gradient_below_an_activation_is_rounded_once(implementation):
+    """The cotangent of the affine map is no bfloat16 value there."""
+    x, scale, bias, dy = case("bfloat16", shape=(512, 3))
+
+    def f(x, dtype):
+        act = functools.partial(bnjax.batch_norm, activation=jnp.tanh, dtype=dtype)
+        return act(x, scale, bias, implementation=implementation)[0]
+
+    (dx,) = jax.vjp(lambda x: f(x, jnp.bfloat16), x)[1](dy)
+    wide = (t.astype(jnp.float32) for t in (x, dy))
+    x, dy = wide
+    (expected,) = jax.vjp(lambda x: f(x, jnp.float32), x)[1](dy)
+    np.testing.assert_array_equal(dx, expected.astype(jnp.bfloat16))
+
+
+def test_frozen_statistics_cost_no_reduction_backward():
+    """Nor does a missing gradient of scale and bias: a frozen backbone."""
+    x, scale, bias, dy = case("float32")
+
+    def f(x):
+        return bnjax.normalize(x, scale, scale**2, scale, bias)
+
+    jaxpr = jax.make_jaxpr(lambda x, dy: jax.vjp(f, x)[1](dy))(x, dy).jaxpr
+    assert "reduce_sum" not in {eqn.primitive.name for eqn in equations(jaxpr)}

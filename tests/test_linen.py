@@ -28,7 +28,10 @@ def variables(seed=1, shape=(3,)):
     rng = np.random.default_rng(seed)
     positive = rng.uniform(0.5, 2, shape)
     return {
-        "params": {"scale": _f32(rng.normal(size=shape)), "bias": _f32(rng.normal(size=shape))},
+        "params": {
+            "scale": _f32(rng.normal(size=shape)),
+            "bias": _f32(rng.normal(size=shape)),
+        },
         "batch_stats": {"mean": _f32(rng.normal(size=shape)), "var": _f32(positive)},
     }
 
@@ -43,7 +46,9 @@ def _f32(x):
 def test_fields_are_flaxs_then_ours():
     def fields(cls):
         return {
-            f.name: f.default for f in dataclasses.fields(cls) if f.name not in ("parent", "name")
+            f.name: f.default
+            for f in dataclasses.fields(cls)
+            if f.name not in ("parent", "name")
         }
 
     theirs, ours = fields(nn.BatchNorm), fields(bnjax.BatchNorm)
@@ -78,7 +83,7 @@ CONFIGURATIONS = [
 
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "complex64"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("options", CONFIGURATIONS, ids="-".join)
 def test_equals_flax(options, masked, x_dtype):
     """Variables, init output, training output and update, evaluation output."""
     if x_dtype == "complex64" and options.get("dtype") is not None:
@@ -96,14 +101,18 @@ def test_equals_flax(options, masked, x_dtype):
     assert list(v.get("params", {})) == list(start.get("params", {}))
     # Flax computes half-precision statistics when asked to; bnjax does not.
     half = x_dtype == "bfloat16" and "force_float32_reductions" in options
-    tol = 2e-2 if half else {"float32": 1e-5, "complex64": 1e-5}.get(y0.dtype.name, 1e-2)
+    tol = (
+        2e-2 if half else {"float32": 1e-5, "complex64": 1e-5}.get(y0.dtype.name, 1e-2)
+    )
     assert_close(y1, y0, dtype=y0.dtype, tol=tol)
     for _ in range(2):
         y0, u0 = theirs.apply(start, x, False, mask=mask, mutable=["batch_stats"])
         y1, u1 = ours.apply(v, x, False, mask=mask, mutable=["batch_stats"])
         assert_close(y1, y0, dtype=y0.dtype, tol=tol)
         assert_trees_close(u1, u0, tol=2e-2 if half else 1e-5)
-        assert jax.tree.map(lambda a: a.dtype, u1) == jax.tree.map(lambda a: a.dtype, u0)
+        assert jax.tree.map(lambda a: a.dtype, u1) == jax.tree.map(
+            lambda a: a.dtype, u0
+        )
         start, v = {**start, **u0}, {**v, **u1}
     if x_dtype == "complex64" and "force_float32_reductions" in options:
         return  # Flax drops the imaginary part of the running mean here
@@ -145,7 +154,9 @@ def test_checkpoints_load_both_ways(tmp_path):
         checkpointer.save(tmp_path / "flax", saved)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "flax", fresh)
-        assert_close(ours.apply(restored, x, False), theirs.apply(saved, x, False), tol=1e-5)
+        assert_close(
+            ours.apply(restored, x, False), theirs.apply(saved, x, False), tol=1e-5
+        )
         mine = {**restored, **ours.apply(restored, x, True, mutable=["batch_stats"])[1]}
         checkpointer.save(tmp_path / "bnjax", mine)
         checkpointer.wait_until_finished()
@@ -165,7 +176,10 @@ def test_training_follows_flax():
 
         def loss(params, stats):
             y, updates = net.apply(
-                {"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"]
+                {"params": params, "batch_stats": stats},
+                x,
+                True,
+                mutable=["batch_stats"],
             )
             return jnp.mean((y - target) ** 2), updates["batch_stats"]
 
@@ -201,7 +215,9 @@ def test_missing_statistics_raise_in_evaluation_as_in_flax():
 def test_missing_statistics_are_recreated_in_training_as_in_flax():
     params = {"params": variables()["params"]}
     for norm in (nn.BatchNorm, bnjax.BatchNorm):
-        _, u = norm(use_running_average=False).apply(params, data(), mutable=["batch_stats"])
+        _, u = norm(use_running_average=False).apply(
+            params, data(), mutable=["batch_stats"]
+        )
         mean = np.asarray(data()).mean((0, 1, 2))
         assert_close(u["batch_stats"]["mean"], 0.01 * mean, tol=1e-5)
 
@@ -224,19 +240,25 @@ def test_use_running_average_may_not_be_traced():
 def test_two_switches(use_running, update, as_field):
     """Where statistics come from, and whether they are written: all six."""
     v, x = variables(), data()
-    field, call = ({"update_stats": update}, {}) if as_field else ({}, {"update_stats": update})
+    field, call = (
+        ({"update_stats": update}, {}) if as_field else ({}, {"update_stats": update})
+    )
     layer = bnjax.BatchNorm(use_running_average=use_running, momentum=0.8, **field)
     writes = (not use_running) if update is None else update
     if not writes:
         y = layer.apply(v, x, **call)  # without mutable
         _, same = layer.apply(v, x, **call, mutable=["batch_stats"])
-        jax.tree.map(np.testing.assert_array_equal, same["batch_stats"], v["batch_stats"])
+        jax.tree.map(
+            np.testing.assert_array_equal, same["batch_stats"], v["batch_stats"]
+        )
     else:
         y, updates = layer.apply(v, x, **call, mutable=["batch_stats"])
         count, mean, m2 = oracle.moments(x, (0, 1, 2))
         expected = {"mean": mean, "var": m2 / count}
         expected = jax.tree.map(
-            lambda old, new: 0.8 * np.asarray(old) + 0.2 * new, v["batch_stats"], expected
+            lambda old, new: 0.8 * np.asarray(old) + 0.2 * new,
+            v["batch_stats"],
+            expected,
         )
         assert_trees_close(updates["batch_stats"], expected)
     if use_running:
@@ -280,7 +302,9 @@ def test_activation_and_residual_cost_no_memory():
     v = layer.init(jax.random.key(0), x)
 
     def f(params, x, r):
-        y, u = layer.apply({**v, "params": params}, x, residual=r, mutable=["batch_stats"])
+        y, u = layer.apply(
+            {**v, "params": params}, x, residual=r, mutable=["batch_stats"]
+        )
         return y, u
 
     assert residual_bytes(f, v["params"], x, x) <= 2.001 * x.nbytes
@@ -347,7 +371,7 @@ def test_batch_moments_when_mutable_and_only_then():
         )
         m = u["batch_moments"]["BatchNorm_0"]["moments"]
         assert isinstance(m, bnjax.Moments)
-        count, mean, m2 = oracle.moments(conv, (0, 1, 2))
+        _, mean, m2 = oracle.moments(conv, (0, 1, 2))
         assert_close(m.mean, mean)
         assert_close(m.m2, m2)
     for mutable in (["batch_stats"], True, flax.core.DenyList("params")):
@@ -373,7 +397,7 @@ def test_a_layer_called_twice_pools_its_moments_and_updates_twice():
     v = Twice().init(jax.random.key(0), a, b)
     _, u = Twice().apply(v, a, b, mutable=["batch_stats", "batch_moments"])
     both = np.concatenate([a, b])
-    count, mean, m2 = oracle.moments(both, (0, 1, 2))
+    _, mean, m2 = oracle.moments(both, (0, 1, 2))
     m = u["batch_moments"]["BatchNorm_0"]["moments"]
     assert_close(m.count, np.array(240.0))
     assert_close(m.mean, mean)
@@ -397,12 +421,16 @@ def test_double_precision():
 
 def test_half_precision_running_statistics_when_asked():
     layer = bnjax.BatchNorm(
-        use_running_average=False, param_dtype=jnp.bfloat16, force_float32_reductions=False
+        use_running_average=False,
+        param_dtype=jnp.bfloat16,
+        force_float32_reductions=False,
     )
     v = layer.init(jax.random.key(0), data())
     _, u = layer.apply(v, data(), mutable=["batch_stats"])
     for tree in (v, u):
-        assert {a.dtype.name for a in jax.tree.leaves(tree["batch_stats"])} == {"bfloat16"}
+        assert {a.dtype.name for a in jax.tree.leaves(tree["batch_stats"])} == {
+            "bfloat16"
+        }
 
 
 # ---- Flax's transforms ----
@@ -476,7 +504,8 @@ def test_vmap_with_axis_name():
     x = data()
     v = build(nn.BatchNorm).init(jax.random.key(0), x)
     ours, theirs = (
-        build(norm).apply(v, x, mutable=["batch_stats"]) for norm in (bnjax.BatchNorm, nn.BatchNorm)
+        build(norm).apply(v, x, mutable=["batch_stats"])
+        for norm in (bnjax.BatchNorm, nn.BatchNorm)
     )
     assert_trees_close(ours, jax.tree.map(np.asarray, theirs), tol=1e-5)
 
@@ -501,7 +530,9 @@ def test_data_parallel_step_equals_one_device():
     one = step(bnjax.BatchNorm(use_running_average=False), variables(), x, mask)
     spec = jax.P("data")
     sharded = jax.shard_map(
-        functools.partial(step, bnjax.BatchNorm(use_running_average=False, axis_name="data")),
+        functools.partial(
+            step, bnjax.BatchNorm(use_running_average=False, axis_name="data")
+        ),
         mesh=mesh,
         in_specs=(jax.P(), spec, spec),
         out_specs=(spec, jax.P()),
@@ -516,7 +547,7 @@ def test_does_not_trace_again():
     @jax.jit
     def step(v, x):
         traces.append(1)
-        y, u = layer.apply(v, x, mutable=["batch_stats"])
+        _, u = layer.apply(v, x, mutable=["batch_stats"])
         return {**v, **u}
 
     v = variables()

@@ -42,7 +42,9 @@ def check(actual: Moments, x, axes, mask=None, tol=None):
 
 def test_worked_example():
     m = bnjax.moments(jnp.array([[4.0], [7.0], [5.0]]))
-    assert_trees_close(m, Moments(np.array(3.0), np.array([16 / 3]), np.array([14 / 3])))
+    assert_trees_close(
+        m, Moments(np.array(3.0), np.array([16 / 3]), np.array([14 / 3]))
+    )
     assert_close(m.variance(), np.array([14 / 9]))
     assert_close(m.variance(ddof=1), np.array([7 / 3]))
     merged = bnjax.merge(Moments(2.0, 5.5, 4.5), Moments(1.0, 5.0, 0.0))
@@ -55,7 +57,11 @@ def test_values(axis, dtype):
     x = jnp.asarray(data(dtype=np.complex64 if dtype == "complex64" else np.float32))
     x = x.astype(dtype)
     m = jax.jit(lambda x: bnjax.moments(x, axis=axis))(x)
-    check(m, np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))), complement(axis, 4))
+    check(
+        m,
+        np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))),
+        complement(axis, 4),
+    )
     assert m.mean.dtype == (jnp.complex64 if dtype == "complex64" else jnp.float32)
     assert m.m2.dtype == m.count.dtype == jnp.float32
     assert isinstance(m.count, jax.Array)
@@ -88,7 +94,9 @@ MASKS = {
 def test_masked_values_change_nothing(mask_shape, garbage, axis):
     x = data()
     mask = np.random.default_rng(1).random(mask_shape) < 0.5
-    m = jax.jit(lambda x: bnjax.moments(x, axis=axis, mask=mask))(poison(x, mask, garbage))
+    m = jax.jit(lambda x: bnjax.moments(x, axis=axis, mask=mask))(
+        poison(x, mask, garbage)
+    )
     check(m, x, complement(axis, 4), mask)
 
 
@@ -102,7 +110,9 @@ def test_count_is_scalar_unless_the_mask_varies_by_feature():
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e2, 1e3, 1e4, -1e2, -1e3, -1e4])
 @pytest.mark.parametrize("shape", [(4096, 5), (64, 28, 28, 5), (300, 3), (9, 11, 2)])
-@pytest.mark.parametrize("kind", ["clean", "outliers first", "masked NaN", "masked 1e30"])
+@pytest.mark.parametrize(
+    "kind", ["clean", "outliers first", "masked NaN", "masked 1e30"]
+)
 def test_variance_at_large_mean(ratio, shape, kind):
     """The first batch, without help of a running mean."""
     rng = np.random.default_rng(0)
@@ -111,7 +121,7 @@ def test_variance_at_large_mean(ratio, shape, kind):
     if kind == "outliers first":
         x[: max(1, shape[0] // 50)] = 1e6
     if kind.startswith("masked"):
-        mask = rng.random(shape[:-1] + (1,)) < 0.5
+        mask = rng.random((*shape[:-1], 1)) < 0.5
         mask[: shape[0] // 3] = False
         x = poison(x, mask, float(kind.split()[1]))
     for implementation in (None, "xla"):
@@ -156,7 +166,9 @@ def test_no_values(shape):
 
 def test_one_value_has_variance_zero():
     m = bnjax.moments(jnp.array([[3.0, 4.0, 5.0]]))
-    assert_trees_close(m, Moments(np.array(1.0), np.array([3.0, 4.0, 5.0]), np.zeros(3)))
+    assert_trees_close(
+        m, Moments(np.array(1.0), np.array([3.0, 4.0, 5.0]), np.zeros(3))
+    )
     assert_close(m.variance(ddof=1), np.zeros(3))
 
 
@@ -177,7 +189,9 @@ def split_moments(x, sizes):
     return [bnjax.moments(part) for part in parts]
 
 
-@pytest.mark.parametrize("sizes", [[64], [2, 2, 4, 8, 16, 32], [1] * 10 + [54], [0, 63, 1]])
+@pytest.mark.parametrize(
+    "sizes", [[64], [2, 2, 4, 8, 16, 32], [1] * 10 + [54], [0, 63, 1]]
+)
 @pytest.mark.parametrize("offset", [0, 1e4])
 def test_merge_is_independent_of_the_split(sizes, offset):
     """What fvcore asserts of its precise batch norm, for any split."""
@@ -200,7 +214,9 @@ def test_merge_laws(sizes, seed, offset):
         (bnjax.merge(a, bnjax.merge(b, c)), bnjax.merge(bnjax.merge(a, b), c)),
         (bnjax.merge(a, b), bnjax.merge(b, a)),
     ]:
-        assert_trees_close(left, jax.tree.map(np.asarray, right), tol=2e-5)  # 1e3 offset
+        assert_trees_close(
+            left, jax.tree.map(np.asarray, right), tol=2e-5
+        )  # 1e3 offset
     for same in (bnjax.merge(a, identity), bnjax.merge(identity, a)):
         jax.tree.map(np.testing.assert_array_equal, same, a)
 

@@ -1,4 +1,4 @@
-"""normalize and batch_norm: values, dtypes, masks, empty batches, residual, activation."""
+"""normalize and batch_norm: values, dtypes, masks, empty batches, fused extras."""
 
 import warnings
 
@@ -72,7 +72,9 @@ def test_epsilon(epsilon):
 @pytest.mark.parametrize(("with_scale", "with_bias"), [(0, 0), (1, 0), (0, 1)])
 def test_missing_scale_and_bias(with_scale, with_bias):
     x, scale, bias = case()
-    y, _ = bnjax.batch_norm(x, scale if with_scale else None, bias if with_bias else None)
+    y, _ = bnjax.batch_norm(
+        x, scale if with_scale else None, bias if with_bias else None
+    )
     scale = scale if with_scale else np.ones(3)
     bias = bias if with_bias else np.zeros(3)
     assert_close(y, oracle.batch_norm(x, scale, bias, (0, 1, 2)))
@@ -107,7 +109,9 @@ def test_output_dtype(x_dtype, parameter_dtype, dtype, expected):
     bias = np.zeros(3) if bias is None else np.asarray(bias, np.float32)
     expected_y = oracle.batch_norm(wide, scale, bias, (0, 1, 2))
     assert_close(y, expected_y, dtype=expected)
-    y = bnjax.normalize(x, m.mean, m.variance(), *(v for v in (scale, bias)), dtype=expected)
+    y = bnjax.normalize(
+        x, m.mean, m.variance(), *(v for v in (scale, bias)), dtype=expected
+    )
     assert_close(y, expected_y, dtype=expected)
     assert m.m2.dtype == jnp.float32
 
@@ -148,7 +152,9 @@ def test_mask(shape, garbage):
 
 
 @pytest.mark.parametrize("garbage", [np.nan, 1e30, 0.0])
-@pytest.mark.parametrize("fallback", [None, (np.array([3.0, 2, 1]), np.array([4.0, 9, 1]))])
+@pytest.mark.parametrize(
+    "fallback", [None, (np.array([3.0, 2, 1]), np.array([4.0, 9, 1]))]
+)
 def test_nothing_valid(garbage, fallback):
     """Normalized by the fallback; finite output and gradient."""
     x, scale, bias = case()
@@ -219,8 +225,13 @@ def test_large_mean_is_normalized():
     """What Flax's fast variance returns with a standard deviation of 0.02 to 12."""
     x = 1000 + 0.01 * np.random.default_rng(0).normal(size=(4096, 3))
     y, _ = bnjax.batch_norm(x.astype(np.float32))
-    assert_close(y.std(0), np.std(oracle.batch_norm(
-        x.astype(np.float32), np.ones(3), np.zeros(3), (0,)), 0), tol=1e-3)
+    assert_close(
+        y.std(0),
+        np.std(
+            oracle.batch_norm(x.astype(np.float32), np.ones(3), np.zeros(3), (0,)), 0
+        ),
+        tol=1e-3,
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (3,), (1, 1, 3)])
@@ -255,7 +266,9 @@ def test_symbolic_batch_dimension():
     for n in (2, 40):
         x, scale, bias = case(shape=(n, 4, 5, 3))
         out = exported.call(x, scale, bias)
-        assert_trees_close(out, jax.tree.map(np.asarray, step(x, scale, bias)), tol=1e-5)
+        assert_trees_close(
+            out, jax.tree.map(np.asarray, step(x, scale, bias)), tol=1e-5
+        )
 
 
 def test_strict_dtype_promotion():

@@ -85,7 +85,9 @@ def test_a_feature_without_values_keeps_its_statistics(name):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("field", ["mean", "m2"])
-@pytest.mark.parametrize("build", [running.ema, running.debiased_ema, running.cumulative])
+@pytest.mark.parametrize(
+    "build", [running.ema, running.debiased_ema, running.cumulative]
+)
 def test_nonfinite_batches_are_skipped_when_asked(build, field, bad):
     poisoned = batches()
     value = getattr(poisoned, field).at[2, 1].set(bad)
@@ -107,7 +109,9 @@ def test_matches_pytorch():
         None: ([2.6747532, 3.1122513, 3.6113944], [2.8725135, 3.6294239, 4.3496652]),
     }
     for momentum, (mean, var) in golden.items():
-        rule = running.cumulative(ddof=1) if momentum is None else running.ema(0.9, ddof=1)
+        rule = (
+            running.cumulative(ddof=1) if momentum is None else running.ema(0.9, ddof=1)
+        )
         state = rule.init((3,))
         for step in range(3):
             x = jnp.asarray(np.arange(12).reshape(4, 3) ** 1.5 / 7 + step, jnp.float32)

@@ -165,7 +165,9 @@ def test_equals_the_concatenated_batch(mode, mask):
         assert_close(np.asarray(actual[1][0])[seen], y[seen], tol=5e-6)
 
 
-@pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 5, 7], [1], [2, 3, 4, 6]]])
+@pytest.mark.parametrize(
+    "groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 5, 7], [1], [2, 3, 4, 6]]]
+)
 @pytest.mark.parametrize("mode", ["typed", "untyped", "pmap", "vmap"])
 def test_groups(groups, mode):
     """Uneven ones too; also the derivative."""
@@ -193,10 +195,14 @@ def test_groups(groups, mode):
     else:
         f = (jax.pmap if mode == "pmap" else jax.vmap)(inner, axis_name="data")
         out = f(*(t.reshape(8, 2, *t.shape[1:]) for t in (x, dy)))
-        dx, y, mean = (np.asarray(t).reshape(16 if t.ndim > 4 else 8, *t.shape[2:]) for t in out)
+        dx, y, mean = (
+            np.asarray(t).reshape(16 if t.ndim > 4 else 8, *t.shape[2:]) for t in out
+        )
     for group in groups:
         rows = np.concatenate([[2 * i, 2 * i + 1] for i in group])
-        assert_close(np.asarray(y)[rows], oracle.batch_norm(x[rows], scale, bias, AXES), tol=5e-6)
+        assert_close(
+            np.asarray(y)[rows], oracle.batch_norm(x[rows], scale, bias, AXES), tol=5e-6
+        )
         exact = oracle.batch_norm_gradients(x[rows], scale, dy[rows], AXES)[0]
         assert_close(np.asarray(dx)[rows], exact, tol=2e-5)
         for i in group:
