@@ -26,7 +26,7 @@ LEVELS = {
     4: ["linen", "nnx", "training"],
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
-FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
+FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 
 
 def room_of(path):
@@ -43,7 +43,7 @@ def imported(tree):
                 yield f"{node.module}.{alias.name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down(path):
     assert room_of(path) in LEVEL, "give the new room a level"
     level = LEVEL[room_of(path)]
@@ -59,7 +59,7 @@ def test_imports_go_down(path):
             assert level == 4, f"{path.name}: {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_sizes(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 350

@@ -127,7 +127,8 @@ def main(config: Config) -> None:
         "stored, bnjax",
     )
     for column in columns:
-        table.add_column(column, justify="left" if column == "shape" else "right")
+        justify = "left" if column == "shape" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     with results.Log(config.output) as log:
         log.add("start", bench="layer", settings=asdict(config), **results.stamp())
         for dtype, shape in itertools.product(config.dtypes, shapes):
@@ -141,8 +142,8 @@ def main(config: Config) -> None:
             log.add("layer", shape=shape, dtype=dtype, ratio=ratio, stored=stored)
             numbers = f"{forward:.2f}", f"{both:.2f}"
             sizes = (f"{stored[name]:.2f} x" for name in ("flax", "bnjax"))
-            table.add_row(str(shape), dtype, *numbers, *sizes)
-    Console().print(table)
+            table.add_row("x".join(map(str, shape)), dtype, *numbers, *sizes)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

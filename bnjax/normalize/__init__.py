@@ -21,15 +21,14 @@ outside the derivative rules because `jax_remat3` cannot transpose one inside.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _axes, _backend, _checks, _dtypes, _replicas
+from bnjax import _checks, _replicas
 from bnjax.moments import NAME, Moments, Reduction, reduction, statistics
+from bnjax.normalize._affine import Affine, affine, describe, per_feature
 
 __all__ = ["batch_norm", "normalize"]
 
@@ -84,7 +83,7 @@ def normalize(
     References: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
     x = _checks.inexact("x", x)
-    how = _affine_of(
+    how = describe(
         x,
         (scale, bias),
         axis=axis,
@@ -93,13 +92,12 @@ def normalize(
         activation=activation,
         implementation=implementation,
     )
-    vectors = _per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
+    vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
     residual = _checks.residual(residual, x.shape)
 
     @_keep_moments
     def transform(x, vectors, residual):
-        y = _affine(x.astype(how.compute), *vectors, how)
-        return _finish(y, residual, activation, how)
+        return _finish(_by_given(x, vectors, how), residual, activation, how)
 
     return transform(x, vectors, residual)
 
@@ -168,7 +166,7 @@ def batch_norm(
     References: Ioffe & Szegedy 2015, Algorithm 1; section 3.2 for spatial axes.
     """
     x = _checks.inexact("x", x)
-    how = _affine_of(
+    how = describe(
         x,
         (scale, bias),
         axis=axis,
@@ -179,25 +177,16 @@ def batch_norm(
     )
     over = reduction(x, axis, axis_name, axis_index_groups, implementation)
     mean, var = (0.0, 1.0) if fallback is None else fallback
-    vectors = _per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
+    vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
     mask = _checks.mask(mask, x.shape)
     residual = _checks.residual(residual, x.shape)
     values = math.prod(x.shape[a] for a in over.axes)
     if mask is None:
         _checks.warn_single_value(_smallest_count(values, over), x.shape, axis)
-    never_empty = mask is None and values != 0
 
     @_keep_moments
     def transform(x, vectors, mask, residual):
-        if mask is not None:
-            x = jnp.where(mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
-        x = x.astype(how.compute)
-        batch = statistics(x, mask, over)
-        mean, var, scale, bias = vectors
-        some = True if never_empty else batch.count > 0
-        mean = jnp.where(some, batch.mean, mean)
-        var = jnp.where(some, batch.variance(), var)
-        y = _affine(x, mean, var, scale, bias, how)
+        y, batch = _by_batch(x, vectors, mask, over, how)
         return _finish(y, residual, activation, how), batch
 
     y, batch = transform(x, vectors, mask, residual)
@@ -213,61 +202,6 @@ _keep_moments = functools.partial(
 )
 
 
-class _Affine(NamedTuple):
-    """What is done to each value; static.
-
-    Attributes:
-        feature_axes: ascending.
-        epsilon: added to the variance.
-        storage: the dtype of the input, before it is widened.
-        compute: the dtype of the arithmetic.
-        output: the dtype of the result.
-        cotangent: the dtype that the cotangent of the affine map is widened from.
-        implementation: see `_backend`.
-    """
-
-    feature_axes: tuple[int, ...]
-    epsilon: float
-    storage: jnp.dtype
-    compute: jnp.dtype
-    output: jnp.dtype
-    cotangent: jnp.dtype
-    implementation: str | None
-
-
-def _affine_of(
-    x, parameters, *, axis, epsilon, dtype, activation, implementation
-) -> _Affine:
-    _checks.epsilon(epsilon)
-    _checks.activation(activation)
-    _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
-    if dtype is None:
-        output = _dtypes.promote(x, *(p for p in parameters if p is not None))
-    else:
-        output = _checks.output_dtype(dtype)
-    compute = _dtypes.statistics(x.dtype, output)
-    axes = _axes.canonical(axis, x.ndim)
-    cotangent = output if activation is None else compute
-    return _Affine(axes, epsilon, x.dtype, compute, output, cotangent, implementation)
-
-
-def _per_feature(x, axis, how: _Affine, *, mean, var, scale, bias):
-    """The four vectors, checked; 1 for a missing scale, 0 for a missing bias."""
-    shape = _axes.sizes(x.shape, how.feature_axes)
-    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
-    default = {"mean": 0, "var": 1, "scale": 1, "bias": 0}
-    real = _dtypes.real(how.compute)
-    vectors = []
-    for name, value in given.items():
-        dtype = real if name == "var" else how.compute
-        if value is None or isinstance(value, float):
-            value = jnp.full(shape, default[name], dtype)
-        value = jnp.asarray(value)
-        _checks.feature_shape(name, value, shape, axis)
-        vectors.append(value.astype(dtype))
-    return tuple(vectors)
-
-
 def _smallest_count(values, over: Reduction):
     """The number of values per feature in the smallest group of replicas."""
     if over.axis_name is None:
@@ -277,71 +211,32 @@ def _smallest_count(values, over: Reduction):
     return values * _replicas.axis_size(over.axis_name)
 
 
-def _finish(y, residual, activation, how: _Affine):
+# Compiled apart from the activation, which may close over anything: layers of one shape
+# are traced once, and a call outside of jit runs one program.
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _by_given(x, vectors, how: Affine):
+    return affine(x.astype(how.compute), *vectors, how)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _by_batch(x, vectors, mask, over: Reduction, how: Affine):
+    if mask is not None:
+        x = jnp.where(mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+    x = x.astype(how.compute)
+    batch = statistics(x, mask, over)
+    mean, var, scale, bias = vectors
+    never_empty = mask is None and 0 not in (x.shape[a] for a in over.axes)
+    some = True if never_empty else batch.count > 0
+    mean = jnp.where(some, batch.mean, mean)
+    var = jnp.where(some, batch.variance(), var)
+    return affine(x, mean, var, scale, bias, how), batch
+
+
+def _finish(y, residual, activation, how: Affine):
     if residual is not None:
         y = y + residual.astype(y.dtype)
     if activation is not None:
         y = activation(y)
     return y.astype(how.output)
-
-
-# The derivative, in the symbols of the module's docstring. Only A and B meet the axes
-# that the replicas vary over; stacked and cast once, they transpose to one collective.
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _affine(x, mean, var, scale, bias, how: _Affine):
-    a = lax.rsqrt(var + how.epsilon).astype(how.compute) * scale
-    x, mean, a, bias = _fresh(how, x, mean, a, bias)
-    return (x - mean) * a + bias
-
-
-@functools.partial(_affine.defjvp, symbolic_zeros=True)
-def _(how, primals, tangents):
-    x, mean, var, scale, _ = primals
-    y = _affine(*primals, how)
-    rstd = lax.rsqrt(var + how.epsilon).astype(how.compute)
-    a = rstd * scale
-    dx, dmean, dvar, dscale, dbias = (None if _is_zero(t) else t for t in tangents)
-    slope = _sum(dscale, None if dvar is None else a * rstd * dvar.astype(a.dtype) / -2)
-    offset = _sum(dbias, None if dmean is None else -a * dmean)
-    slope, offset = _cast_like(x, slope, offset)
-
-    x, mean, rstd, a = _fresh(how, x, mean, rstd, a)
-    again = functools.partial(
-        _backend.reread_cotangent, how.cotangent, how.implementation
-    )
-    dy = None
-    if offset is not None:  # as large as x, and split over the devices as x is
-        dy = again(_axes.expand(offset, how.feature_axes, x.ndim) + jnp.zeros_like(x))
-    if slope is not None:
-        slope = _axes.expand(slope, how.feature_axes, x.ndim)
-        dy = again(_sum((x - mean) * rstd * slope, dy))
-    return y, _sum(None if dx is None else dx * a, dy)
-
-
-def _is_zero(tangent) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
-
-
-def _sum(first, second):
-    """The sum, where None is zero."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
-
-
-def _cast_like(x, *vectors) -> list:
-    """The vectors that are not None, cast together to vary over the replicas as x."""
-    given = [v for v in vectors if v is not None]
-    if not given:
-        return list(vectors)
-    cast = iter(_replicas.cast_like(x, jnp.stack(given)))
-    return [None if v is None else next(cast) for v in vectors]
-
-
-def _fresh(how: _Affine, x, *vectors):
-    """`x`, to be read again, and the per-feature vectors in its rank."""
-    values = _replicas.cast_together(x, *vectors)
-    x, *vectors = _backend.reread(how.storage, how.implementation, *values)
-    return x, *(_axes.expand(v, how.feature_axes, x.ndim) for v in vectors)

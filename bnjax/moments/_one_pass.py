@@ -1,0 +1,114 @@
+"""The moments of one replica's values, from one pass over them."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax import _axes, _backend, _dtypes, _replicas
+from bnjax.moments._value import Moments, abs_product
+
+# The shift is the mean of one value in at most this many. See `_shift`.
+_SUBSAMPLE = 32
+
+
+class Reduction(NamedTuple):
+    """What is reduced, and over which replicas; static.
+
+    Attributes:
+        axes: the axes to reduce, ascending.
+        storage: the dtype that the input had before it was widened.
+        axis_name: the named axis or axes to merge over, bound; or None.
+        groups: a partition of the named axis, or None.
+        implementation: see `_backend`.
+    """
+
+    axes: tuple[int, ...]
+    storage: jnp.dtype
+    axis_name: str | tuple[str, ...] | None = None
+    groups: tuple[tuple[int, ...], ...] | None = None
+    implementation: str | None = None
+
+
+def one_pass(
+    x: jax.Array, mask: jax.Array | None, how: Reduction
+) -> tuple[Moments, jax.Array]:
+    """The Moments, from one pass over `x` about a shift close to the mean.
+
+    d = x - shift,  mean = shift + sum d / n,  m2 = sum |d|^2 - |sum d|^2 / n
+
+    Also what the rounded mean lacks: at |mean|/std = 1e4 that is 1e-3 of a standard
+    deviation, and the distances between the means of replicas need it.
+    """
+    count = _count(x, mask, how.axes)
+    shift = _shift(x, mask, how)
+    x, about = reread(x, shift, how)
+    s1 = valid(centred(x, about, how), mask).sum(how.axes)
+    d = valid(centred(*reread(x, about, how), how), mask)
+    s2 = abs_product(d, d).sum(how.axes)
+    delta = s1 / jnp.maximum(count, 1)
+    mean = shift + delta
+    m2 = jnp.maximum(s2 - abs_product(s1, delta), 0)
+    return Moments(count, mean, m2), delta - (mean - shift)
+
+
+def _shift(x: jax.Array, mask: jax.Array | None, how: Reduction) -> jax.Array:
+    """The mean of a fixed subsample: near enough to the mean, whatever the data.
+
+    By Cauchy-Schwarz the mean over any K of N values lies within sqrt(N/K) standard
+    deviations of the mean of all, outliers or not:
+        (mean_K - mean)^2 <= (1/K) sum_K (x - mean)^2 <= (N/K) var
+    so the shifted sums lose at most a factor 1 + N/K of precision. An axis along
+    which the mask varies is kept whole, or N/K would not hold among the valid.
+    """
+    values = math.prod(x.shape[a] for a in how.axes)
+    rest = (
+        min(_SUBSAMPLE, max(values // _SUBSAMPLE, 1))
+        if isinstance(values, int)
+        else _SUBSAMPLE
+    )
+    for a in how.axes[1:] + how.axes[:1]:  # the batch last: it may be sharded
+        if rest == 1 or (mask is not None and mask.shape[a] != 1) or _sharded(x, a):
+            continue
+        size = x.shape[a]
+        x = lax.slice_in_dim(x, 0, size, stride=rest, axis=a)
+        rest = max(rest // max(size, 1), 1) if isinstance(size, int) else 1
+    count = _count(x, mask, how.axes)
+    return valid(x, mask).sum(how.axes) / jnp.maximum(count, 1)
+
+
+def _sharded(x: jax.Array, axis: int) -> bool:
+    """Whether `x` is typed (Explicit mesh axes) as split along `axis`."""
+    return jax.typeof(x).sharding.spec[axis] is not None
+
+
+def _count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """The number of valid values; (feature,) where the mask varies by feature."""
+    dtype = _dtypes.real(x.dtype)
+    if mask is None:
+        return jnp.full((), math.prod(x.shape[a] for a in axes), dtype)
+    repeats = math.prod(x.shape[a] for a in axes if mask.shape[a] == 1)
+    counts = mask.sum(axes, dtype=jnp.int32).astype(dtype) * jnp.asarray(repeats, dtype)
+    if counts.size == 1:
+        return counts.reshape(())
+    return jnp.broadcast_to(
+        counts, _axes.sizes(x.shape, _axes.complement(axes, x.ndim))
+    )
+
+
+def valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def centred(x: jax.Array, centre: jax.Array, how: Reduction) -> jax.Array:
+    return x - _axes.expand(centre, _axes.complement(how.axes, x.ndim), x.ndim)
+
+
+def reread(
+    x: jax.Array, vector: jax.Array, how: Reduction
+) -> tuple[jax.Array, jax.Array]:
+    values = _replicas.cast_together(x, vector)
+    x, vector = _backend.reread(how.storage, how.implementation, *values)
+    return x, vector

@@ -1,0 +1,94 @@
+"""The moments over all replicas, and their derivative."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from bnjax import _axes, _backend, _checks, _replicas
+from bnjax.moments._one_pass import Reduction, centred, one_pass, reread, valid
+from bnjax.moments._value import Moments, abs_product
+
+# What a checkpoint policy keeps: see normalize.
+NAME = "bnjax_moments"
+
+# Up to this many replicas their moments are gathered in one collective, beyond it
+# summed in two.
+_GATHER_LIMIT = 64
+
+
+def reduction(x, axis, axis_name=None, groups=None, implementation=None) -> Reduction:
+    """The checked static description of a reduction of `x`."""
+    feature_axes = _axes.canonical(axis, x.ndim)
+    axis_name = _checks.axis_name(axis_name)
+    size = 1 if axis_name is None else _replicas.axis_size(axis_name)
+    groups = _checks.groups(groups, axis_name, size)
+    _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
+    axes = _axes.complement(feature_axes, x.ndim)
+    return Reduction(axes, x.dtype, axis_name, groups, implementation)
+
+
+# The derivative. With c = x - mean, over the valid values of every replica:
+#     dmean = sum dx / n,     dm2 = 2 sum Re(conj(c) dx)
+# because the term through dmean vanishes: sum c = 0. One stacked sum, so the transpose
+# holds one collective, and the shift and the merge are never differentiated.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def statistics(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
+    """The moments of a widened `x`, differentiable; arguments are checked already."""
+    local, rest = one_pass(x, mask, how)
+    if how.axis_name is None:
+        return local
+    return _merge_replicas(local, rest, how.axis_name, how.groups)
+
+
+@statistics.defjvp
+def _(how, primals, tangents):
+    (x, mask), (dx, _) = primals, tangents
+    # Named here, and not inside `statistics`: a policy does not look into its call.
+    result = Moments._make(map(_named, statistics(x, mask, how)))
+    deviation = valid(centred(*reread(x, result.mean, how), how), mask)
+    dx = valid(dx, mask)
+    sums = jnp.stack([dx.sum(how.axes), (jnp.conj(deviation) * dx).sum(how.axes)])
+    sums = _replicas.all_sum(sums, how.axis_name, how.groups)
+    dmean = sums[0] / jnp.maximum(result.count, 1)
+    return result, Moments(jnp.zeros_like(result.count), dmean, 2 * sums[1].real)
+
+
+def _named(value: jax.Array) -> jax.Array:
+    """`value`, under the name that the checkpoint policy keeps."""
+    if jnp.iscomplexobj(value):  # jax.checkpoint keeps no complex value
+        return lax.complex(_named(value.real), _named(value.imag))
+    return checkpoint_name(value, NAME)
+
+
+def _merge_replicas(local: Moments, rest: jax.Array, axis_name, groups) -> Moments:
+    """The merge of every replica's moments: one collective, or two beyond 64."""
+    values = (*local, rest)
+    if groups is None and _replicas.axis_size(axis_name) > _GATHER_LIMIT:
+        return _merge_all(values, lambda *v: _replicas.packed_sum(v, axis_name))
+    vector, unpack = _replicas.pack(values)
+    rows = jax.vmap(unpack)(_replicas.gather(vector, axis_name, groups))
+    merged = _merge_all(rows, lambda *v: [each.sum(0, keepdims=True) for each in v])
+    return Moments._make(value[0] for value in merged)
+
+
+def _merge_all(each, total) -> Moments:
+    """The merge of many (count, mean, m2, rest) at once; `total` sums over them.
+
+    The mean is corrected by the mean deviation from its first estimate, because that
+    is rounded at the magnitude of the mean, not of the deviation.
+    """
+    count, mean, m2, rest = each
+    weight = count.reshape(count.shape + (1,) * (mean.ndim - count.ndim))
+    count, summed = total(count, weight * mean)
+    n = jnp.maximum(count.reshape(count.shape + (1,) * (mean.ndim - count.ndim)), 1)
+    estimate = summed / n
+    d = (mean - estimate) + rest
+    summed, m2 = total(weight * d, m2 + weight * abs_product(d, d))
+    delta = summed / n
+    m2 = jnp.maximum(m2 - n * abs_product(delta, delta), 0)
+    return Moments(count, estimate + delta, m2)

@@ -1,0 +1,127 @@
+"""(x - mean) / sqrt(var + epsilon) * scale + bias, and its derivative."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax import _axes, _backend, _checks, _dtypes, _replicas
+
+
+class Affine(NamedTuple):
+    """What is done to each value; static.
+
+    Attributes:
+        feature_axes: ascending.
+        epsilon: added to the variance.
+        storage: the dtype of the input, before it is widened.
+        compute: the dtype of the arithmetic.
+        output: the dtype of the result.
+        cotangent: the dtype that the cotangent of the affine map is widened from.
+        implementation: see `_backend`.
+    """
+
+    feature_axes: tuple[int, ...]
+    epsilon: float
+    storage: jnp.dtype
+    compute: jnp.dtype
+    output: jnp.dtype
+    cotangent: jnp.dtype
+    implementation: str | None
+
+
+def describe(
+    x, parameters, *, axis, epsilon, dtype, activation, implementation
+) -> Affine:
+    _checks.epsilon(epsilon)
+    _checks.activation(activation)
+    _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
+    if dtype is None:
+        output = _dtypes.promote(x, *(p for p in parameters if p is not None))
+    else:
+        output = _checks.output_dtype(dtype)
+    compute = _dtypes.statistics(x.dtype, output)
+    axes = _axes.canonical(axis, x.ndim)
+    cotangent = output if activation is None else compute
+    return Affine(axes, epsilon, x.dtype, compute, output, cotangent, implementation)
+
+
+def per_feature(x, axis, how: Affine, *, mean, var, scale, bias):
+    """The four vectors, checked; 1 for a missing scale, 0 for a missing bias."""
+    shape = _axes.sizes(x.shape, how.feature_axes)
+    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    default = {"mean": 0, "var": 1, "scale": 1, "bias": 0}
+    real = _dtypes.real(how.compute)
+    vectors = []
+    for name, value in given.items():
+        dtype = real if name == "var" else how.compute
+        if value is None or isinstance(value, float):
+            value = jnp.full(shape, default[name], dtype)
+        value = jnp.asarray(value)
+        _checks.feature_shape(name, value, shape, axis)
+        vectors.append(value.astype(dtype))
+    return tuple(vectors)
+
+
+# The derivative, in the symbols of the module's docstring. Only A and B meet the axes
+# that the replicas vary over; stacked and cast once, they transpose to one collective.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def affine(x, mean, var, scale, bias, how: Affine):
+    a = lax.rsqrt(var + how.epsilon).astype(how.compute) * scale
+    x, mean, a, bias = _fresh(how, x, mean, a, bias)
+    return (x - mean) * a + bias
+
+
+@functools.partial(affine.defjvp, symbolic_zeros=True)
+def _(how, primals, tangents):
+    x, mean, var, scale, _ = primals
+    y = affine(*primals, how)
+    rstd = lax.rsqrt(var + how.epsilon).astype(how.compute)
+    a = rstd * scale
+    dx, dmean, dvar, dscale, dbias = (None if _is_zero(t) else t for t in tangents)
+    slope = _sum(dscale, None if dvar is None else a * rstd * dvar.astype(a.dtype) / -2)
+    offset = _sum(dbias, None if dmean is None else -a * dmean)
+    slope, offset = _cast_like(x, slope, offset)
+
+    x, mean, rstd, a = _fresh(how, x, mean, rstd, a)
+    again = functools.partial(
+        _backend.reread_cotangent, how.cotangent, how.implementation
+    )
+    dy = None
+    if offset is not None:  # as large as x, and split over the devices as x is
+        dy = again(_axes.expand(offset, how.feature_axes, x.ndim) + jnp.zeros_like(x))
+    if slope is not None:
+        slope = _axes.expand(slope, how.feature_axes, x.ndim)
+        dy = again(_sum((x - mean) * rstd * slope, dy))
+    return y, _sum(None if dx is None else dx * a, dy)
+
+
+def _is_zero(tangent) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _sum(first, second):
+    """The sum, where None is zero."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _cast_like(x, *vectors) -> list:
+    """The vectors that are not None, cast together to vary over the replicas as x."""
+    given = [v for v in vectors if v is not None]
+    if not given:
+        return list(vectors)
+    cast = iter(_replicas.cast_like(x, jnp.stack(given)))
+    return [None if v is None else next(cast) for v in vectors]
+
+
+def _fresh(how: Affine, x, *vectors):
+    """`x`, to be read again, and the per-feature vectors in its rank."""
+    values = _replicas.cast_together(x, *vectors)
+    x, *vectors = _backend.reread(how.storage, how.implementation, *values)
+    return x, *(_axes.expand(v, how.feature_axes, x.ndim) for v in vectors)
