@@ -1,6 +1,7 @@
 """Axis arithmetic. The only place where a negative axis exists."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import jax
 
@@ -9,7 +10,12 @@ Axes = tuple[int, ...]
 
 def canonical(axis: int | Sequence[int], ndim: int) -> Axes:
     """The axes as sorted non-negative integers; raises on an axis that is not there."""
-    given = (axis,) if isinstance(axis, int) else tuple(axis)
+    given = tuple(map(operator.index, axis if isinstance(axis, Iterable) else (axis,)))
+    if ndim == 0:
+        raise ValueError(
+            f"the input has shape (), which has no axis={axis!r}: expected at least a "
+            "feature axis, for example (batch, feature). Write x[None, None]."
+        )
     wrong = [a for a in given if not -ndim <= a < ndim]
     if wrong:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Validation. Every message says what was received, expected, and what to write."""
 
+import numbers
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -19,6 +21,8 @@ class UnboundAxisNameError(NameError, ValueError):
     A NameError because that is what JAX and Flax raise here.
     """
 
+
+_OURS = ("bnjax", "flax", "jax", "contextlib")
 
 _UNBOUND = (
     "axis_name={axis_name!r} is not bound here: expected the name of an axis of the "
@@ -55,7 +59,16 @@ def output_dtype(dtype) -> jnp.dtype:
             f"dtype={jnp.dtype(dtype).name} is the dtype of the output: expected a "
             "floating or complex dtype. Write dtype=None to infer it from the input."
         )
-    return jnp.dtype(dtype)
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def not_complex(name: str, value: jax.Array, dtype) -> None:
+    """Raises on a complex value where a real one is computed with."""
+    if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} has dtype {value.dtype}, but the result is real: expected a real "
+            f"{name}. Write {name}.real, or dtype=jnp.complex64 for a complex result."
+        )
 
 
 def feature_shape(
@@ -91,7 +104,7 @@ def mask(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
     return value.reshape(aligned)
 
 
-def residual(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
+def residual(value: ArrayLike | None, shape: Sequence[int], dtype) -> jax.Array | None:
     """The residual as an array of the shape of `x`, or None."""
     if value is None:
         return None
@@ -102,6 +115,7 @@ def residual(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
             "the input that it is added to. Project or broadcast it first "
             "(jnp.broadcast_to(residual, x.shape))."
         )
+    not_complex("residual", value, dtype)
     return value
 
 
@@ -114,18 +128,29 @@ def activation(value) -> None:
         )
 
 
-def epsilon(value) -> None:
-    """Raises on an epsilon below zero."""
-    if isinstance(value, (int, float)) and not value >= 0:
+def elementwise(activation, shape: Sequence[int], y) -> None:
+    """Raises unless the activation kept the shape of its input."""
+    if jnp.shape(y) != tuple(shape):
+        raise ValueError(
+            f"activation={activation!r} returned shape {jnp.shape(y)} for an input of "
+            f"shape {tuple(shape)}: expected an elementwise function. Apply what "
+            "changes the shape to the output of the normalization."
+        )
+
+
+def epsilon(value):
+    """`value`; raises on an epsilon below zero."""
+    if isinstance(value, numbers.Real) and not float(value) >= 0:
         raise ValueError(
             f"epsilon={value!r} is added to the variance: expected a number >= 0. "
             "Write epsilon=1e-5."
         )
+    return value
 
 
 def weight(name: str, value) -> None:
     """Raises on a momentum or decay outside [0, 1]."""
-    if isinstance(value, (int, float)) and not 0 <= value <= 1:
+    if isinstance(value, numbers.Real) and not 0 <= float(value) <= 1:
         raise ValueError(
             f"{name}={value!r} is the weight of the old running value: expected a "
             f"number in [0, 1]. Write {name}=0.99 (PyTorch's momentum=0.1 is "
@@ -179,8 +204,15 @@ def groups(value, name, size: int) -> tuple[tuple[int, ...], ...] | None:
 def warn_single_value(count, shape: Sequence[int], axis) -> None:
     """Warns where the statistics are those of one value; `count` may be symbolic."""
     if isinstance(count, int) and count == 1:
-        warnings.warn(
-            _SINGLE_VALUE.format(shape=tuple(shape), axis=axis),
-            BatchNormWarning,
-            stacklevel=4,
-        )
+        message = _SINGLE_VALUE.format(shape=tuple(shape), axis=axis)
+        warnings.warn(message, BatchNormWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The stack level of the first frame outside of bnjax, Flax and JAX."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] not in _OURS:
+            break
+        level, frame = level + 1, frame.f_back
+    return level

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _axes, _checks, running
+from bnjax import _axes, _checks, _dtypes, running
 from bnjax.moments import Moments, merge, moments
 from bnjax.normalize import batch_norm, normalize
 
@@ -149,7 +149,7 @@ class BatchNorm(nn.Module):
         else:
             y, batch = batch_norm(x, **over, **affine, fallback=stored)
         if update:
-            _update(self, stats, batch)
+            _update(self, stats, batch, x)
         if pools:
             pool = self.variable(
                 "batch_moments", "moments", Moments.empty, stored.mean.shape
@@ -201,14 +201,21 @@ def _asks_for_moments(layer: BatchNorm) -> bool:
     return not everything and layer.is_mutable_collection("batch_moments")
 
 
-def _update(layer: BatchNorm, stats: list[nn.Variable], batch: Moments) -> None:
-    """Writes the running statistics after one batch."""
+def _update(
+    layer: BatchNorm, stats: list[nn.Variable], batch: Moments, x: jax.Array
+) -> None:
+    """Writes the running statistics after one batch, in the dtypes of Flax's."""
     rule = running.ema(
         layer.momentum,
         ddof=int(layer.unbiased),
         skip_nonfinite=layer.skip_nonfinite_updates,
     )
     stored = running.State._make(variable.value for variable in stats)
+    batch_dtype = _dtypes.statistics(x.dtype if layer.dtype is None else layer.dtype)
     for variable, old, new in zip(stats, stored, rule.update(stored, batch)):
-        keep = not (layer.force_float32_reductions or jnp.iscomplexobj(new))
-        variable.value = new.astype(old.dtype) if keep else new
+        dtype = _dtypes.promote(old, batch_dtype)
+        if not (layer.force_float32_reductions or jnp.iscomplexobj(new)):
+            dtype = old.dtype
+        elif not jnp.iscomplexobj(new):
+            dtype = _dtypes.real(dtype)
+        variable.value = new.astype(dtype)

@@ -5,9 +5,10 @@
     cumulative     mean <- mean + (batch mean - mean) / t
 
 `decay` is the weight of the old value: Flax's momentum, one minus PyTorch's. A feature
-without a valid value in the batch (count 0) keeps its statistics, and t counts only
-batches that had one. These rules average variances of batches, so the variance of
-the batches' means is left out; `merge` the moments for a population's variance.
+that has no estimate in the batch (count 0; for the unbiased variance count 1 too)
+keeps its statistics, and t counts only batches that had one. These rules average
+variances of batches, so the variance of the batches' means is left out; `merge` the
+moments for a population's variance.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from bnjax import _checks
-from bnjax.moments import Moments
+from bnjax.moments import Moments, beside
 
 __all__ = ["AverageState", "Rule", "State", "cumulative", "debiased_ema", "ema"]
 
@@ -86,7 +87,7 @@ def ema(decay: float = 0.99, *, ddof: int = 0, skip_nonfinite: bool = False) -> 
     def update(state: State, batch: Moments) -> State:
         new = State(batch.mean, batch.variance(ddof))
         blended = State(*(decay * old + (1 - decay) * b for old, b in zip(state, new)))
-        return _where(_usable(batch, skip_nonfinite), blended, state)
+        return _where(_usable(batch, ddof, skip_nonfinite), blended, state)
 
     return Rule(init, update, lambda state: state)
 
@@ -124,7 +125,7 @@ def debiased_ema(
     def update(state: AverageState, batch: Moments) -> AverageState:
         new = (batch.mean, batch.variance(ddof), 1.0)
         blended = (decay * old + (1 - decay) * b for old, b in zip(state, new))
-        usable = _usable(batch, skip_nonfinite)
+        usable = _usable(batch, ddof, skip_nonfinite)
         return _where(usable, AverageState(*blended), state)
 
     def read(state: AverageState) -> State:
@@ -166,7 +167,7 @@ def cumulative(*, ddof: int = 0, skip_nonfinite: bool = False) -> Rule:
             state.var + (batch.variance(ddof) - state.var) / t,
             t,
         )
-        return _where(_usable(batch, skip_nonfinite), averaged, state)
+        return _where(_usable(batch, ddof, skip_nonfinite), averaged, state)
 
     def read(state: AverageState) -> State:
         return State(state.mean, jnp.where(state.weight > 0, state.var, 1))
@@ -178,14 +179,17 @@ def _init_average(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Avera
     return AverageState(*(jnp.zeros(shape, dtype) for _ in AverageState._fields))
 
 
-def _usable(batch: Moments, skip_nonfinite: bool) -> jax.Array:
-    """Per feature, whether the batch says something about it."""
-    usable = jnp.asarray(batch.count) > 0
+def _usable(batch: Moments, ddof: int, skip_nonfinite: bool) -> jax.Array:
+    """Per feature, whether the batch has an estimate of its mean and variance."""
+    mean = jnp.asarray(batch.mean)
+    usable = beside(jnp.asarray(batch.count), mean).real > ddof
     if skip_nonfinite:
-        finite = jnp.isfinite(batch.mean).all() & jnp.isfinite(batch.m2).all()
+        finite = jnp.isfinite(mean).all() & jnp.isfinite(batch.m2).all()
         usable = usable & finite
-    return usable
+    return usable & jnp.ones_like(mean, bool)
 
 
 def _where(usable: jax.Array, new, old):
-    return jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, old)
+    return jax.tree.map(
+        lambda n, o: jnp.where(usable, n, o + jnp.zeros_like(n)), new, old
+    )

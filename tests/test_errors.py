@@ -127,6 +127,42 @@ CASES = {
         TypeError,
         ["activation='relu' is not callable", "activation=jax.nn.relu"],
     ),
+    "scalar scale": (
+        batch_norm(scale=2.0),
+        ValueError,
+        ["scale has shape ()", "expected (3,)"],
+    ),
+    "scalar mean": (
+        lambda: bnjax.normalize(X, 3.0, V3),
+        ValueError,
+        ["mean has shape ()", "expected (3,)"],
+    ),
+    "no axis": (
+        lambda: bnjax.batch_norm(np.float32(1)),
+        ValueError,
+        ["the input has shape ()", "at least a feature axis"],
+    ),
+    "complex mean": (
+        lambda: bnjax.normalize(X, V3 * 1j, V3),
+        TypeError,
+        ["mean has dtype complex64", "expected a real mean", "mean.real"],
+    ),
+    "complex residual": (
+        batch_norm(residual=X * 1j),
+        TypeError,
+        ["residual has dtype complex64", "residual.real"],
+    ),
+    "activation that is no elementwise function": (
+        batch_norm(activation=jnp.sum),
+        ValueError,
+        ["returned shape ()", "input of shape (6, 4, 3)", "elementwise"],
+    ),
+    "NumPy epsilon": (batch_norm(epsilon=np.float32(-1)), ValueError, ["epsilon="]),
+    "NumPy momentum": (
+        layer(momentum=np.float32(1.5)),
+        ValueError,
+        ["momentum="],
+    ),
     "negative epsilon": (
         batch_norm(epsilon=-1e-5),
         ValueError,

@@ -566,3 +566,28 @@ def test_tabulate_and_shapes():
     assert shapes["batch_stats"]["mean"].shape == (3,)
     with jax.checking_leaks():
         jax.jit(apply_train(layer))(variables(), data())
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "fields"),
+    [
+        ("float32", {"param_dtype": jnp.float64}),
+        ("float64", {"dtype": jnp.float32}),
+        ("float64", {"dtype": jnp.bfloat16}),
+        ("float64", {}),
+        ("float32", {"dtype": jnp.float64}),
+        ("bfloat16", {"param_dtype": jnp.float64}),
+        ("float32", {"param_dtype": jnp.complex64}),
+    ],
+)
+def test_dtypes_of_the_running_statistics_are_flaxs(x_dtype, fields):
+    """Else a scan over training steps changes the type of its carry."""
+    with jax.enable_x64(True):
+        x = data(dtype=x_dtype)
+        dtypes = []
+        for norm in (nn.BatchNorm, bnjax.BatchNorm):
+            layer = norm(use_running_average=False, **fields)
+            v = layer.init(jax.random.key(0), x)
+            y, u = layer.apply(v, x, mutable=["batch_stats"])
+            dtypes.append((y.dtype, jax.tree.map(lambda a: a.dtype, u)))
+        assert dtypes[0] == dtypes[1]

@@ -256,6 +256,34 @@ def test_moments_pass_through_jit_scan_and_vmap():
         check(jax.tree.map(lambda leaf, i=i: leaf[i], each), x[i], (0,))
 
 
+def test_vmapped_counts_stay_with_their_batch():
+    """The count's axes are the leading ones, also where a feature axis is as long."""
+    x = data((3, 10, 3))
+    mask = np.arange(10)[None, :, None] < np.array([3, 6, 10])[:, None, None]
+    m = jax.vmap(lambda x, k: bnjax.moments(x, mask=k))(x, mask)
+    assert m.count.shape == (3,)
+    twice = bnjax.merge(m, m)
+    for i, n in enumerate((3, 6, 10)):
+        var = x[i, :n].astype(np.float64).var(0)
+        assert_close(m.variance()[i], var)
+        assert_close(twice.variance()[i], var)
+    rule = bnjax.running.ema(0.0)
+    assert_close(rule.update(rule.init((3, 3)), m).var, np.asarray(m.variance()))
+
+
+@pytest.mark.parametrize("n", [3, 7, 60])
+@pytest.mark.parametrize("replicas", [5, 64, 100])
+def test_the_means_of_replicas_are_merged_exactly(replicas, n):
+    """Needs the shift subtracted to be the shift added back, to the last bit."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(1e4, 1, size=(replicas, n, 8)).astype(np.float32)
+    f = jax.vmap(
+        lambda x: bnjax.moments(x, axis_name="i"), axis_name="i", out_axes=None
+    )
+    _, _, m2 = oracle.moments(x, (0, 1))
+    np.testing.assert_allclose(jax.jit(f)(x).m2, m2, rtol=5e-6)
+
+
 @pytest.mark.parametrize("replicas", [8, 72])
 def test_vmap_axis_name_gathers_or_sums(replicas):
     """Up to 64 replicas one gather, beyond it two sums; the values are the same."""

@@ -123,7 +123,8 @@ def test_double_precision_is_kept():
     assert_close(y, oracle.batch_norm(x, scale, bias, (0, 1, 2)), dtype="float64")
     assert m.mean.dtype == jnp.float64
     y, m = bnjax.batch_norm(x.astype(np.float32), scale.astype(float))
-    assert y.dtype == m.mean.dtype == jnp.float64
+    assert y.dtype == jnp.float64
+    assert m.mean.dtype == jnp.float32  # of the input, whatever the parameters
 
 
 def test_half_precision_is_rounded_once():
@@ -135,7 +136,7 @@ def test_half_precision_is_rounded_once():
     wide, _ = bnjax.batch_norm(
         x.astype(jnp.float32), scale, bias, residual=r.astype(jnp.float32), **keywords
     )
-    np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
+    assert_close(y, wide, tol=2**-8)  # one rounding, relative to the largest
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
@@ -275,10 +276,57 @@ def test_strict_dtype_promotion():
     x, scale, bias = (jnp.asarray(v) for v in case())
     mask = jnp.ones((6, 1, 1, 1), bool)
     with jax.numpy_dtype_promotion("strict"):
-        for dtype in (jnp.float32, jnp.bfloat16):
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.complex64):
             t = x.astype(dtype)
             y, m = bnjax.batch_norm(t, scale, bias, mask=mask, residual=t)
             bnjax.normalize(t, m.mean, m.variance(), scale, bias, residual=t)
             jax.grad(lambda t: jnp.abs(bnjax.batch_norm(t, scale)[0]).sum())(t)
             bnjax.merge(m, m)
             assert jnp.isfinite(y).all()
+
+
+def test_arguments_may_be_lists_and_numpy_integers():
+    y, _ = bnjax.batch_norm([[1.0, 2.0], [3.0, 5.0]], [1.0, 2.0], [0.0, 1.0])
+    assert_close(y, np.array([[-1.0, -1.0], [1.0, 3.0]]), tol=1e-5)
+    x, scale, bias = case(axis=1)
+    y, _ = bnjax.batch_norm(x, scale, bias, axis=np.int64(1))
+    assert_close(y, oracle.batch_norm(x, scale, bias, (0, 2, 3)))
+
+
+def test_dtype_without_x64_does_not_warn():
+    x, scale, _ = case()
+    y = jax.grad(lambda x: bnjax.batch_norm(x, scale, dtype=float)[0].sum())(x)
+    assert y.dtype == jnp.float32
+
+
+def test_epsilon_may_be_traced():
+    x, scale, bias = case()
+
+    def f(epsilon):
+        return bnjax.batch_norm(x, scale, bias, epsilon=epsilon)[0].std()
+
+    assert_close(jax.jit(f)(1e-3), np.asarray(f(1e-3)))
+    low, high = f(1.0), f(1.001)
+    assert_close(jax.grad(f)(1.0), np.asarray((high - low) / 1e-3), tol=1e-2)
+    y = bnjax.normalize(x, bias, scale**2, epsilon=jnp.float32(0.5))
+    one = np.ones(3)
+    assert_close(y, oracle.normalize(x, bias, scale**2, one, 0 * one, (0, 1, 2), 0.5))
+
+
+def test_the_warning_points_at_the_callers_line():
+    for call in (
+        lambda: bnjax.batch_norm(jnp.ones((1, 3))),
+        lambda: bnjax.BatchNorm(use_running_average=False).init_with_output(
+            jax.random.key(0), jnp.ones((1, 3))
+        ),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        for warning in caught:
+            assert warning.filename == __file__
+    norm = bnjax.BatchNorm(use_running_average=False)
+    v = norm.init(jax.random.key(0), jnp.ones((1, 3)))
+    with pytest.warns(bnjax.BatchNormWarning) as caught:
+        norm.apply(v, jnp.ones((1, 3)), mutable=["batch_stats"])
+    assert caught[0].filename == __file__

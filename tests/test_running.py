@@ -83,6 +83,18 @@ def test_a_feature_without_values_keeps_its_statistics(name):
     assert_trees_close(state, expected)
 
 
+@pytest.mark.parametrize(
+    "build", [running.ema, running.debiased_ema, running.cumulative]
+)
+def test_one_value_has_no_unbiased_variance(build):
+    batch = Moments(jnp.array(1.0), jnp.ones(3), jnp.zeros(3))
+    rule = build(ddof=1)
+    start = rule.init((3,))
+    jax.tree.map(np.testing.assert_array_equal, rule.update(start, batch), start)
+    rule = build(ddof=0)
+    assert (rule.read(rule.update(rule.init((3,)), batch)).var < 1).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("field", ["mean", "m2"])
 @pytest.mark.parametrize(

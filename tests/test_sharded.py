@@ -1,6 +1,7 @@
 """Replicas: the result is that of the concatenated batch, whatever the split."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -306,3 +307,41 @@ def test_large_means_that_differ_between_replicas(offset):
     m = jax.jit(f)(x)
     np.testing.assert_allclose(m.m2, m2, rtol=1e-5)
     np.testing.assert_allclose(m.mean, mean, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize(
+    ("spec", "axis"),
+    [
+        (P(None, None, None, "model"), -1),
+        (P("data", None, None, "model"), -1),
+        (P("data", "model"), -1),
+        (P("data", "model"), 1),
+        (P("data", None, None, "model"), (1, 3)),
+    ],
+)
+def test_sharded_features_and_space(spec, axis, masked, layer, kind):
+    """A 2-D mesh under jit: nothing to configure, and never a gather of the batch."""
+    x = np.random.default_rng(0).normal(size=(8, 4, 6, 10)).astype(np.float32)
+    two = mesh(kind, data=4, model=2)
+    mask = np.random.default_rng(1).random((8, 1, 1, 1)) < 0.7 if masked else None
+    norm = bnjax.BatchNorm(use_running_average=False, axis=axis)
+    v = norm.init(jax.random.key(0), x)
+
+    def f(x):
+        if layer:
+            y, u = norm.apply(v, x, mask=mask, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), (y, u["batch_stats"])
+        y, m = bnjax.batch_norm(x, axis=axis, mask=mask)
+        return jnp.sum(jnp.sin(y)), (y, m.mean, m.m2)
+
+    expected = jax.grad(f, has_aux=True)(x)
+    with jax.set_mesh(two):
+        placed = jax.device_put(x, NamedSharding(two, spec))
+        actual = jax.jit(jax.grad(f, has_aux=True))(placed)
+        text = jax.jit(jax.grad(f, has_aux=True)).lower(placed).compile().as_text()
+    assert_trees_close(actual, jax.tree.map(np.asarray, expected), tol=1e-5)
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
+    assert all(np.prod([int(n) for n in g.split(",")]) < x.size / 8 for g in gathered)

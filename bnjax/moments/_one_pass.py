@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax import _axes, _backend, _dtypes, _replicas
-from bnjax.moments._value import Moments, abs_product
+from bnjax.moments._value import Moments, abs_product, mean_of
 
 # The shift is the mean of one value in at most this many. See `_shift`.
 _SUBSAMPLE = 32
@@ -48,7 +48,7 @@ def one_pass(
     s1 = valid(centred(x, about, how), mask).sum(how.axes)
     d = valid(centred(*reread(x, about, how), how), mask)
     s2 = abs_product(d, d).sum(how.axes)
-    delta = s1 / jnp.maximum(count, 1)
+    delta = mean_of(s1, count)
     mean = shift + delta
     m2 = jnp.maximum(s2 - abs_product(s1, delta), 0)
     return Moments(count, mean, m2), delta - (mean - shift)
@@ -61,7 +61,8 @@ def _shift(x: jax.Array, mask: jax.Array | None, how: Reduction) -> jax.Array:
     deviations of the mean of all, outliers or not:
         (mean_K - mean)^2 <= (1/K) sum_K (x - mean)^2 <= (N/K) var
     so the shifted sums lose at most a factor 1 + N/K of precision. An axis along
-    which the mask varies is kept whole, or N/K would not hold among the valid.
+    which the mask varies is kept whole, or N/K would not hold among the valid; and so
+    is one that is typed as sharded, because a slice of it would be communicated.
     """
     values = math.prod(x.shape[a] for a in how.axes)
     rest = (
@@ -76,7 +77,19 @@ def _shift(x: jax.Array, mask: jax.Array | None, how: Reduction) -> jax.Array:
         x = lax.slice_in_dim(x, 0, size, stride=rest, axis=a)
         rest = max(rest // max(size, 1), 1) if isinstance(size, int) else 1
     count = _count(x, mask, how.axes)
-    return valid(x, mask).sum(how.axes) / jnp.maximum(count, 1)
+    return _coarse(mean_of(valid(x, mask).sum(how.axes), count))
+
+
+def _coarse(shift: jax.Array) -> jax.Array:
+    """The shift, with a bit less: the same number wherever it is used.
+
+    Otherwise XLA fuses the division into the subtraction and rounds them as one, so
+    that the shift subtracted is not the shift added back.
+    """
+    if jnp.iscomplexobj(shift):
+        return lax.complex(_coarse(shift.real), _coarse(shift.imag))
+    info = jnp.finfo(shift.dtype)
+    return lax.reduce_precision(shift, info.nexp, info.nmant - 1)
 
 
 def _sharded(x: jax.Array, axis: int) -> bool:
@@ -99,7 +112,11 @@ def _count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.A
 
 
 def valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+    """`x` with 0 where the mask is False."""
+    if mask is None:
+        return x
+    # With Explicit axes the mask must be split over the devices as x is.
+    return jnp.where(mask & jnp.ones_like(x, bool), x, jnp.zeros((), x.dtype))
 
 
 def centred(x: jax.Array, centre: jax.Array, how: Reduction) -> jax.Array:

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import _axes, _backend, _checks, _replicas
 from bnjax.moments._one_pass import Reduction, centred, one_pass, reread, valid
-from bnjax.moments._value import Moments, abs_product
+from bnjax.moments._value import Moments, abs_product, beside, mean_of
 
 # What a checkpoint policy keeps: see normalize.
 NAME = "bnjax_moments"
@@ -54,7 +54,7 @@ def _(how, primals, tangents):
     dx = valid(dx, mask)
     sums = jnp.stack([dx.sum(how.axes), (jnp.conj(deviation) * dx).sum(how.axes)])
     sums = _replicas.all_sum(sums, how.axis_name, how.groups)
-    dmean = sums[0] / jnp.maximum(result.count, 1)
+    dmean = mean_of(sums[0], result.count)
     return result, Moments(jnp.zeros_like(result.count), dmean, 2 * sums[1].real)
 
 
@@ -83,12 +83,12 @@ def _merge_all(each, total) -> Moments:
     is rounded at the magnitude of the mean, not of the deviation.
     """
     count, mean, m2, rest = each
-    weight = count.reshape(count.shape + (1,) * (mean.ndim - count.ndim))
-    count, summed = total(count, weight * mean)
-    n = jnp.maximum(count.reshape(count.shape + (1,) * (mean.ndim - count.ndim)), 1)
-    estimate = summed / n
+    count_of, weight = count, beside(count, mean)
+    count, summed = total(count_of, weight * mean)
+    estimate = mean_of(summed, count)
     d = (mean - estimate) + rest
-    summed, m2 = total(weight * d, m2 + weight * abs_product(d, d))
-    delta = summed / n
-    m2 = jnp.maximum(m2 - n * abs_product(delta, delta), 0)
+    squared = beside(count_of, m2) * abs_product(d, d)
+    summed, m2 = total(weight * d, m2 + squared)
+    delta = mean_of(summed, count)
+    m2 = jnp.maximum(m2 - abs_product(summed, delta), 0)
     return Moments(count, estimate + delta, m2)

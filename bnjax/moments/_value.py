@@ -41,7 +41,7 @@ class Moments(NamedTuple):
         >>> print(Moments(3.0, 4.0, 26.0).variance(ddof=1))
         13.0
         """
-        return self.m2 / jnp.maximum(self.count - ddof, 1)
+        return mean_of(jnp.asarray(self.m2), jnp.asarray(self.count) - ddof)
 
     @classmethod
     def empty(cls, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> "Moments":
@@ -63,6 +63,10 @@ def merge(first: Moments, *rest: Moments) -> Moments:
 
         n = n_a + n_b,  mean = mean_a + d n_b/n,  m2 = m2_a + m2_b + |d|^2 n_a n_b/n
 
+    Each merge rounds the mean. At |mean|/std = 1e4 that is up to 1e-3 of a standard
+    deviation in float32, and many small sets lose accuracy by it; one reduction over
+    `axis_name` does not.
+
     Args:
         first: Moments.
         *rest: Moments of the same feature shape.
@@ -80,12 +84,33 @@ def merge(first: Moments, *rest: Moments) -> Moments:
 
 
 def _merge_two(a: Moments, b: Moments) -> Moments:
-    count = a.count + b.count
-    share = b.count / jnp.maximum(count, 1)
-    d = b.mean - a.mean
+    n_a, n_b, mean = map(jnp.asarray, (a.count, b.count, a.mean))
+    rank = max(n_a.ndim, n_b.ndim)
+    n_a, n_b = _padded(n_a, rank), _padded(n_b, rank)
+    count = n_a + n_b
+    share = n_b / jnp.maximum(count, 1)
+    d = b.mean - mean
     # The weight first: |d|^2 may overflow where one side is empty.
-    between = abs_product(d, d * (a.count * share))
-    return Moments(count, a.mean + d * share, a.m2 + b.m2 + between)
+    between = abs_product(d, d * beside(n_a * share, d))
+    return Moments(count, mean + d * beside(share, d), a.m2 + b.m2 + between)
+
+
+def beside(count: jax.Array, value: jax.Array) -> jax.Array:
+    """`count` in the rank and dtype of `value`.
+
+    The axes of a count are the leading ones: those that `vmap` adds, then all of the
+    feature axes or none.
+    """
+    return _padded(count, value.ndim).astype(value.dtype)
+
+
+def _padded(count: jax.Array, rank: int) -> jax.Array:
+    return count.reshape(count.shape + (1,) * (rank - count.ndim))
+
+
+def mean_of(total: jax.Array, count: jax.Array) -> jax.Array:
+    """total / count, where the sum of nothing stays 0."""
+    return total / beside(jnp.maximum(count, 1), total)
 
 
 def abs_product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _checks, _replicas
-from bnjax.moments import NAME, Moments, Reduction, reduction, statistics
+from bnjax import _checks, _dtypes, _replicas
+from bnjax.moments import NAME, Moments, Reduction, reduction, statistics, valid
 from bnjax.normalize._affine import Affine, affine, describe, per_feature
 
 __all__ = ["batch_norm", "normalize"]
@@ -87,19 +87,20 @@ def normalize(
         x,
         (scale, bias),
         axis=axis,
-        epsilon=epsilon,
         dtype=dtype,
         activation=activation,
         implementation=implementation,
     )
     vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
-    residual = _checks.residual(residual, x.shape)
+    epsilon = _checks.epsilon(epsilon)
+    residual = _checks.residual(residual, x.shape, how.compute)
 
     @_keep_moments
-    def transform(x, vectors, residual):
-        return _finish(_by_given(x, vectors, how), residual, activation, how)
+    def transform(x, vectors, epsilon, residual):
+        y = _by_given(x, vectors, epsilon, how)
+        return _finish(y, residual, activation, how)
 
-    return transform(x, vectors, residual)
+    return transform(x, vectors, epsilon, residual)
 
 
 def batch_norm(
@@ -170,26 +171,26 @@ def batch_norm(
         x,
         (scale, bias),
         axis=axis,
-        epsilon=epsilon,
         dtype=dtype,
         activation=activation,
         implementation=implementation,
     )
     over = reduction(x, axis, axis_name, axis_index_groups, implementation)
-    mean, var = (0.0, 1.0) if fallback is None else fallback
+    mean, var = (None, None) if fallback is None else fallback
     vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
+    epsilon = _checks.epsilon(epsilon)
     mask = _checks.mask(mask, x.shape)
-    residual = _checks.residual(residual, x.shape)
+    residual = _checks.residual(residual, x.shape, how.compute)
     values = math.prod(x.shape[a] for a in over.axes)
     if mask is None:
         _checks.warn_single_value(_smallest_count(values, over), x.shape, axis)
 
     @_keep_moments
-    def transform(x, vectors, mask, residual):
-        y, batch = _by_batch(x, vectors, mask, over, how)
+    def transform(x, vectors, epsilon, mask, residual):
+        y, batch = _by_batch(x, vectors, epsilon, mask, over, how)
         return _finish(y, residual, activation, how), batch
 
-    y, batch = transform(x, vectors, mask, residual)
+    y, batch = transform(x, vectors, epsilon, mask, residual)
     return y, Moments(*map(jnp.asarray, batch))  # a constant count is no array yet
 
 
@@ -215,28 +216,32 @@ def _smallest_count(values, over: Reduction):
 # are traced once, and a call outside of jit runs one program.
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _by_given(x, vectors, how: Affine):
-    return affine(x.astype(how.compute), *vectors, how)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _by_batch(x, vectors, mask, over: Reduction, how: Affine):
-    if mask is not None:
-        x = jnp.where(mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
-    x = x.astype(how.compute)
-    batch = statistics(x, mask, over)
+@functools.partial(jax.jit, static_argnums=3)
+def _by_given(x, vectors, epsilon, how: Affine):
     mean, var, scale, bias = vectors
-    never_empty = mask is None and 0 not in (x.shape[a] for a in over.axes)
-    some = True if never_empty else batch.count > 0
-    mean = jnp.where(some, batch.mean, mean)
-    var = jnp.where(some, batch.variance(), var)
-    return affine(x, mean, var, scale, bias, how), batch
+    var = var + jnp.asarray(epsilon, var.dtype)
+    return affine(x.astype(how.compute), mean, var, scale, bias, how)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _by_batch(x, vectors, epsilon, mask, over: Reduction, how: Affine):
+    if mask is not None:
+        x = valid(x, mask | jnp.isfinite(x))
+    x = x.astype(_dtypes.statistics(x.dtype))
+    batch = statistics(x, mask, over)
+    mean, var = batch.mean.astype(how.compute), batch.variance()
+    if mask is not None or 0 in (x.shape[a] for a in over.axes):  # may be empty
+        some = (batch.count > 0) & jnp.ones_like(mean, bool)
+        mean = jnp.where(some, mean, vectors[0] + jnp.zeros_like(mean))
+        var = jnp.where(some, var, vectors[1] + jnp.zeros_like(var))
+    return _by_given(x, (mean, var, *vectors[2:]), epsilon, how), batch
 
 
 def _finish(y, residual, activation, how: Affine):
+    shape = y.shape
     if residual is not None:
         y = y + residual.astype(y.dtype)
     if activation is not None:
         y = activation(y)
+        _checks.elementwise(activation, shape, y)
     return y.astype(how.output)

@@ -15,7 +15,6 @@ class Affine(NamedTuple):
 
     Attributes:
         feature_axes: ascending.
-        epsilon: added to the variance.
         storage: the dtype of the input, before it is widened.
         compute: the dtype of the arithmetic.
         output: the dtype of the result.
@@ -24,7 +23,6 @@ class Affine(NamedTuple):
     """
 
     feature_axes: tuple[int, ...]
-    epsilon: float
     storage: jnp.dtype
     compute: jnp.dtype
     output: jnp.dtype
@@ -32,35 +30,35 @@ class Affine(NamedTuple):
     implementation: str | None
 
 
-def describe(
-    x, parameters, *, axis, epsilon, dtype, activation, implementation
-) -> Affine:
-    _checks.epsilon(epsilon)
+def describe(x, parameters, *, axis, dtype, activation, implementation) -> Affine:
+    """The checked static description of the normalization of `x`."""
     _checks.activation(activation)
     _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
     if dtype is None:
-        output = _dtypes.promote(x, *(p for p in parameters if p is not None))
+        given = (jnp.asarray(p) for p in parameters if p is not None)
+        output = _dtypes.promote(x, *given)
     else:
         output = _checks.output_dtype(dtype)
     compute = _dtypes.statistics(x.dtype, output)
-    axes = _axes.canonical(axis, x.ndim)
     cotangent = output if activation is None else compute
-    return Affine(axes, epsilon, x.dtype, compute, output, cotangent, implementation)
+    axes = _axes.canonical(axis, x.ndim)
+    return Affine(axes, x.dtype, compute, output, cotangent, implementation)
 
 
-def per_feature(x, axis, how: Affine, *, mean, var, scale, bias):
-    """The four vectors, checked; 1 for a missing scale, 0 for a missing bias."""
+def per_feature(x, axis, how: Affine, **given) -> tuple[jax.Array, ...]:
+    """mean, var, scale and bias, checked; (0, 1, 1, 0) for those that are None."""
     shape = _axes.sizes(x.shape, how.feature_axes)
-    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
     default = {"mean": 0, "var": 1, "scale": 1, "bias": 0}
-    real = _dtypes.real(how.compute)
     vectors = []
-    for name, value in given.items():
-        dtype = real if name == "var" else how.compute
-        if value is None or isinstance(value, float):
-            value = jnp.full(shape, default[name], dtype)
+    for name, start in default.items():
+        value, dtype = given[name], how.compute
+        if name == "var":
+            dtype = _dtypes.real(dtype)
+        if value is None:
+            value = jnp.full(shape, start, dtype)
         value = jnp.asarray(value)
         _checks.feature_shape(name, value, shape, axis)
+        _checks.not_complex(name, value, dtype)
         vectors.append(value.astype(dtype))
     return tuple(vectors)
 
@@ -71,7 +69,8 @@ def per_feature(x, axis, how: Affine, *, mean, var, scale, bias):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def affine(x, mean, var, scale, bias, how: Affine):
-    a = lax.rsqrt(var + how.epsilon).astype(how.compute) * scale
+    """(x - mean) / sqrt(var) * scale + bias; epsilon is in `var` already."""
+    a = lax.rsqrt(var).astype(how.compute) * scale
     x, mean, a, bias = _fresh(how, x, mean, a, bias)
     return (x - mean) * a + bias
 
@@ -80,7 +79,7 @@ def affine(x, mean, var, scale, bias, how: Affine):
 def _(how, primals, tangents):
     x, mean, var, scale, _ = primals
     y = affine(*primals, how)
-    rstd = lax.rsqrt(var + how.epsilon).astype(how.compute)
+    rstd = lax.rsqrt(var).astype(how.compute)
     a = rstd * scale
     dx, dmean, dvar, dscale, dbias = (None if _is_zero(t) else t for t in tangents)
     slope = _sum(dscale, None if dvar is None else a * rstd * dvar.astype(a.dtype) / -2)
