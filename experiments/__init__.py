@@ -1,0 +1,1 @@
+"""Experiments: one file per claim, run as `python -m experiments.NAME`."""

@@ -1,0 +1,133 @@
+"""Results as JSON lines: appended while a run goes on, and stamped with its origin."""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import bnjax
+
+Record = dict[str, Any]
+
+
+class Log:
+    """A JSON-lines file that one run is appended to, record by record.
+
+    Each record is one line, on disk once `add` returns, with the fields `kind`, `run`
+    and `seconds` (since the start).
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+        self._start = time.perf_counter()
+        self.run = uuid.uuid4().hex[:12]
+        self._file = path.open("a", encoding="utf-8")
+        self._file.write("" if whole else "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, kind: str, **fields: Any) -> None:
+        """Appends one record; numbers that are not finite become null."""
+        seconds = time.perf_counter() - self._start
+        record = {"kind": kind, "run": self.run, "seconds": seconds, **fields}
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def read(path: Path) -> list[Record]:
+    """The records in `path`, without any line that was cut off as it was written."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def stamp() -> Record:
+    """When, with what and on what this runs; call it after JAX has its devices."""
+    import jax
+
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "bnjax": bnjax.__version__,
+            **versions,
+        },
+        "commit": _commit(),
+        "hardware": {
+            "platform": jax.default_backend(),
+            "device": jax.devices()[0].device_kind,
+            "cpu": _cpu(),
+            "cores": cores(),
+        },
+    }
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _commit() -> str | None:
+    """The commit of the source, marked if changed since; None without git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty=-changed", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def _cpu() -> str:
+    """The processor's name, as far as the system tells."""
+    table = Path("/proc/cpuinfo")
+    if table.exists():
+        for line in table.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _finite(value: Any) -> Any:
+    """`value` as JSON has it: None for NaN and infinities, lists, no arrays."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _finite(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,325 @@
+"""Every experiment imports and runs; its data are verified and its results last."""
+
+import gzip
+import hashlib
+import http.server
+import importlib
+import json
+import os
+import pkgutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pooch
+import pytest
+
+import experiments
+from experiments import mnist
+from experiments.common import curves, data, idx, plot, results, tables
+from experiments.common.models import SigmoidMLP
+
+REPOSITORY = Path(__file__).parents[1]
+PIXELS = [round(inches * plot.DPI) for inches in plot.INCHES]
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(experiments.__path__, "experiments.")
+]
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.mnist", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={k: v for k, v in os.environ.items() if k != idx.VARIABLE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def png_size(path: Path) -> list[int]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return list(struct.unpack(">II", header[16:]))
+
+
+def idx_gz(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    return gzip.compress(header + array.tobytes())
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Twelve training and five test images of 4x3 pixels, as data set "mnist"."""
+    random = np.random.default_rng(0)
+    contents = []
+    for count in (12, 5):
+        contents.append(idx_gz(random.integers(0, 256, (count, 4, 3), np.uint8)))
+        contents.append(idx_gz(random.integers(0, 10, count, np.uint8)))
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for file, content in zip(idx.FILES, contents, strict=True):
+        (folder / file).write_bytes(content)
+    checksums = tuple(hashlib.sha256(content).hexdigest() for content in contents)
+    source = idx.Source("http://localhost:9/nothing/", checksums)
+    monkeypatch.setitem(idx.SOURCES, "mnist", source)
+    monkeypatch.delenv(idx.VARIABLE, raising=False)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports(name):
+    assert importlib.import_module(name).__name__ == name
+
+
+def test_all_modules_are_found():
+    found = {name.replace(".", "/") + ".py" for name in MODULES}
+    files = (REPOSITORY / "experiments").rglob("[!_]*.py")
+    assert {str(path.relative_to(REPOSITORY)) for path in files} <= found
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp("smoke")
+    process = start("--smoke", "--out", out)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return out, stdout
+
+
+def test_smoke_prints_the_tables(smoke):
+    _, stdout = smoke
+    for words in ("against steps", "final %", "without BN", "with BN", "best: "):
+        assert words in stdout
+    assert "With BN the " in stdout
+
+
+def test_smoke_writes_stamped_records(smoke):
+    out, _ = smoke
+    lines = (out / "mnist.jsonl").read_text().splitlines()
+    first, *measurements, last = map(json.loads, lines)
+    assert first["kind"] == "run"
+    assert {"python", "jax", "flax", "bnjax"} <= first["versions"].keys()
+    assert {"platform", "device", "cpu", "cores"} <= first["hardware"].keys()
+    assert {"time", "commit"} <= first.keys()
+    assert first["settings"]["batch_size"] == 60
+    assert first["settings"]["steps"] == 300
+    assert (last["kind"], last["finished"]) == ("end", True)
+    assert {r["run"] for r in (*measurements, last)} == {first["run"]}
+    steps = mnist.measured_steps(300, 50)
+    assert [(r["network"], r["step"]) for r in measurements] == [
+        (network, step) for step in steps for network in ("plain", "bn")
+    ]
+    for record in measurements:
+        assert np.shape(record["test"]) == np.shape(record["validation"]) == (2, 2)
+        low, middle, high = np.moveaxis(record["percentiles"], -1, 0)
+        assert (low <= middle).all()
+        assert (middle <= high).all()
+
+
+def test_smoke_learns(smoke):
+    _, networks = curves.last_run(results.read(smoke[0] / "mnist.jsonl"), "digits")
+    assert networks["bn"].test[0].max() < 0.3
+    assert networks["bn"].final(networks["bn"].best()) > 0.8
+
+
+def test_smoke_draws(smoke):
+    picture = smoke[0] / "mnist_digits.png"
+    assert png_size(picture) == PIXELS
+    assert picture.stat().st_size > 20_000
+
+
+def test_results_alone_redraw_the_picture(smoke, tmp_path, capsys):
+    (tmp_path / "mnist.jsonl").write_bytes((smoke[0] / "mnist.jsonl").read_bytes())
+    assert mnist.main(mnist.Config(out=tmp_path, plot_only=True)) == 0
+    again = (tmp_path / "mnist_digits.png").read_bytes()
+    assert again == (smoke[0] / "mnist_digits.png").read_bytes()
+    assert "against steps" in capsys.readouterr().out
+
+
+def test_plot_only_without_results(tmp_path, capsys):
+    assert mnist.main(mnist.Config(out=tmp_path, plot_only=True)) == 1
+    assert "No such file" in capsys.readouterr().out
+    (tmp_path / "mnist.jsonl").write_text("")
+    assert mnist.main(mnist.Config(out=tmp_path, plot_only=True)) == 1
+    assert "the newest of 0 runs on 'digits'" in capsys.readouterr().out
+
+
+def test_interrupt_keeps_what_there_is(tmp_path):
+    process = start("--steps", 10**7, "--every", 50, "--seeds", 0, "--out", tmp_path)
+    path = tmp_path / "mnist.jsonl"
+    deadline = time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < 8:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert records[-1]["kind"] == "end"
+    assert records[-1]["finished"] is False
+    assert "against steps" in stdout
+    assert png_size(tmp_path / "mnist_digits.png") == PIXELS
+
+
+def test_records_survive_a_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"kind": "run"}\n{"kind": "measu')
+    with results.Log(path) as log:
+        log.add("run", value=float("nan"), array=np.array([1.5, np.inf]))
+    first, second = results.read(path)
+    assert first == {"kind": "run"}
+    assert (second["value"], second["array"]) == (None, [1.5, None])
+    assert second["run"] == log.run
+
+
+@pytest.fixture
+def known():
+    """Two rates, two seeds; the plain network ends at 0.6 and, with rate 1, at 0.8."""
+    test = np.zeros((4, 2, 2))
+    test[:, :, 0] = np.array([0.1, 0.5, 0.7, 0.6])[:, None]
+    test[:, :, 1] = np.array([[0.1, 0.1], [0.2, 0.4], [0.7, 0.9], [0.7, 0.9]])
+    shared = np.array([0.1, 1.0]), np.array([0, 10, 20, 40]), test
+    plain = curves.Curves(*shared, test, np.zeros((4, 2, 2, 3)))
+    return {"plain": plain, "bn": plain._replace(test=test + 0.15)}
+
+
+def test_steps_to_the_final_accuracy(known):
+    plain, normalized = known["plain"], known["bn"]
+    assert plain.best() == 1
+    assert plain.final(1) == pytest.approx(0.8)
+    assert plain.steps_to(0.6, 0) == 20
+    assert normalized.steps_to(0.6, 0) == 10
+    assert plain.each_steps_to(0.8, 1) == [float("inf"), 20]
+    assert "0.50 of its 40 and 1.00 of the 20" in tables.conclusion(known)
+
+
+def test_one_key_gives_both_networks_the_same_weights():
+    x = np.ones((5, 6), np.float32)
+    plain, normalized = (
+        SigmoidMLP(normalize).init(jax.random.key(0), x, train=False)["params"]
+        for normalize in (False, True)
+    )
+    layers = [name for name in plain if name.startswith("Dense")]
+    assert len(layers) == 4
+    for name in layers:
+        np.testing.assert_array_equal(plain[name]["kernel"], normalized[name]["kernel"])
+    assert [name for name in layers if "bias" in normalized[name]] == ["Dense_3"]
+    assert jax.tree.map(np.shape, normalized["BatchNorm_2"]) == {
+        "scale": (100,),
+        "bias": (100,),
+    }
+
+
+def test_digits_are_binary_and_split():
+    digits = data.load("digits")
+    assert [len(split.labels) for split in digits] == [1097, 300, 400]
+    for images, labels in digits:
+        assert set(np.unique(images)) == {0, 1}
+        assert images.shape == (len(labels), 64)
+        assert set(labels) == set(range(10))
+
+
+@pytest.mark.parametrize("where", ["folder", "parent", "variable"])
+def test_idx_files_become_splits(tiny, monkeypatch, where):
+    if where == "variable":
+        monkeypatch.setenv(idx.VARIABLE, str(tiny.parent))
+    folder = {"folder": tiny, "parent": tiny.parent, "variable": None}[where]
+    loaded = data.load("mnist", folder)
+    assert [split.images.shape for split in loaded] == [(10, 12), (2, 12), (5, 12)]
+    images = idx.read(tiny / idx.FILES[0])
+    labels = idx.read(tiny / idx.FILES[1])
+    assert images.shape == (12, 4, 3)
+    binary = images.reshape(12, 12) >= images.max() / 2
+    np.testing.assert_array_equal(loaded.train.images, binary[:10])
+    np.testing.assert_array_equal(loaded.validation.labels, labels[10:])
+
+
+def test_missing_files(tiny):
+    (tiny / idx.FILES[3]).unlink()
+    with pytest.raises(idx.DataError, match=f"mnist lacks {idx.FILES[3]}: expected"):
+        data.load("mnist", tiny)
+    with pytest.raises(idx.DataError, match=r"lacks .*leave out --data-dir"):
+        data.load("mnist", tiny / "nowhere")
+
+
+def test_wrong_checksum(tiny):
+    path = tiny / idx.FILES[0]
+    path.write_bytes(idx_gz(np.zeros((12, 4, 3), np.uint8)))
+    received = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(idx.DataError, match=f"sha256 {received}: expected ") as error:
+        data.load("mnist", tiny)
+    assert "{" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"plain text", "cannot be read .*whole gzip file"),
+        (
+            idx_gz(np.zeros((9, 4, 3), np.uint8))[:-9],
+            "cannot be read .*whole gzip file",
+        ),
+        (gzip.compress(b"\0\0\x08\x03\0\0"), "holds 6 bytes that begin with 00000803"),
+        (gzip.compress(b""), "holds 0 bytes"),
+        (gzip.compress(b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0"), "begin with 00000d01"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05\1\2\3"), "holds 11 bytes"),
+    ],
+)
+def test_corrupt_idx(tmp_path, content, message):
+    path = tmp_path / "file.gz"
+    path.write_bytes(content)
+    with pytest.raises(idx.DataError, match=message):
+        idx.read(path)
+
+
+@pytest.fixture
+def server(tiny, monkeypatch, tmp_path):
+    """Serves the tiny files, and gives the empty cache that they are fetched to."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tiny))
+
+        def log_message(self, *arguments):
+            pass
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(pooch, "os_cache", lambda name: cache)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{httpd.server_port}/"
+        source = idx.SOURCES["mnist"]._replace(url=url)
+        monkeypatch.setitem(idx.SOURCES, "mnist", source)
+        yield cache
+        httpd.shutdown()
+
+
+def test_download(server):
+    assert data.load("mnist").test.images.shape == (5, 12)
+    assert sorted(p.name for p in (server / "mnist").iterdir()) == sorted(idx.FILES)
+
+
+def test_download_of_something_else_leaves_nothing(server, tiny):
+    (tiny / idx.FILES[0]).write_bytes(b"a page that says sorry")
+    with pytest.raises(idx.DataError, match=r"could not be downloaded .*--data digits"):
+        data.load("mnist")
+    assert [p for p in server.rglob("*") if p.is_file()] == []
+
+
+def test_no_network(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache")
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    assert mnist.main(mnist.Config(data="mnist", out=tmp_path)) == 1
+    assert "mnist could not be downloaded" in capsys.readouterr().out
+    assert not (tmp_path / "mnist.jsonl").exists()
