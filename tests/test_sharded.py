@@ -345,3 +345,54 @@ def test_sharded_features_and_space(spec, axis, masked, layer, kind):
     assert_trees_close(actual, jax.tree.map(np.asarray, expected), tol=1e-5)
     gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
     assert all(np.prod([int(n) for n in g.split(",")]) < x.size / 8 for g in gathered)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reread"])
+@pytest.mark.parametrize("mode", ["typed", "untyped", "vmap", "jit"])
+def test_every_implementation_in_every_mode(mode, implementation):
+    """By name: small inputs are left to XLA."""
+    x, scale, bias, dy = case()
+
+    def loss(x, dy, axis_name="data"):
+        y, _ = bnjax.batch_norm(
+            x, scale, bias, axis_name=axis_name, implementation=implementation
+        )
+        return jnp.sum(y * dy), y
+
+    dx = jax.grad(loss, has_aux=True)
+    if mode == "jit":
+        placed = NamedSharding(mesh(AxisType.Explicit), P("data"))
+        x_, dy_ = jax.device_put((x, dy), placed)
+        with jax.set_mesh(mesh(AxisType.Explicit)):
+            actual = jax.jit(lambda x, dy: dx(x, dy, None))(x_, dy_)
+    elif mode == "vmap":
+        split = [t.reshape(8, 2, *SHAPE[1:]) for t in (x, dy)]
+        actual = [t.reshape(SHAPE) for t in jax.vmap(dx, axis_name="data")(*split)]
+    else:
+        f = jax.shard_map(
+            dx,
+            mesh=mesh(),
+            in_specs=P("data"),
+            out_specs=P("data"),
+            check_vma=mode == "typed",
+        )
+        actual = jax.jit(f)(x, dy)
+    expected = oracle.batch_norm_gradients(x, scale, dy, AXES)[0]
+    assert_close(actual[0], expected, tol=1e-5)
+    assert_close(actual[1], oracle.batch_norm(x, scale, bias, AXES), tol=5e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_large_inputs_are_fenced_in_shard_map(check_vma):
+    """The choice by platform, which has two branches of one type."""
+    x = np.random.default_rng(0).normal(size=(8, 300, 301, 3)).astype(np.float32)
+    f = jax.shard_map(
+        jax.grad(lambda x: jnp.sum(jnp.sin(bnjax.batch_norm(x, axis_name="data")[0]))),
+        mesh=mesh(),
+        in_specs=P("data"),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+    y = oracle.batch_norm(x, np.ones(3), np.zeros(3), AXES)
+    expected = oracle.batch_norm_gradients(x, np.ones(3), np.cos(y), AXES)[0]
+    assert_close(jax.jit(f)(x), expected, tol=1e-5)
