@@ -274,6 +274,7 @@ def test_wrong_checksum(tiny):
         (gzip.compress(b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0"), "begin with 00000d01"),
         (gzip.compress(b"\0\0\x08\x01\0\0\0\x05\1\2\3"), "holds 11 bytes"),
     ],
+    ids=["text", "cut gzip", "cut header", "empty", "another type", "cut values"],
 )
 def test_corrupt_idx(tmp_path, content, message):
     path = tmp_path / "file.gz"
