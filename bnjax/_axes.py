@@ -4,6 +4,7 @@ import operator
 from collections.abc import Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 
 Axes = tuple[int, ...]
 
@@ -52,3 +53,12 @@ def expand(value: jax.Array, axes: Axes, ndim: int) -> jax.Array:
         return value
     of_axis = dict(zip(axes, value.shape, strict=True))
     return value.reshape([of_axis.get(a, 1) for a in range(ndim)])
+
+
+def where(condition: jax.Array, value: jax.Array, other: jax.Array) -> jax.Array:
+    """`jnp.where` with `condition` and `other` split over the devices as `value` is.
+
+    With Explicit axes a select takes only arguments of one sharding.
+    """
+    condition = condition & jnp.ones_like(value, bool)
+    return jnp.where(condition, value, other + jnp.zeros_like(value))

@@ -22,7 +22,26 @@ def reread(storage, implementation: str | None, x: jax.Array, *vectors: jax.Arra
     instead (narrowing a widened value is exact, and XLA removes the pair). Elsewhere
     all users share one fusion, and a fence would only part them.
     """
+    return _fence(storage, implementation, x, *vectors)
 
+
+@reread.defjvp
+def _(storage, implementation, primals, tangents):
+    return reread(storage, implementation, *primals), tuple(tangents)
+
+
+def reread_cotangent(storage, implementation: str | None, tangent: jax.Array):
+    """The identity on a tangent; its transpose reads the cotangent again, as `reread`.
+
+    Only for a cotangent that was widened from `storage`. A tangent is rounded to it.
+    """
+    if tangent.dtype == storage:
+        return tangent
+    return _fence(storage, implementation, tangent)[0]
+
+
+def _fence(storage, implementation: str | None, x: jax.Array, *vectors: jax.Array):
+    """The values, as the implementation has them: fenced, or left to XLA."""
     if jnp.iscomplexobj(x):
         storage = x.dtype  # a real input made complex cannot be narrowed
 
@@ -38,29 +57,6 @@ def reread(storage, implementation: str | None, x: jax.Array, *vectors: jax.Arra
     if implementation == "reread":
         return fenced(x, *vectors)
     return lax.platform_dependent(x, *vectors, cpu=fenced, default=shared)
-
-
-@reread.defjvp
-def _(storage, implementation, primals, tangents):
-    return reread(storage, implementation, *primals), tuple(tangents)
-
-
-def reread_cotangent(storage, implementation: str | None, tangent: jax.Array):
-    """The identity on a tangent; its transpose reads the cotangent again, as `reread`.
-
-    Only for a cotangent that was widened from `storage`. A tangent is rounded to it.
-    """
-    if tangent.dtype == storage:
-        return tangent
-
-    def fenced(t):
-        return lax.optimization_barrier(t.astype(storage)).astype(t.dtype)
-
-    if implementation == "xla" or (implementation is None and _is_cached(tangent)):
-        return tangent
-    if implementation == "reread":
-        return fenced(tangent)
-    return lax.platform_dependent(tangent, cpu=fenced, default=lambda t: t)
 
 
 def _is_cached(x: jax.Array) -> bool:

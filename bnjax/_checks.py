@@ -71,11 +71,9 @@ def not_complex(name: str, value: jax.Array, dtype) -> None:
         )
 
 
-def feature_shape(
-    name: str, value: jax.Array | None, expected: Sequence[int], axis
-) -> None:
-    """Raises unless `value` is None or has one entry per feature."""
-    if value is not None and value.shape != tuple(expected):
+def feature_shape(name: str, value: jax.Array, expected: Sequence[int], axis) -> None:
+    """Raises unless `value` has one entry per feature."""
+    if value.shape != tuple(expected):
         raise ValueError(
             f"{name} has shape {value.shape}: expected {tuple(expected)}, the sizes of "
             f"the input along its feature axis (axis={axis!r}). If the features lie "
@@ -138,14 +136,13 @@ def elementwise(activation, shape: Sequence[int], y) -> None:
         )
 
 
-def epsilon(value):
-    """`value`; raises on an epsilon below zero."""
+def epsilon(value) -> None:
+    """Raises on an epsilon below zero."""
     if isinstance(value, numbers.Real) and not float(value) >= 0:
         raise ValueError(
             f"epsilon={value!r} is added to the variance: expected a number >= 0. "
             "Write epsilon=1e-5."
         )
-    return value
 
 
 def weight(name: str, value) -> None:

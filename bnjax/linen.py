@@ -21,6 +21,8 @@ from bnjax.normalize import batch_norm, normalize
 
 __all__ = ["BatchNorm"]
 
+Shape = tuple[int, ...]
+
 
 class BatchNorm(nn.Module):
     """Batch normalization, a drop-in replacement of `flax.linen.BatchNorm`.
@@ -126,9 +128,10 @@ class BatchNorm(nn.Module):
         _checks.weight("momentum", self.momentum)
         update = self.update_stats if update_stats is None else update_stats
         x = _checks.inexact("x", x)
-        stats = _running_statistics(self, x)
+        shape = _axes.sizes(x.shape, _axes.canonical(self.axis, x.ndim))
+        stats = _running_statistics(self, shape)
         stored = running.State._make(variable.value for variable in stats)
-        affine = {**_parameters(self, x), "residual": residual}
+        affine = {**_parameters(self, shape), "residual": residual}
         over: dict[str, Any] = {"mask": mask}
         if self.is_initializing():
             with warnings.catch_warnings():
@@ -149,11 +152,9 @@ class BatchNorm(nn.Module):
         else:
             y, batch = batch_norm(x, **over, **affine, fallback=stored)
         if update:
-            _update(self, stats, batch, x)
+            _update(self, stats, stored, batch, x)
         if pools:
-            pool = self.variable(
-                "batch_moments", "moments", Moments.empty, stored.mean.shape
-            )
+            pool = self.variable("batch_moments", "moments", Moments.empty, shape)
             pool.value = merge(pool.value, batch)
         return y
 
@@ -161,9 +162,8 @@ class BatchNorm(nn.Module):
 # Functions, not methods: Flax wraps methods, and summaries list their calls.
 
 
-def _running_statistics(layer: BatchNorm, x: jax.Array) -> list[nn.Variable]:
+def _running_statistics(layer: BatchNorm, shape: Shape) -> list[nn.Variable]:
     """The variables of the running statistics: mean, var."""
-    shape = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
     dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     start = running.ema().init(shape, dtype)
     stats = []
@@ -174,9 +174,8 @@ def _running_statistics(layer: BatchNorm, x: jax.Array) -> list[nn.Variable]:
     return stats
 
 
-def _parameters(layer: BatchNorm, x: jax.Array) -> dict[str, Any]:
+def _parameters(layer: BatchNorm, shape: Shape) -> dict[str, Any]:
     """The arguments that `normalize` and `batch_norm` share; declares the params."""
-    shape = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
     shared: dict[str, Any] = {}
     if layer.use_scale:
         shared["scale"] = layer.param(
@@ -202,7 +201,11 @@ def _asks_for_moments(layer: BatchNorm) -> bool:
 
 
 def _update(
-    layer: BatchNorm, stats: list[nn.Variable], batch: Moments, x: jax.Array
+    layer: BatchNorm,
+    stats: list[nn.Variable],
+    stored: running.State,
+    batch: Moments,
+    x: jax.Array,
 ) -> None:
     """Writes the running statistics after one batch, in the dtypes of Flax's."""
     rule = running.ema(
@@ -210,7 +213,6 @@ def _update(
         ddof=int(layer.unbiased),
         skip_nonfinite=layer.skip_nonfinite_updates,
     )
-    stored = running.State._make(variable.value for variable in stats)
     batch_dtype = _dtypes.statistics(x.dtype if layer.dtype is None else layer.dtype)
     for variable, old, new in zip(stats, stored, rule.update(stored, batch)):
         dtype = _dtypes.promote(old, batch_dtype)

@@ -11,6 +11,7 @@ variances of batches, so the variance of the batches' means is left out; `merge`
 moments for a population's variance.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from bnjax import _checks
+from bnjax import _axes, _checks
 from bnjax.moments import Moments, beside
 
 __all__ = ["AverageState", "Rule", "State", "cumulative", "debiased_ema", "ema"]
@@ -186,10 +187,8 @@ def _usable(batch: Moments, ddof: int, skip_nonfinite: bool) -> jax.Array:
     if skip_nonfinite:
         finite = jnp.isfinite(mean).all() & jnp.isfinite(batch.m2).all()
         usable = usable & finite
-    return usable & jnp.ones_like(mean, bool)
+    return usable
 
 
 def _where(usable: jax.Array, new, old):
-    return jax.tree.map(
-        lambda n, o: jnp.where(usable, n, o + jnp.zeros_like(n)), new, old
-    )
+    return jax.tree.map(functools.partial(_axes.where, usable), new, old)

@@ -113,10 +113,7 @@ def _count(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]) -> jax.A
 
 def valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """`x` with 0 where the mask is False."""
-    if mask is None:
-        return x
-    # With Explicit axes the mask must be split over the devices as x is.
-    return jnp.where(mask & jnp.ones_like(x, bool), x, jnp.zeros((), x.dtype))
+    return x if mask is None else _axes.where(mask, x, jnp.zeros((), x.dtype))
 
 
 def centred(x: jax.Array, centre: jax.Array, how: Reduction) -> jax.Array:

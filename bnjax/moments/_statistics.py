@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from bnjax import _axes, _backend, _checks, _replicas
+from bnjax import _axes, _checks, _replicas
 from bnjax.moments._one_pass import Reduction, centred, one_pass, reread, valid
 from bnjax.moments._value import Moments, abs_product, beside, mean_of
 
@@ -20,12 +20,11 @@ _GATHER_LIMIT = 64
 
 
 def reduction(x, axis, axis_name=None, groups=None, implementation=None) -> Reduction:
-    """The checked static description of a reduction of `x`."""
+    """The static description of a reduction of `x`; checks all but `implementation`."""
     feature_axes = _axes.canonical(axis, x.ndim)
     axis_name = _checks.axis_name(axis_name)
     size = 1 if axis_name is None else _replicas.axis_size(axis_name)
     groups = _checks.groups(groups, axis_name, size)
-    _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
     axes = _axes.complement(feature_axes, x.ndim)
     return Reduction(axes, x.dtype, axis_name, groups, implementation)
 
@@ -82,13 +81,12 @@ def _merge_all(each, total) -> Moments:
     The mean is corrected by the mean deviation from its first estimate, because that
     is rounded at the magnitude of the mean, not of the deviation.
     """
-    count, mean, m2, rest = each
-    count_of, weight = count, beside(count, mean)
-    count, summed = total(count_of, weight * mean)
+    counts, means, m2s, rests = each
+    weight = beside(counts, means)
+    count, summed = total(counts, weight * means)
     estimate = mean_of(summed, count)
-    d = (mean - estimate) + rest
-    squared = beside(count_of, m2) * abs_product(d, d)
-    summed, m2 = total(weight * d, m2 + squared)
+    d = (means - estimate) + rests
+    summed, m2 = total(weight * d, m2s + abs_product(d, weight * d))
     delta = mean_of(summed, count)
     m2 = jnp.maximum(m2 - abs_product(summed, delta), 0)
     return Moments(count, estimate + delta, m2)

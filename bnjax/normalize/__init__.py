@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _checks, _dtypes, _replicas
+from bnjax import _axes, _checks, _dtypes, _replicas
 from bnjax.moments import NAME, Moments, Reduction, reduction, statistics, valid
 from bnjax.normalize._affine import Affine, affine, describe, per_feature
 
@@ -92,7 +92,7 @@ def normalize(
         implementation=implementation,
     )
     vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
-    epsilon = _checks.epsilon(epsilon)
+    _checks.epsilon(epsilon)
     residual = _checks.residual(residual, x.shape, how.compute)
 
     @_keep_moments
@@ -178,7 +178,7 @@ def batch_norm(
     over = reduction(x, axis, axis_name, axis_index_groups, implementation)
     mean, var = (None, None) if fallback is None else fallback
     vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
-    epsilon = _checks.epsilon(epsilon)
+    _checks.epsilon(epsilon)
     mask = _checks.mask(mask, x.shape)
     residual = _checks.residual(residual, x.shape, how.compute)
     values = math.prod(x.shape[a] for a in over.axes)
@@ -231,9 +231,8 @@ def _by_batch(x, vectors, epsilon, mask, over: Reduction, how: Affine):
     batch = statistics(x, mask, over)
     mean, var = batch.mean.astype(how.compute), batch.variance()
     if mask is not None or 0 in (x.shape[a] for a in over.axes):  # may be empty
-        some = (batch.count > 0) & jnp.ones_like(mean, bool)
-        mean = jnp.where(some, mean, vectors[0] + jnp.zeros_like(mean))
-        var = jnp.where(some, var, vectors[1] + jnp.zeros_like(var))
+        mean = _axes.where(batch.count > 0, mean, vectors[0])
+        var = _axes.where(batch.count > 0, var, vectors[1])
     return _by_given(x, (mean, var, *vectors[2:]), epsilon, how), batch
 
 

@@ -71,19 +71,17 @@ def programs(layer: type[nn.Module], x: jax.Array):
     def forward(x, variables):
         return norm.apply(variables, x, mutable=["batch_stats"])
 
-    def both(x, variables, dy):
+    def split(x, variables):
         def f(x, params):
             return forward(x, {**variables, "params": params})
 
-        y, vjp, updates = jax.vjp(f, x, variables["params"], has_aux=True)
+        return jax.vjp(f, x, variables["params"], has_aux=True)
+
+    def both(x, variables, dy):
+        y, vjp, updates = split(x, variables)
         return y, updates, vjp(dy)
 
-    _, vjp, _ = jax.vjp(
-        lambda x, p: forward(x, {**variables, "params": p}),
-        x,
-        variables["params"],
-        has_aux=True,
-    )
+    _, vjp, _ = split(x, variables)
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
     dy = jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype)
     forward, both = jax.jit(forward), jax.jit(both)
