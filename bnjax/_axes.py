@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = tuple[int, ...]
 
@@ -56,9 +57,17 @@ def expand(value: jax.Array, axes: Axes, ndim: int) -> jax.Array:
 
 
 def where(condition: jax.Array, value: jax.Array, other: jax.Array) -> jax.Array:
-    """`jnp.where` with `condition` and `other` split over the devices as `value` is.
+    """`jnp.where` for a `value` of the full shape, split over devices as `value` is.
 
-    With Explicit axes a select takes only arguments of one sharding.
+    With Explicit mesh axes a select takes only arguments of one sharding.
     """
-    condition = condition & jnp.ones_like(value, bool)
-    return jnp.where(condition, value, other + jnp.zeros_like(value))
+    return jnp.where(split_like(value, condition), value, split_like(value, other))
+
+
+def split_like(reference: jax.Array, x: jax.Array) -> jax.Array:
+    """`x`, split over Explicit mesh axes as `reference`, where it is not broadcast."""
+    sharding = jax.typeof(reference).sharding
+    if not any(sharding.spec) or x.ndim == 0:
+        return x
+    spec = [s if n > 1 else None for s, n in zip(sharding.spec, x.shape)]
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -57,6 +58,29 @@ def all_sum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None = No
     if groups is None:
         return lax.psum(_cast(x, _typed(axis_name)), axis_name)
     return _own_group(_all_gather(x, axis_name), axis_name, groups).sum(0)
+
+
+def splits(x: jax.Array, axes: tuple[int, ...]) -> dict[int, int]:
+    """Into how many equal parts jit may have split `x` along which of the axes.
+
+    Explicit mesh axes tell. Auto ones do not: they are taken to split the batch, the
+    first of the axes, as the data parallel do. If they do not, nothing is wrong.
+    """
+    sharding = jax.typeof(x).sharding
+    size_of = sharding.mesh.shape
+    parts = {a: _parts(sharding.spec[a], size_of) for a in axes}
+    for name, kind in zip(sharding.mesh.axis_names, sharding.mesh.axis_types):
+        if kind == AxisType.Auto and axes:
+            parts[axes[0]] *= size_of[name]
+    return {
+        a: n
+        for a, n in parts.items()
+        if n > 1 and isinstance(x.shape[a], int) and x.shape[a] % n == 0
+    }
+
+
+def _parts(names: AxisName | None, size_of) -> int:
+    return math.prod(size_of[name] for name in _names(names or ()))
 
 
 def packed_sum(values, axis_name: AxisName):

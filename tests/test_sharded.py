@@ -12,6 +12,7 @@ from helpers import assert_close, assert_trees_close, collectives, poison
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
+from bnjax.moments import _merge
 
 SHAPE = (16, 4, 5, 3)
 AXES = (0, 1, 2)
@@ -255,41 +256,112 @@ def test_two_axis_names(mode):
     assert_close(dx, exact, tol=1e-4)
 
 
+def placed(mode, *values):
+    """The batch on eight devices, as `mode` has it."""
+    if mode == "pmap":
+        return [v if v is None else v.reshape(8, -1, *v.shape[1:]) for v in values]
+    if mode in ("typed", "untyped"):
+        return values
+    return jax.device_put(values, NamedSharding(mesh(AxisType[mode]), P("data")))
+
+
+def data_parallel(mode, f):
+    """`f(x, dy, mask)` on eight devices, to be jitted."""
+    if mode in ("Auto", "Explicit"):
+        return f
+    if mode == "pmap":
+        return jax.pmap(f, axis_name="data")
+
+    def run(*args):
+        specs = tuple(None if a is None else P("data") for a in args)
+        wrap = functools.partial(jax.shard_map, mesh=mesh(), check_vma=mode == "typed")
+        return wrap(f, in_specs=specs, out_specs=P("data"))(*args)
+
+    return run
+
+
 @pytest.mark.parametrize("mask", [None, "uneven", "per feature"])
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_one_collective_forward_and_one_backward(check_vma, mask):
+@pytest.mark.parametrize("mode", ["typed", "untyped", "pmap", "Auto", "Explicit"])
+def test_one_collective_forward_and_one_backward(mode, mask):
     x, scale, bias, dy = case()
     keep = None if mask is None else MASKS[mask]
-    wrap = functools.partial(jax.shard_map, mesh=mesh(), check_vma=check_vma)
+    named = None if mode in ("Auto", "Explicit") else "data"
 
-    def forward(x, scale, bias, mask):
-        return bnjax.batch_norm(x, scale, bias, mask=mask, axis_name="data")[0]
+    def forward(x, dy, mask):
+        return bnjax.batch_norm(x, scale, bias, mask=mask, axis_name=named)[0]
 
-    specs = (P("data"), P(), P(), None if keep is None else P("data"))
-    f = wrap(forward, in_specs=specs, out_specs=P("data"))
-    assert collectives(f, x, scale, bias, keep) == {"all-gather": 1}
-
-    def both(*args):
-        y, vjp = jax.vjp(lambda *a: f(*a, keep), *args)
+    def both(x, dy, mask):
+        y, vjp = jax.vjp(lambda x: forward(x, dy, mask), x)
         return y, vjp(dy)
 
-    assert collectives(both, x, scale, bias) == {"all-gather": 1, "all-reduce": 1}
+    arrays = placed(mode, x, dy, keep)
+    found = collectives(data_parallel(mode, forward), *arrays)
+    assert found == {"all-gather" if named else "all-reduce": 1}
+    found = collectives(data_parallel(mode, both), *arrays)
+    assert found.pop("all-reduce") + found.pop("all-gather", 0) == 2
+    assert not found
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("shape", [SHAPE, (4096, 3), (24, 3)])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("shape", [(4096, 3), (24, 3), (16, 5, 2)])
 def test_jit_never_gathers_the_batch(kind, shape):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    placed = jax.device_put(x, NamedSharding(mesh(kind), P("data")))
 
     def both(x):
         y, vjp = jax.vjp(lambda x: bnjax.batch_norm(x)[0], x)
         return y, vjp(y)
 
-    with jax.set_mesh(mesh(kind)):
-        found = collectives(both, placed)
-    assert set(found) <= {"all-reduce"}, found
-    assert found["all-reduce"] <= 3  # the shift, the sums, the backward sums
+    assert collectives(both, *placed(kind, x)) == {"all-reduce": 2}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_batch_that_the_mesh_does_not_divide(kind):
+    """Six examples over three of the mesh's axes' eight devices: two collectives."""
+    x = np.random.default_rng(0).normal(size=(6, 4, 5, 3)).astype(np.float32)
+    two = mesh(kind, data=2, model=4)
+    x_ = jax.device_put(x, NamedSharding(two, P("data")))
+    found = collectives(lambda x: bnjax.batch_norm(x)[0], x_)
+    assert found == {"all-reduce": 1 if kind == AxisType.Explicit else 2}
+    y = jax.jit(lambda x: bnjax.batch_norm(x)[0])(x_)
+    assert_close(y, oracle.batch_norm(x, np.ones(3), np.zeros(3), AXES), tol=5e-6)
+
+
+@pytest.mark.parametrize("mode", ["typed", "untyped", "pmap", "Auto", "Explicit"])
+def test_at_most_two_collectives_beyond_the_gather_limit(mode, monkeypatch):
+    """Eight devices, as if they were more than are gathered from."""
+    jax.clear_caches()
+    monkeypatch.setattr(_merge, "GATHER_LIMIT", 4)
+    x, scale, bias, _ = case()
+    named = None if mode in ("Auto", "Explicit") else "data"
+
+    def forward(x):
+        return bnjax.batch_norm(x, scale, bias, axis_name=named)[0]
+
+    arrays = placed(mode, x)
+    f = data_parallel(mode, forward)
+    assert collectives(f, *arrays) == {"all-reduce": 2}
+    y = np.asarray(jax.jit(f)(*arrays)).reshape(SHAPE)
+    assert_close(y, oracle.batch_norm(x, scale, bias, AXES), tol=5e-6)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_groups_as_an_axis_of_the_mesh(check_vma):
+    """The members of a group share statistics; nothing is sent between groups."""
+    x, scale, bias, _ = case()
+    two = mesh(group=2, member=4)
+    f = jax.shard_map(
+        lambda x: bnjax.batch_norm(x, scale, bias, axis_name="member")[0],
+        mesh=two,
+        in_specs=P(("group", "member")),
+        out_specs=P(("group", "member")),
+        check_vma=check_vma,
+    )
+    assert collectives(f, x) == {"all-gather": 1}
+    y = np.asarray(jax.jit(f)(x))
+    for rows in (slice(0, 8), slice(8, 16)):
+        exact = oracle.batch_norm(x[rows], scale, bias, AXES)
+        assert_close(y[rows], exact, tol=5e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax import _axes, _backend, _dtypes, _replicas
-from bnjax.moments._value import Moments, abs_product, mean_of
+from bnjax.moments._value import Moments, abs_product, coarse, displaced, mean_of
 
 # The shift is the mean of one value in at most this many. See `_shift`.
 _SUBSAMPLE = 32
@@ -49,9 +49,9 @@ def one_pass(
     d = valid(centred(*reread(x, about, how), how), mask)
     s2 = abs_product(d, d).sum(how.axes)
     delta = mean_of(s1, count)
-    mean = shift + delta
+    mean, rest = displaced(shift, delta)
     m2 = jnp.maximum(s2 - abs_product(s1, delta), 0)
-    return Moments(count, mean, m2), delta - (mean - shift)
+    return Moments(count, mean, m2), rest
 
 
 def _shift(x: jax.Array, mask: jax.Array | None, how: Reduction) -> jax.Array:
@@ -77,19 +77,7 @@ def _shift(x: jax.Array, mask: jax.Array | None, how: Reduction) -> jax.Array:
         x = lax.slice_in_dim(x, 0, size, stride=rest, axis=a)
         rest = max(rest // max(size, 1), 1) if isinstance(size, int) else 1
     count = _count(x, mask, how.axes)
-    return _coarse(mean_of(valid(x, mask).sum(how.axes), count))
-
-
-def _coarse(shift: jax.Array) -> jax.Array:
-    """The shift, with a bit less: the same number wherever it is used.
-
-    Otherwise XLA fuses the division into the subtraction and rounds them as one, so
-    that the shift subtracted is not the shift added back.
-    """
-    if jnp.iscomplexobj(shift):
-        return lax.complex(_coarse(shift.real), _coarse(shift.imag))
-    info = jnp.finfo(shift.dtype)
-    return lax.reduce_precision(shift, info.nexp, info.nmant - 1)
+    return coarse(mean_of(valid(x, mask).sum(how.axes), count))
 
 
 def _sharded(x: jax.Array, axis: int) -> bool:

@@ -8,15 +8,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import _axes, _checks, _replicas
-from bnjax.moments._one_pass import Reduction, centred, one_pass, reread, valid
-from bnjax.moments._value import Moments, abs_product, beside, mean_of
+from bnjax.moments._merge import merge_replicas
+from bnjax.moments._one_pass import Reduction, centred, reread, valid
+from bnjax.moments._parts import of_parts
+from bnjax.moments._value import Moments, mean_of
 
 # What a checkpoint policy keeps: see normalize.
 NAME = "bnjax_moments"
-
-# Up to this many replicas their moments are gathered in one collective, beyond it
-# summed in two.
-_GATHER_LIMIT = 64
 
 
 def reduction(x, axis, axis_name=None, groups=None, implementation=None) -> Reduction:
@@ -38,10 +36,10 @@ def reduction(x, axis, axis_name=None, groups=None, implementation=None) -> Redu
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def statistics(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
     """The moments of a widened `x`, differentiable; arguments are checked already."""
-    local, rest = one_pass(x, mask, how)
+    local, rest = of_parts(x, mask, how)
     if how.axis_name is None:
         return local
-    return _merge_replicas(local, rest, how.axis_name, how.groups)
+    return merge_replicas(local, rest, how.axis_name, how.groups)
 
 
 @statistics.defjvp
@@ -62,31 +60,3 @@ def _named(value: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(value):  # jax.checkpoint keeps no complex value
         return lax.complex(_named(value.real), _named(value.imag))
     return checkpoint_name(value, NAME)
-
-
-def _merge_replicas(local: Moments, rest: jax.Array, axis_name, groups) -> Moments:
-    """The merge of every replica's moments: one collective, or two beyond 64."""
-    values = (*local, rest)
-    if groups is None and _replicas.axis_size(axis_name) > _GATHER_LIMIT:
-        return _merge_all(values, lambda *v: _replicas.packed_sum(v, axis_name))
-    vector, unpack = _replicas.pack(values)
-    rows = jax.vmap(unpack)(_replicas.gather(vector, axis_name, groups))
-    merged = _merge_all(rows, lambda *v: [each.sum(0, keepdims=True) for each in v])
-    return Moments._make(value[0] for value in merged)
-
-
-def _merge_all(each, total) -> Moments:
-    """The merge of many (count, mean, m2, rest) at once; `total` sums over them.
-
-    The mean is corrected by the mean deviation from its first estimate, because that
-    is rounded at the magnitude of the mean, not of the deviation.
-    """
-    counts, means, m2s, rests = each
-    weight = beside(counts, means)
-    count, summed = total(counts, weight * means)
-    estimate = mean_of(summed, count)
-    d = (means - estimate) + rests
-    summed, m2 = total(weight * d, m2s + abs_product(d, weight * d))
-    delta = mean_of(summed, count)
-    m2 = jnp.maximum(m2 - abs_product(summed, delta), 0)
-    return Moments(count, estimate + delta, m2)

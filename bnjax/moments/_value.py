@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from bnjax import _dtypes
@@ -116,3 +117,22 @@ def mean_of(total: jax.Array, count: jax.Array) -> jax.Array:
 def abs_product(a: jax.Array, b: jax.Array) -> jax.Array:
     """|a||b| for b a real multiple of a: Re(conj(a) b)."""
     return (jnp.conj(a) * b).real if jnp.iscomplexobj(a) else a * b
+
+
+def displaced(base: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """base + step, and what its rounding lost; `base` is coarse."""
+    rounded = coarse(step)
+    total = base + rounded
+    return total, (rounded - (total - base)) + (step - rounded)
+
+
+def coarse(value: jax.Array) -> jax.Array:
+    """`value`, with a bit less: the same number wherever it is used.
+
+    Otherwise XLA fuses the product or quotient that it is into each sum that it is
+    used in, and rounds both as one: what is subtracted is not what is added back.
+    """
+    if jnp.iscomplexobj(value):
+        return lax.complex(coarse(value.real), coarse(value.imag))
+    info = jnp.finfo(value.dtype)
+    return lax.reduce_precision(value, info.nexp, info.nmant - 1)

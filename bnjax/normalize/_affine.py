@@ -92,7 +92,8 @@ def _(how, primals, tangents):
     )
     dy = None
     if offset is not None:  # as large as x, and split over the devices as x is
-        dy = again(_axes.expand(offset, how.feature_axes, x.ndim) + jnp.zeros_like(x))
+        zeros = _axes.split_like(x, jnp.zeros_like(x))
+        dy = again(_axes.expand(offset, how.feature_axes, x.ndim) + zeros)
     if slope is not None:
         slope = _axes.expand(slope, how.feature_axes, x.ndim)
         dy = again(_sum((x - mean) * rstd * slope, dy))
