@@ -1,6 +1,6 @@
 """Batch normalization for JAX, done properly."""
 
-from bnjax import linen, running
+from bnjax import diagnostics, linen, running, training
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
@@ -14,9 +14,11 @@ __all__ = [
     "Moments",
     "UnboundAxisNameError",
     "batch_norm",
+    "diagnostics",
     "linen",
     "merge",
     "moments",
     "normalize",
     "running",
+    "training",
 ]

@@ -213,3 +213,34 @@ def _callers_level() -> int:
             break
         level, frame = level + 1, frame.f_back
     return level
+
+
+NO_STATISTICS = (
+    "batch_stats/{path} is not the statistics of a batch normalization: expected a "
+    "tree of {{'mean': ..., 'var': ...}}. Pass variables['batch_stats'], without what "
+    "other layers keep there."
+)
+
+
+def replica_axis(path: str, shape: Sequence[int], axis: int) -> None:
+    """Raises unless an array of this shape has the axis."""
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"{path} has shape {tuple(shape)}, which has no axis={axis}: expected the "
+            "axis along which the values of replicas lie. Write axis=None to compare "
+            "the copies that devices hold of a replicated array."
+        )
+
+
+def replicas(path: str, shape: Sequence[int], counts: Sequence[int] | None) -> None:
+    """Raises unless the leading axis is one of replicas, one for each count."""
+    if not shape or (counts is not None and tuple(counts) != tuple(shape[:1])):
+        expected = "a leading axis of replicas"
+        if counts is not None:
+            expected = f"counts {tuple(counts)}"
+        raise ValueError(
+            f"batch_stats/{path}/mean has shape {tuple(shape)}: expected "
+            f"{expected}, one value of each replica. Stack what the replicas hold with "
+            "jax.tree.map(lambda *v: jnp.stack(v), *each), or pass axis_name inside of "
+            "shard_map or pmap."
+        )

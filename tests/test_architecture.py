@@ -83,7 +83,9 @@ PUBLIC = {
     for name in bnjax.__all__
     if inspect.isfunction(value := getattr(bnjax, name)) or inspect.isclass(value)
 }
-PUBLIC |= {f"running.{n}": getattr(bnjax.running, n) for n in bnjax.running.__all__}
+for room in (bnjax.running, bnjax.training, bnjax.diagnostics):
+    name = room.__name__.removeprefix("bnjax.")
+    PUBLIC |= {f"{name}.{n}": getattr(room, n) for n in room.__all__}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

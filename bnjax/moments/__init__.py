@@ -15,6 +15,7 @@ import jax
 from jax.typing import ArrayLike
 
 from bnjax import _checks, _dtypes
+from bnjax.moments._merge import merge_replicas, merge_rows
 from bnjax.moments._one_pass import Reduction, valid
 from bnjax.moments._statistics import NAME, reduction, statistics
 from bnjax.moments._value import Moments, beside, merge
@@ -25,6 +26,8 @@ __all__ = [
     "Reduction",
     "beside",
     "merge",
+    "merge_replicas",
+    "merge_rows",
     "moments",
     "reduction",
     "statistics",

@@ -137,7 +137,8 @@ def batch_norm(
             like the others, but take no part in the statistics; those that are not
             finite are read as 0.
         axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
-            over. Not needed under jit: the statistics of a sharded batch are global.
+            over. Not needed under jit: the statistics of a sharded batch are global
+            there. Local ones are those of ghost batches: normalize x reshaped.
         axis_index_groups: a partition of that axis: statistics are shared within each
             group. Groups may differ in size.
         residual: of the shape of `x`; added before the activation.

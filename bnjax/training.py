@@ -1,0 +1,87 @@
+"""What surrounds the layers in a training loop."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from bnjax import _checks, _dtypes
+from bnjax.moments import Moments, merge_replicas, merge_rows
+
+__all__ = ["merge_batch_stats"]
+
+
+def merge_batch_stats(
+    batch_stats: Any,
+    *,
+    counts: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+) -> Any:
+    """Merges running statistics that replicas have kept each for itself.
+
+        mean = sum_r w_r mean_r,   var = sum_r w_r (var_r + |mean_r - mean|^2),
+        w_r = count_r / sum count
+
+    That is E[var] + Var[mean], the variance of all the replicas' values. The mean of
+    the variances, which `lax.pmean(batch_stats)` gives, leaves Var[mean] out.
+
+    Args:
+        batch_stats: a tree of {mean, var}. Without `axis_name` the values of replicas
+            lie along a leading axis, as in what `jax.pmap` or
+            `multihost_utils.process_allgather` returns; stack others first.
+        counts: how many values each replica has seen, (replica,); with `axis_name` the
+            own one, a scalar. None: as many as the others. Replicas with count 0 change
+            nothing, whatever they hold; if all have, the result is mean 0, var 1.
+        axis_name: the axis, or axes, of shard_map, pmap or vmap to merge over.
+
+    Returns:
+        `batch_stats` of the same structure and dtypes, without the leading axis.
+
+    Raises:
+        ValueError: a layer that holds something else than mean and var, no leading
+            axis, counts of another length, an axis name that is not bound.
+
+    >>> apart = {"mean": jnp.array([[2.0], [7.0]]), "var": jnp.array([[1.0], [4.0]])}
+    >>> merged = merge_batch_stats({"norm": apart})          # of {1, 3} and {5, 9}
+    >>> print(merged["norm"]["var"])
+    [8.75]
+
+    References: Chan, Golub & LeVeque 1979, eq. 2.1.
+    """
+    axis_name = _checks.axis_name(axis_name)
+    counts = None if counts is None else jnp.asarray(counts)
+
+    def merged(path, stats):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not _is_layer(stats):
+            raise ValueError(_checks.NO_STATISTICS.format(path=name))
+        values = _merge(stats, counts, axis_name, name)
+        return jax.tree.unflatten(jax.tree.structure(stats), values)
+
+    return jax.tree.map_with_path(merged, batch_stats, is_leaf=_is_layer)
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, Mapping) and set(node) == {"mean", "var"}
+
+
+def _merge(stats, counts, axis_name, path: str) -> tuple[jax.Array, ...]:
+    """The merged mean and var of one layer."""
+    given = [jnp.asarray(stats[name]) for name in ("mean", "var")]
+    mean, var = (v.astype(_dtypes.statistics(v.dtype)) for v in given)
+    if axis_name is None:
+        _checks.replicas(path, mean.shape, None if counts is None else counts.shape)
+    lead = mean.shape[:1] if axis_name is None else ()
+    count = jnp.ones(lead, var.dtype) if counts is None else counts.astype(var.dtype)
+    seen = count.reshape(*lead, *(1 for _ in mean.shape[len(lead) :])) > 0
+    mean, var = jnp.where(seen, mean, 0), jnp.where(seen, var, 0)
+    m2 = var * count.reshape(seen.shape)
+    local, rest = Moments(count, mean, m2), jnp.zeros_like(mean)
+    if axis_name is None:
+        merged, _ = merge_rows(*local, rest)
+    else:
+        merged = merge_replicas(local, rest, axis_name, None)
+    new = merged.mean, jnp.where(merged.count > 0, merged.variance(), 1)
+    return tuple(v.astype(old.dtype) for v, old in zip(new, given))
