@@ -151,7 +151,7 @@ def test_replicas_that_agree():
 def test_which_differ_and_by_how_much():
     stats = apart()
     stats["block"]["a"]["mean"][:] = 2.0
-    stats["block"]["a"]["var"][:] = 5.0
+    stats["block"]["a"]["var"][:] = 2.0, 5.0, np.nan  # of all replicas
     stats["block"]["a"]["var"][3, 1] = 4.0
     agreement = replicas_agree(stats, axis=0)
     assert not agreement
