@@ -74,6 +74,21 @@ def last_run(records: Sequence[Record], data: str) -> tuple[Record, dict[str, Cu
     return runs[-1], {name: _curves(rates, rows[name][:length]) for name in rows}
 
 
+def by_step(records: Sequence[Record], kind: str) -> dict[int, Record]:
+    """The records of one kind by step, of a run that was stopped and resumed.
+
+    What was recorded after a checkpoint that the run then went on from, was trained
+    anew: it is left out, and the last record of a step holds.
+    """
+    found: dict[int, Record] = {}
+    for record in records:
+        if record["kind"] == "run":
+            found = {s: r for s, r in found.items() if s <= record["from_step"]}
+        elif record["kind"] == kind:
+            found[record["step"]] = record
+    return dict(sorted(found.items()))
+
+
 def _curves(rates: np.ndarray, rows: Sequence[Record]) -> Curves:
     values = ([row[name] for row in rows] for name in Curves._fields[2:])
     steps = np.array([row["step"] for row in rows])

@@ -25,10 +25,16 @@ class Log:
     and `seconds` (since the start).
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, digits: int | None = 6):
+        """
+        Args:
+            path: of the file, which is made if need be.
+            digits: decimals of each number; None for all.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
         self._start = time.perf_counter()
+        self._digits = digits
         self.run = uuid.uuid4().hex[:12]
         self._file = path.open("a", encoding="utf-8")
         self._file.write("" if whole else "\n")
@@ -48,7 +54,9 @@ class Log:
         """Appends one record; numbers that are not finite become null."""
         seconds = time.perf_counter() - self._start
         record = {"kind": kind, "run": self.run, "seconds": seconds, **fields}
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.write(
+            json.dumps(_json(record, self._digits), allow_nan=False) + "\n"
+        )
         self._file.flush()
 
 
@@ -118,16 +126,18 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _finite(value: Any) -> Any:
+def _json(value: Any, digits: int | None) -> Any:
     """`value` as JSON has it: None for NaN and infinities, lists, no arrays."""
     if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: _json(v, digits) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [_json(v, digits) for v in value]
     if hasattr(value, "tolist"):
-        return _finite(value.tolist())
+        return _json(value.tolist(), digits)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else round(value, digits)
     return value
