@@ -102,7 +102,7 @@ def program(config: Config, mode: str, name: str, masked: bool, backward: bool) 
             check_vma=mode == "shard_map",
         )
         f = jax.jit(f)
-    return f.lower(x, mask).compile().as_text()
+    return str(f.lower(x, mask).compile().as_text())
 
 
 def collectives(text: str, devices: int) -> list[tuple[str, int]]:
