@@ -59,5 +59,18 @@ def _fence(storage, implementation: str | None, x: jax.Array, *vectors: jax.Arra
     return lax.platform_dependent(x, *vectors, cpu=fenced, default=shared)
 
 
+def on_cpu(implementation: str | None, cpu, default):
+    """`cpu` where the compiler is told what to do, `default` elsewhere: of (x, ...)."""
+
+    def choose(x: jax.Array, *args):
+        if implementation == "xla" or (implementation is None and _is_cached(x)):
+            return default(x, *args)
+        if implementation == "reread":
+            return cpu(x, *args)
+        return lax.platform_dependent(x, *args, cpu=cpu, default=default)
+
+    return choose
+
+
 def _is_cached(x: jax.Array) -> bool:
     return isinstance(x.size, int) and x.size * x.dtype.itemsize <= _CACHED

@@ -124,7 +124,7 @@ def test_variance_at_large_mean(ratio, shape, kind):
         mask = rng.random((*shape[:-1], 1)) < 0.5
         mask[: shape[0] // 3] = False
         x = poison(x, mask, float(kind.split()[1]))
-    for implementation in (None, "xla"):
+    for implementation in (None, "xla", "reread"):
         _, m = jax.jit(
             lambda x, i=implementation: bnjax.batch_norm(x, mask=mask, implementation=i)
         )(x)
@@ -132,6 +132,45 @@ def test_variance_at_large_mean(ratio, shape, kind):
         np.testing.assert_allclose(m.variance(), m2 / count, rtol=1e-5)
         scale = np.abs(mean) + np.sqrt(m2 / count)
         assert (np.abs(m.mean - mean) / scale).max() < 3e-7
+
+
+def reread(x, **kwargs):
+    return bnjax.batch_norm(x, implementation="reread", **kwargs)[1]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.9, 3.1, 8.0])
+def test_plain_sums_are_used_where_they_are_exact_enough(ratio):
+    """On either side of the limit, mean = 3 std; also with one feature beyond it."""
+    noise = np.random.default_rng(0).normal(size=(64, 28, 28, 5)).astype(np.float32)
+    for means in ([ratio] * 5, [0, 1, ratio, -ratio, 1e4]):
+        x = noise + np.float32(means)
+        _, mean, m2 = oracle.moments(x, (0, 1, 2))
+        m = jax.jit(reread)(x)
+        np.testing.assert_allclose(m.m2, m2, rtol=5e-6)
+        np.testing.assert_allclose(m.mean, mean, rtol=3e-7, atol=3e-7)
+
+
+def test_squares_that_overflow():
+    x = np.random.default_rng(0).normal(size=(512, 3)) * 1e17 + 1e20
+    x = x.astype(np.float32)
+    m2 = oracle.moments(x.astype(np.float64) / 1e17, (0,))[2]
+    m = jax.jit(reread)(x)
+    np.testing.assert_allclose(m.variance() / 1e34, m2 / 512, rtol=1e-5)
+    x[3, 1] = np.nan
+    assert (np.isnan(reread(x).mean) == [False, True, False]).all()
+
+
+def test_vmap_computes_one_side_of_the_condition():
+    """A batch of conditions would compute both."""
+    x = np.random.default_rng(0).normal(size=(4, 64, 7, 3)).astype(np.float32)
+    assert "cond[" in str(jax.make_jaxpr(reread)(x[0]))
+    assert "cond[" not in str(jax.make_jaxpr(jax.vmap(reread))(x))
+    mask = np.random.default_rng(1).random((64, 7, 1)) < 0.5
+    batched = jax.vmap(lambda x: reread(x, mask=mask))(x)
+    for one, *got in zip(x, *batched, strict=True):
+        _, mean, m2 = oracle.moments(one, (0, 1), mask)
+        assert_close(got[1], mean, tol=2e-6)
+        assert_close(got[2], m2, tol=2e-6)
 
 
 @pytest.mark.parametrize("position", [0, 31, 32, 2047])

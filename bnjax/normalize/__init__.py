@@ -145,7 +145,8 @@ def batch_norm(
         activation: an elementwise function; its input is computed again, not stored.
         dtype: of the output; None for `result_type(x, scale, bias)`.
         implementation: "xla" lets XLA share reads of `x`; "reread" has each reduction
-            read it again, which is faster on a CPU; None chooses for the platform.
+            read it again, and centres it only where the variance needs that, which is
+            faster on a CPU; None chooses for the platform.
         fallback: (mean, var), each (feature,): normalizes the features without a valid
             value. None for (0, 1).
 
