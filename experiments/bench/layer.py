@@ -18,10 +18,6 @@ Measured: see the table in the README.
 """
 
 import itertools
-import os
-import statistics
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,13 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 import bnjax
+from experiments.bench.timing import interleaved, keep_memory
 from experiments.common import results
 
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "MALLOC_TRIM_THRESHOLD_": "8000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 SHAPES = (
     (64, 32, 32, 64),
     (32, 56, 56, 64),
@@ -98,17 +90,7 @@ def measure(x: jax.Array, seconds: float):
     for name, layer in LAYERS.items():
         passes, stored[name] = programs(layer, x)
         calls |= {(name, which): call for which, call in passes.items()}
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for call in calls.values():
-        for _ in range(3):
-            jax.block_until_ready(call())
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["flax", "both"]) < 5:
-        for key, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(t) for key, t in times.items()}, stored
+    return interleaved(calls, seconds), stored
 
 
 def main(config: Config) -> None:
@@ -145,7 +127,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    if not all(name in os.environ for name in MALLOC):
-        arguments = [sys.executable, "-m", "experiments.bench.layer", *sys.argv[1:]]
-        os.execve(sys.executable, arguments, {**os.environ, **MALLOC})
+    keep_memory("experiments.bench.layer")
     main(tyro.cli(Config, description=__doc__))
