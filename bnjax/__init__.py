@@ -4,7 +4,7 @@ from bnjax import diagnostics, linen, running, training
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
-from bnjax.normalize import batch_norm, normalize
+from bnjax.normalize import batch_norm, normalize, remat_policy
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "merge",
     "moments",
     "normalize",
+    "remat_policy",
     "running",
     "training",
 ]

@@ -27,10 +27,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _axes, _checks, _dtypes, _replicas
-from bnjax.moments import NAME, Moments, Reduction, reduction, statistics, valid
+from bnjax.moments import Moments, Reduction, reduction, statistics, valid
 from bnjax.normalize._affine import Affine, affine, describe, per_feature
+from bnjax.normalize._remat import keep_moments, remat_policy
 
-__all__ = ["batch_norm", "normalize"]
+__all__ = ["batch_norm", "normalize", "remat_policy"]
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -95,7 +96,7 @@ def normalize(
     _checks.epsilon(epsilon)
     residual = _checks.residual(residual, x.shape, how.compute)
 
-    @_keep_moments
+    @keep_moments
     def transform(x, vectors, epsilon, residual):
         y = _by_given(x, vectors, epsilon, how)
         return _finish(y, residual, activation, how)
@@ -187,22 +188,13 @@ def batch_norm(
     if mask is None:
         _checks.warn_single_value(_smallest_count(values, over), x.shape, axis)
 
-    @_keep_moments
+    @keep_moments
     def transform(x, vectors, epsilon, mask, residual):
         y, batch = _by_batch(x, vectors, epsilon, mask, over, how)
         return _finish(y, residual, activation, how), batch
 
     y, batch = transform(x, vectors, epsilon, mask, residual)
     return y, Moments(*map(jnp.asarray, batch))  # a constant count is no array yet
-
-
-# Keeps the moments (and with them one collective) and recomputes all else; XLA may
-# still share the recomputation with the forward pass inside one jit.
-_keep_moments = functools.partial(
-    jax.checkpoint,
-    policy=jax.checkpoint_policies.save_only_these_names(NAME),
-    prevent_cse=False,
-)
 
 
 def _smallest_count(values, over: Reduction):
