@@ -8,8 +8,18 @@ from jax import lax
 
 IMPLEMENTATIONS = (None, "xla", "reread")
 
-# A copy of at most this many bytes stays in a core's cache, and a fence costs more.
-_CACHED = 2**20
+
+def on_cpu(implementation: str | None, cpu, default):
+    """`cpu` where the compiler is told what to do, `default` elsewhere."""
+
+    def choose(*args):
+        if implementation == "xla":
+            return default(*args)
+        if implementation == "reread":
+            return cpu(*args)
+        return lax.platform_dependent(*args, cpu=cpu, default=default)
+
+    return choose
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -52,25 +62,4 @@ def _fence(storage, implementation: str | None, x: jax.Array, *vectors: jax.Arra
     def shared(*values):
         return values
 
-    if implementation == "xla" or (implementation is None and _is_cached(x)):
-        return shared(x, *vectors)
-    if implementation == "reread":
-        return fenced(x, *vectors)
-    return lax.platform_dependent(x, *vectors, cpu=fenced, default=shared)
-
-
-def on_cpu(implementation: str | None, cpu, default):
-    """`cpu` where the compiler is told what to do, `default` elsewhere: of (x, ...)."""
-
-    def choose(x: jax.Array, *args):
-        if implementation == "xla" or (implementation is None and _is_cached(x)):
-            return default(x, *args)
-        if implementation == "reread":
-            return cpu(x, *args)
-        return lax.platform_dependent(x, *args, cpu=cpu, default=default)
-
-    return choose
-
-
-def _is_cached(x: jax.Array) -> bool:
-    return isinstance(x.size, int) and x.size * x.dtype.itemsize <= _CACHED
+    return on_cpu(implementation, fenced, shared)(x, *vectors)

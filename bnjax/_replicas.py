@@ -35,6 +35,11 @@ def cast_together(*values):
     return [_cast(value, axes) for value in values]
 
 
+def several(x: jax.Array) -> bool:
+    """Whether `x` may lie on several devices, as far as its type tells."""
+    return bool(varying(x)) or jax.typeof(x).sharding.mesh.size > 1
+
+
 def axis_size(axis_name: AxisName) -> int:
     """How many replicas the named axis, or tuple of axes, has."""
     return math.prod(lax.axis_size(name) for name in _names(axis_name))

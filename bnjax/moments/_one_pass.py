@@ -67,13 +67,18 @@ def _about(shift, count, x, mask, how: Reduction):
 
     d = x - shift,  mean = shift + sum d / n,  m2 = sum |d|^2 - |sum d|^2 / n
     """
-    x, about = reread(x, shift, how)
-    s1 = valid(centred(x, about, how), mask).sum(how.axes)
-    d = valid(centred(*reread(x, about, how), how), mask)
-    s2 = abs_product(d, d).sum(how.axes)
+    s1, s2 = _sums(x, mask, shift, how)
     delta = mean_of(s1, count)
     mean, rest = displaced(shift, delta)
     return mean, jnp.maximum(s2 - abs_product(s1, delta), 0), rest
+
+
+def _sums(x, mask, centre, how: Reduction):
+    """sum d and sum |d|^2."""
+    x, about = reread(x, centre, how)
+    s1 = valid(centred(x, about, how), mask).sum(how.axes)
+    d = valid(centred(*reread(x, about, how), how), mask)
+    return s1, abs_product(d, d).sum(how.axes)
 
 
 def _guarded(count, x, mask, how: Reduction):
@@ -91,16 +96,22 @@ def _guarded(count, x, mask, how: Reduction):
     mean = mean_of(s1, count)
     square = abs_product(s1, mean)
     m2 = s2 - square
-    exact = square <= _LOSS * m2  # not where they overflow: inf - inf
+    exact = jnp.all(square <= _LOSS * m2)  # not where they overflow: inf - inf
+    centre = coarse(mean)
 
     def plain(stored):
-        return mean, jnp.maximum(m2, 0), jnp.zeros_like(mean)
+        return s1, s2
 
     def about_the_mean(stored):
-        return _about(coarse(mean), count, stored.astype(x.dtype), mask, how)
+        return _sums(stored.astype(x.dtype), mask, centre, how)
 
     stored = x if jnp.iscomplexobj(x) else x.astype(how.storage)  # not a widened copy
-    return lax.cond(jnp.all(exact), plain, about_the_mean, stored)
+    s1, s2 = lax.cond(exact, plain, about_the_mean, stored)
+    delta = mean_of(s1, count)
+    total, rest = displaced(centre, delta)
+    m2 = jnp.maximum(s2 - abs_product(s1, delta), 0)
+    zero = jnp.zeros_like(rest)
+    return jnp.where(exact, mean, total), m2, jnp.where(exact, zero, rest)
 
 
 def _shift(x: jax.Array, mask: jax.Array | None, how: Reduction) -> jax.Array:

@@ -49,8 +49,9 @@ def _(how, primals, tangents):
     result = Moments._make(map(_named, statistics(x, mask, how)))
     deviation = valid(centred(*reread(x, result.mean, how), how), mask)
     dx = valid(dx, mask)
-    sums = jnp.stack([dx.sum(how.axes), (jnp.conj(deviation) * dx).sum(how.axes)])
-    sums = _replicas.all_sum(sums, how.axis_name, how.groups)
+    sums = dx.sum(how.axes), (jnp.conj(deviation) * dx).sum(how.axes)
+    if how.axis_name is not None or _replicas.several(x):
+        sums = _replicas.all_sum(jnp.stack(sums), how.axis_name, how.groups)
     dmean = mean_of(sums[0], result.count)
     return result, Moments(jnp.zeros_like(result.count), dmean, 2 * sums[1].real)
 

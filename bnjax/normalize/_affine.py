@@ -114,7 +114,7 @@ def _sum(first, second):
 def _cast_like(x, *vectors) -> list:
     """The vectors that are not None, cast together to vary over the replicas as x."""
     given = [v for v in vectors if v is not None]
-    if not given:
+    if not given or not _replicas.several(x):
         return list(vectors)
     cast = iter(_replicas.cast_like(x, jnp.stack(given)))
     return [None if v is None else next(cast) for v in vectors]
