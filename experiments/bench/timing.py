@@ -4,7 +4,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -20,15 +20,18 @@ MALLOC = {
 Name = TypeVar("Name", bound=Hashable)
 
 
-def keep_memory(module: str) -> None:
-    """Restarts `python -m module` with the settings of MALLOC, if they are missing."""
-    if not all(name in os.environ for name in MALLOC):
+def keep_memory(module: str, settings: Mapping[str, str] = MALLOC) -> None:
+    """Restarts `python -m module` with these settings, if some are missing."""
+    if not all(name in os.environ for name in settings):
         arguments = [sys.executable, "-m", module, *sys.argv[1:]]
-        os.execve(sys.executable, arguments, {**os.environ, **MALLOC})
+        os.execve(sys.executable, arguments, os.environ | settings)
 
 
 def interleaved(
-    calls: dict[Name, Callable[[], Any]], seconds: float, least: int = 5
+    calls: dict[Name, Callable[[], Any]],
+    seconds: float,
+    least: int = 5,
+    untimed: int = 0,
 ) -> dict[Name, float]:
     """The median seconds of each call; they take turns, after three to warm up.
 
@@ -36,6 +39,8 @@ def interleaved(
         calls: each starts the work and returns its result, which is waited for.
         seconds: for all together.
         least: turns, however long they take.
+        untimed: calls at the start of each turn; with one, a call follows itself, and
+            finds neither the caches nor the busy threads that another one left.
     """
     for call in calls.values():
         for _ in range(3):
@@ -44,6 +49,8 @@ def interleaved(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or any(len(t) < least for t in times.values()):
         for name, call in calls.items():
+            for _ in range(untimed):
+                jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - start)
