@@ -103,7 +103,7 @@ def bars(
         x = np.arange(len(measures)) + (index - (len(records) - 1) / 2) * width
         name = record["variant"]
         drawn = axes.bar(x, ratios, 0.9 * width, color=COLOURS[name], label=name)
-        labels = axes.bar_label(drawn, fmt="%.2f", fontsize=6.5, padding=2)
+        labels = axes.bar_label(drawn, fmt="%.2f", fontsize=5.8, padding=2)
         for label in labels:  # legible over a line
             label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.2})
     names = [measure.name for measure in measures.values()]

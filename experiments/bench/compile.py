@@ -1,6 +1,6 @@
 """Tracing, lowering and compilation of many layers, against flax.linen.BatchNorm.
 
-    python -m experiments.bench.compile            # about five minutes on two cores
+    python -m experiments.bench.compile            # two minutes on two cores
     python -m experiments.bench.compile --smoke    # two layers, a few seconds
 
 Claim: forward + backward of 50 layers (a 3x3 convolution, batch normalization, ReLU,

@@ -1,6 +1,6 @@
 """Time and collectives of a layer against devices, features and batch.
 
-    python -m experiments.bench.scaling            # two minutes on two cores
+    python -m experiments.bench.scaling            # a good minute on two cores
     python -m experiments.bench.scaling --smoke    # few and small, under ten seconds
 
 Claim: forward + backward take time in proportion to the bytes of the input, by features

@@ -1,13 +1,14 @@
 """A training step of a ResNet: time and memory with our layers and with Flax's.
 
-    python -m experiments.bench.step                    # eight minutes on two cores
-    python -m experiments.bench.step --batch-size 64    # four
+    python -m experiments.bench.step                    # six minutes on two cores
+    python -m experiments.bench.step --batch-size 32    # two minutes
     python -m experiments.bench.step --smoke            # under ten seconds
 
 Claim: forward, backward and update take no longer with `bnjax.BatchNorm` than with
 `flax.linen.BatchNorm`, nothing else changed, and less memory; with `activation=` and
-`residual=` less again; and with the blocks in `nn.remat(policy=bnjax.remat_policy)`
-about as little as by Flax's layers with all of each block computed again, but faster.
+`residual=` less again; and less again with the blocks in
+`nn.remat(policy=bnjax.remat_policy)`, which runs no convolution twice, as `nn.remat` of
+a whole block does.
 
 Control: Flax's layers in the same network, plain and with `nn.remat` of the blocks. All
 start from the same parameters and must give the same loss before they are timed. The
