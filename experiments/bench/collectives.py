@@ -40,7 +40,11 @@ class Config:
     devices: int = 8
     """Virtual CPU devices; the batch is split over them."""
     features: int = 64
-    """Channels of the layer's input, (4 devices, 6, 5, features) in float32."""
+    """Channels of the layer's input, in float32."""
+    examples: int = 4
+    """Of each device."""
+    image: tuple[int, int] = (6, 5)
+    """Height and width of the input."""
     smoke: bool = False
     """Only jit and shard_map."""
 
@@ -68,11 +72,16 @@ def main(config: Config) -> int:
 
 def program(config: Config, mode: str, name: str, masked: bool, backward: bool) -> str:
     """The compiled program of one layer in training, as text."""
+    return str(compiled(config, mode, name, masked, backward)[0].as_text())
+
+
+def compiled(config: Config, mode: str, name: str, masked: bool, backward: bool):
+    """One layer in training, compiled, and its arguments: normal x, and the mask."""
     layer = LAYERS[name](
         use_running_average=False, axis_name=None if mode == "jit" else "data"
     )
-    shape = (4 * config.devices, 6, 5, config.features)
-    x = jnp.ones(shape)
+    shape = (config.devices * config.examples, *config.image, config.features)
+    x = jax.random.normal(jax.random.key(1), shape)
     mask = jnp.ones((shape[0], 1, 1, 1), bool) if masked else None
     variables = layer.init(jax.random.key(0), x)
 
@@ -84,13 +93,18 @@ def program(config: Config, mode: str, name: str, masked: bool, backward: bool) 
         return y, vjp(y), updates
 
     f = both if backward else forward
-    mesh = jax.make_mesh((config.devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (config.devices,),
+        ("data",),
+        axis_types=(AxisType.Auto,),
+        devices=jax.devices()[: config.devices],
+    )
     if mode == "jit":
         x, mask = jax.device_put((x, mask), NamedSharding(mesh, P("data")))
         f = jax.jit(f)
     elif mode == "pmap":
         x, mask = jax.tree.map(
-            lambda t: t.reshape(config.devices, 4, *t.shape[1:]), (x, mask)
+            lambda t: t.reshape(config.devices, -1, *t.shape[1:]), (x, mask)
         )
         f = jax.pmap(f, axis_name="data", in_axes=(0, 0 if masked else None))
     else:
@@ -101,8 +115,9 @@ def program(config: Config, mode: str, name: str, masked: bool, backward: bool) 
             out_specs=(P("data"), P("data"), P()) if backward else (P("data"), P()),
             check_vma=mode == "shard_map",
         )
+        x, mask = jax.device_put((x, mask), NamedSharding(mesh, P("data")))
         f = jax.jit(f)
-    return str(f.lower(x, mask).compile().as_text())
+    return f.lower(x, mask).compile(), (x, mask)
 
 
 def collectives(text: str, devices: int) -> list[tuple[str, int]]:
