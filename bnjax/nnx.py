@@ -262,12 +262,9 @@ class BatchNorm(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         dtype = self.dtype
         if dtype is None:
-            x, _, _, *parameters = jax.eval_shape(
-                lambda *values: self.promote_dtype(values, dtype=None),
-                *(x, *stored, scale, bias),
-            )
-            given = (x, *(p for p in parameters if p is not None))
-            dtype = _dtypes.promote(*(value.dtype for value in given))
+            values = (x, *stored, scale, bias)
+            x, _, _, *parameters = self.promote_dtype(values, dtype=None)
+            dtype = _dtypes.promote(x, *(p for p in parameters if p is not None))
         return {
             "scale": scale,
             "bias": bias,

@@ -5,7 +5,7 @@
 
 Runs every test file that names `BatchNorm`. Flax turns warnings into errors and trains
 with one value per feature, so BatchNormWarning is ignored. Both layers are replaced
-because some tests compare Linen with NNX to the bit.
+because some tests compare Linen with NNX to the bit. No test is left out.
 """
 
 import importlib.metadata
