@@ -1,6 +1,6 @@
 """Batch normalization for JAX, done properly."""
 
-from bnjax import diagnostics, linen, running, training
+from bnjax import diagnostics, linen, nnx, running, training
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
@@ -18,6 +18,7 @@ __all__ = [
     "linen",
     "merge",
     "moments",
+    "nnx",
     "normalize",
     "remat_policy",
     "running",

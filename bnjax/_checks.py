@@ -155,6 +155,18 @@ def weight(name: str, value) -> None:
         )
 
 
+def chosen(value: bool | None) -> bool:
+    """`use_running_average`, which the layer or the call must give."""
+    if value is None:
+        raise ValueError(
+            "No `use_running_average` argument was provided to BatchNorm: expected "
+            "True or False. Write it in the constructor, BatchNorm(..., "
+            "use_running_average=False), in the call, layer(x, "
+            "use_running_average=False), or call model.train() or model.eval()."
+        )
+    return value
+
+
 def implementation(value, known: Sequence[str | None]) -> None:
     """Raises on the name of an implementation that does not exist."""
     if value not in known:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _axes, _checks, _dtypes, running
-from bnjax.moments import Moments, merge, moments
+from bnjax import _axes, _checks, _dtypes, _layer, running
+from bnjax.moments import Moments, merge
 from bnjax.normalize import batch_norm, normalize
 
 __all__ = ["BatchNorm"]
@@ -144,13 +144,12 @@ class BatchNorm(nn.Module):
         over["axis_index_groups"] = self.axis_index_groups
         update = not use_running if update is None else update
         pools = _asks_for_moments(self)
-        if use_running:
-            y = normalize(x, *stored, **affine)
-            if not (update or pools):
-                return y
-            batch = moments(x, axis=self.axis, **over)
-        else:
-            y, batch = batch_norm(x, **over, **affine, fallback=stored)
+        measure = bool(update or pools)
+        y, batch = _layer.forward(
+            x, stored, affine, over, use_running=use_running, measure=measure
+        )
+        if batch is None:
+            return y
         if update:
             _update(self, stats, stored, batch, x)
         if pools:
@@ -208,16 +207,14 @@ def _update(
     x: jax.Array,
 ) -> None:
     """Writes the running statistics after one batch, in the dtypes of Flax's."""
-    rule = running.ema(
-        layer.momentum,
-        ddof=int(layer.unbiased),
+    new = _layer.updated(
+        stored,
+        batch,
+        momentum=layer.momentum,
+        unbiased=layer.unbiased,
         skip_nonfinite=layer.skip_nonfinite_updates,
+        batch_dtype=_dtypes.statistics(x.dtype if layer.dtype is None else layer.dtype),
+        keep_dtype=not layer.force_float32_reductions,
     )
-    batch_dtype = _dtypes.statistics(x.dtype if layer.dtype is None else layer.dtype)
-    for variable, old, new in zip(stats, stored, rule.update(stored, batch)):
-        dtype = _dtypes.promote(old, batch_dtype)
-        if not (layer.force_float32_reductions or jnp.iscomplexobj(new)):
-            dtype = old.dtype
-        elif not jnp.iscomplexobj(new):
-            dtype = _dtypes.real(dtype)
-        variable.value = new.astype(dtype)
+    for variable, value in zip(stats, new):
+        variable.value = value

@@ -1,11 +1,11 @@
-"""Flax's own unit tests, with its Linen BatchNorm replaced by ours.
+"""Flax's own unit tests, with both of its BatchNorms, Linen and NNX, replaced by ours.
 
     python tests/flax_suite.py            # fetches the sources of the installed Flax
     python tests/flax_suite.py FOLDER     # an unpacked source distribution of Flax
 
-Runs every test file that names `BatchNorm` outside of the NNX tests. Flax turns
-warnings into errors and trains with one value per feature, so BatchNormWarning is
-ignored.
+Runs every test file that names `BatchNorm`. Flax turns warnings into errors and trains
+with one value per feature, so BatchNormWarning is ignored. Both layers are replaced
+because some tests compare Linen with NNX to the bit. No test is left out.
 """
 
 import importlib.metadata
@@ -18,9 +18,12 @@ import tempfile
 PLUGIN = """
 import flax.linen
 import flax.linen.normalization
+import flax.nnx
+import flax.nnx.nn.normalization
 import bnjax
 
 flax.linen.BatchNorm = flax.linen.normalization.BatchNorm = bnjax.BatchNorm
+flax.nnx.BatchNorm = flax.nnx.nn.normalization.BatchNorm = bnjax.nnx.BatchNorm
 
 
 def pytest_configure(config):
@@ -44,7 +47,7 @@ def test_files(flax: pathlib.Path) -> list[str]:
     found = [
         path.relative_to(flax)
         for path in sorted((flax / "tests").rglob("*_test.py"))
-        if "BatchNorm" in path.read_text() and "nnx" not in path.parts
+        if "BatchNorm" in path.read_text()
     ]
     if not found:
         raise SystemExit(f"no tests of BatchNorm below {flax}")

@@ -14,6 +14,7 @@ LEVELS = {
     1: ["moments"],
     2: ["normalize", "running"],
     3: [
+        "_layer",
         "fold",
         "ghost",
         "renorm",
@@ -83,7 +84,7 @@ PUBLIC = {
     for name in bnjax.__all__
     if inspect.isfunction(value := getattr(bnjax, name)) or inspect.isclass(value)
 }
-for room in (bnjax.running, bnjax.training, bnjax.diagnostics):
+for room in (bnjax.running, bnjax.training, bnjax.diagnostics, bnjax.nnx):
     name = room.__name__.removeprefix("bnjax.")
     PUBLIC |= {f"{name}.{n}": getattr(room, n) for n in room.__all__}
 

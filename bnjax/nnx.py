@@ -1,0 +1,289 @@
+"""NNX layers: variables around the pure functions, and no arithmetic.
+
+`BatchNorm` has the name, the arguments, the variables and the views of
+`flax.nnx.BatchNorm`, and the outputs of `bnjax.linen.BatchNorm`, to the bit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
+from jax.nn import initializers
+from jax.typing import ArrayLike, DTypeLike
+
+from bnjax import _axes, _checks, _dtypes, _layer, running
+from bnjax.moments import Moments, merge
+
+__all__ = ["BatchMoments", "BatchNorm"]
+
+
+@nnx.register_variable_name("batch_moments", overwrite=True)
+class BatchMoments(nnx.Variable):
+    """The Moments of what a layer has been given since it began to record them.
+
+    Its value is a `bnjax.Moments`. It lies beside the layer's `mean` and `var`, as
+    `moments`, while the layer's `record_moments` is true. Linen's collection of the
+    same meaning is `batch_moments`.
+
+    >>> layer = BatchNorm(6, rngs=nnx.Rngs(0))
+    >>> recording = nnx.view(layer, record_moments=True)
+    >>> y = recording(jax.random.normal(jax.random.key(0), (5, 6)))
+    >>> moments = nnx.pop(recording, BatchMoments)["moments"].get_value()
+    >>> print(moments.count)
+    5.0
+    """
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization, a drop-in replacement of `flax.nnx.BatchNorm`.
+
+        y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
+
+    Variables: `scale` and `bias` (nnx.Param), `mean` and `var` (nnx.BatchStat,
+    float32). Two switches are independent: where the statistics come from
+    (`use_running_average`; `train()` and `eval()` set it), and whether the running
+    statistics are written (`update_stats`). Where `record_moments` is true, each call
+    merges the Moments of its input into `moments`, a BatchMoments variable that starts
+    empty whenever `record_moments=True` is set: by `nnx.view(model,
+    record_moments=True)` in the view alone, by `model.set_attributes(
+    record_moments=True)` in the model. False removes it, and so does `nnx.pop`.
+
+    One difference to Flax is meant. Flax casts the input and all variables to `dtype`
+    before it computes, which in evaluation leaves of (x - mean) / sqrt(var + epsilon)
+    what bfloat16 can tell apart, often 0. Here the statistics stay float32, in
+    evaluation too, the arithmetic is in at least float32, and `dtype` is that of the
+    result. What is written to variables has no gradient, as in Flax.
+
+    Args:
+        num_features: the size of the feature axis.
+        use_running_average: whether to normalize by the running statistics. The call
+            takes precedence; None leaves it to the call.
+        axis: the feature axis; all others are reduced.
+        momentum: the weight of the old running value (PyTorch's is one minus this).
+        epsilon: added to the variance.
+        dtype: of the output; None for what `promote_dtype` makes of x, scale and bias.
+        param_dtype: of the parameters.
+        use_bias: whether to add a bias (beta).
+        use_scale: whether to multiply by a scale (gamma).
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
+            over. Not needed under jit.
+        axis_index_groups: a partition of that axis; groups may differ in size.
+        use_fast_variance: accepted and without effect: one pass is as accurate as two.
+        promote_dtype: (x, mean, var, scale, bias) -> the same, promoted. Asked for
+            dtypes only: where `dtype` is None, the result has the dtype of the promoted
+            x, scale and bias. Flax's default includes the float32 statistics.
+        rngs: one key of `rngs.params` is drawn for the scale, then one for the bias.
+        bias_metadata: of the variable `bias`.
+        scale_metadata: of the variable `scale`.
+        unbiased: whether the running variance divides by n - 1, as PyTorch's does. The
+            batch is always normalized by the biased variance.
+        update_stats: whether the running statistics are written. None: as Flax, when
+            batch statistics are used. False: never. True: always, also when normalizing
+            by the running statistics (those from before the update).
+        skip_nonfinite_updates: whether a batch whose moments hold a NaN or an infinity
+            leaves the running statistics as they were.
+        activation: an elementwise function; its input is not stored for the backward
+            pass.
+
+    >>> layer = BatchNorm(6, rngs=nnx.Rngs(0))
+    >>> y = layer(jax.random.normal(jax.random.key(0), (5, 6)))
+    >>> print(sorted(nnx.state(layer, nnx.BatchStat)))
+    ['mean', 'var']
+
+    References: Ioffe & Szegedy 2015.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Callable[..., Any] = initializers.zeros,
+        scale_init: Callable[..., Any] = initializers.ones,
+        axis_name: str | Sequence[str] | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = flax_promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        unbiased: bool = False,
+        update_stats: bool | None = None,
+        skip_nonfinite_updates: bool = False,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+    ):
+        shape = (num_features,)
+        start = running.ema().init(shape)
+        self.mean = nnx.BatchStat(start.mean)
+        self.var = nnx.BatchStat(start.var)
+
+        def parameter(wanted, init, metadata):
+            if not wanted:
+                return nnx.data(None)
+            return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
+
+        self.scale = parameter(use_scale, scale_init, scale_metadata)
+        self.bias = parameter(use_bias, bias_init, bias_metadata)
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.unbiased = unbiased
+        self.update_stats = update_stats
+        self.skip_nonfinite_updates = skip_nonfinite_updates
+        self.activation = activation
+        self.record_moments = False
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), floating or complex.
+            use_running_average: takes precedence over the attribute.
+            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: takes precedence over the attribute.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: `use_running_average` given nowhere, and whatever
+                `bnjax.batch_norm` raises.
+        """
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        use_running = _checks.chosen(use_running_average)
+        _checks.weight("momentum", self.momentum)
+        update = self.update_stats if update_stats is None else update_stats
+        update = not use_running if update is None else update
+        x = _checks.inexact("x", x)
+        stored = self._running_statistics(x)
+        over = {
+            "mask": mask,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+        }
+        y, batch = _layer.forward(
+            x,
+            stored,
+            {**self._affine(x, stored), "residual": residual},
+            over,
+            use_running=use_running,
+            measure=bool(update or self.record_moments),
+        )
+        if batch is None:
+            return y
+        batch = jax.lax.stop_gradient(batch)
+        if update:
+            self._update(stored, batch, x)
+        if self.record_moments:
+            self.moments.set_value(merge(self.moments.get_value(), batch))
+        return y
+
+    @property
+    def record_moments(self) -> bool:
+        """Whether calls leave their Moments in `moments`; setting True empties it."""
+        return hasattr(self, "moments")
+
+    @record_moments.setter
+    def record_moments(self, on: bool) -> None:
+        if self.record_moments:
+            del self.moments
+        if on:
+            *stacked, features = self.mean.shape
+            empty = Moments.empty((features,), _dtypes.statistics(self.mean.dtype))
+            self.moments = BatchMoments(
+                jax.tree.map(lambda v: jnp.broadcast_to(v, (*stacked, *v.shape)), empty)
+            )
+
+    # `nnx.view_info` reads this docstring, and expects Flax's indentation.
+    def set_view(
+        self,
+        use_running_average: bool | None = None,
+        update_stats: bool | None = None,
+        record_moments: bool | None = None,
+    ) -> None:
+        """Sets what is not None; `nnx.view` calls it on its copies of the layers.
+
+        Args:
+          use_running_average: whether to normalize by the running statistics.
+          update_stats: whether the running statistics are written.
+          record_moments: whether calls leave the Moments of their input in `moments`,
+            which then starts empty.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+        if update_stats is not None:
+            self.update_stats = update_stats
+        if record_moments is not None:
+            self.record_moments = record_moments
+
+    def _running_statistics(self, x: jax.Array) -> running.State:
+        shape = _axes.sizes(x.shape, _axes.canonical(self.axis, x.ndim))
+        stored = running.State(self.mean[...], self.var[...])
+        for name, value in stored._asdict().items():
+            _checks.feature_shape(name, value, shape, self.axis)
+        return stored
+
+    def _affine(self, x: jax.Array, stored: running.State) -> dict[str, Any]:
+        """The arguments that `normalize` and `batch_norm` share."""
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        dtype = self.dtype
+        if dtype is None:
+            values = (x, *stored, scale, bias)
+            x, _, _, *parameters = self.promote_dtype(values, dtype=None)
+            dtype = _dtypes.promote(x, *(p for p in parameters if p is not None))
+        return {
+            "scale": scale,
+            "bias": bias,
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "dtype": dtype,
+            "activation": self.activation,
+        }
+
+    def _update(self, stored: running.State, batch: Moments, x: jax.Array) -> None:
+        """Writes the running statistics after one batch; real ones keep their dtype."""
+        new = _layer.updated(
+            stored,
+            batch,
+            momentum=self.momentum,
+            unbiased=self.unbiased,
+            skip_nonfinite=self.skip_nonfinite_updates,
+            batch_dtype=_dtypes.statistics(x.dtype),
+            keep_dtype=True,
+        )
+        self.mean.set_value(new.mean)
+        self.var.set_value(new.var)
