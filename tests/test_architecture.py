@@ -83,9 +83,10 @@ PUBLIC = {
     for name in bnjax.__all__
     if inspect.isfunction(value := getattr(bnjax, name)) or inspect.isclass(value)
 }
-for room in (bnjax.running, bnjax.training, bnjax.diagnostics):
+for room in (bnjax.convert, bnjax.running, bnjax.training, bnjax.diagnostics):
     name = room.__name__.removeprefix("bnjax.")
-    PUBLIC |= {f"{name}.{n}": getattr(room, n) for n in room.__all__}
+    values = {n: getattr(room, n) for n in room.__all__}
+    PUBLIC |= {f"{name}.{n}": v for n, v in values.items() if callable(v)}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
