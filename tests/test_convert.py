@@ -387,7 +387,7 @@ class TestKeras:
                 keras.layers.BatchNormalization(name="norm"),
                 keras.layers.DepthwiseConv2D((2, 3), depth_multiplier=2, name="deep"),
                 keras.layers.Conv2DTranspose(5, (3, 4), 2, name="up"),
-                keras.layers.GlobalAveragePooling2D(),
+                keras.layers.GlobalMaxPooling2D(),
                 keras.layers.Dense(4, name="dense"),
             ],
             name="net",
@@ -406,7 +406,7 @@ class TestKeras:
                 )
                 x = deep(x)
                 x = nn.ConvTranspose(5, (3, 4), (2, 2), "VALID", name="up")(x)
-                return nn.Dense(4, name="dense")(x.mean((1, 2)))
+                return nn.Dense(4, name="dense")(x.max((1, 2)))
 
         x, _ = images(0)
         x = x[:, :6, :7]
