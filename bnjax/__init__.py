@@ -1,6 +1,6 @@
 """Batch normalization for JAX, done properly."""
 
-from bnjax import diagnostics, linen, nnx, running, training
+from bnjax import convert, diagnostics, linen, nnx, running, training
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
@@ -14,6 +14,7 @@ __all__ = [
     "Moments",
     "UnboundAxisNameError",
     "batch_norm",
+    "convert",
     "diagnostics",
     "linen",
     "merge",

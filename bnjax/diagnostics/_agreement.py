@@ -1,4 +1,4 @@
-"""What is wrong with a model's statistics. Runs on the host, outside of jit."""
+"""Whether replicas hold the same values. Runs on the host, outside of jit."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -8,8 +8,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from bnjax import _checks
-
-__all__ = ["Agreement", "Difference", "replicas_agree"]
 
 
 class Difference(NamedTuple):

@@ -1,0 +1,217 @@
+"""Weights of torch and Keras as Flax variables, and back, checked.
+
+>>> table = {"": Convention._fields, **CONVENTIONS}
+>>> for row in [tuple(table), *zip(*table.values())]:
+...     print("{:15} {!s:9} {!s:19} {!s}".format(*row))
+                flax      torch               keras
+scale           scale    weight              gamma
+bias            bias     bias                beta
+mean            mean     running_mean        moving_mean
+var             var      running_var         moving_variance
+count                    num_batches_tracked
+kernel          kernel   weight              kernel
+embedding       embedding weight             embeddings
+momentum        0.99     0.1                 0.99
+momentum_weighs old      new                 old
+running_var     biased   unbiased            biased
+epsilon         1e-05    1e-05               0.001
+feature_axis    -1       1                   -1
+linear          IO       OI                  IO
+conv            *IO      OI*                 *IO
+conv_transpose  *IO      IO~                 ~OI
+
+I and O are the input's and the output's features, * the window, ~ a mirrored window.
+Trees of Flax's and of bnjax's BatchNorm are identical: nothing to convert. What a tree
+does not hold is yours to write in the Flax model:
+
+    BatchNorm2d(c)             BatchNorm(momentum=0.9, unbiased=True)
+    BatchNormalization()       BatchNorm(epsilon=1e-3)
+    Conv2d(c, d, k, padding=p) Conv(d, (k, k), padding=p), not Flax's default "SAME"
+    groups=g                   feature_group_count=g
+    ConvTranspose2d(c, d, k, padding=p, dilation=e, output_padding=o)
+                               ConvTranspose(d, (k, k), padding=(low, low + o)) for each
+                               axis of the window, low = e (k - 1) - p
+    Conv2DTranspose(d, k)      ConvTranspose(d, (k, k), padding="VALID")
+
+The kernels of transposed convolutions fit `transpose_kernel=False`, Flax's default.
+Features lie last in Flax: a dense layer after a flattened image of torch's expects
+(c, h, w), so transpose before you flatten, or pool.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bnjax import _checks
+from bnjax.convert import _entries
+from bnjax.convert._conventions import CONVENTIONS, Convention
+from bnjax.convert._tree import Names
+
+__all__ = [
+    "CONVENTIONS",
+    "Convention",
+    "from_keras",
+    "from_torch",
+    "momentum_from_torch",
+    "to_torch",
+]
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    *,
+    names: Names = None,
+    kinds: Mapping[str, str] | None = None,
+    like: Any = None,
+) -> dict[str, Any]:
+    """Flax variables from the state_dict of a torch layer or model.
+
+    `num_batches_tracked` is dropped. Nothing of torch is imported.
+
+    Args:
+        state_dict: entries by dotted name: torch tensors on any device, or arrays. That
+            of a single layer gives the variables of a single layer.
+        names: torch's module paths to Flax's: a function of the dotted path, or a dict
+            whose keys may also be prefixes ({"layer1.0": "Block_0"}) and have to cover
+            every module ("" covers all). Flax's paths have slashes. None keeps torch's.
+        kinds: class names by torch's module path, for what shapes do not tell:
+            transposed convolutions and embeddings. All of them at once:
+            {name: type(module).__name__ for name, module in net.named_modules()}.
+        like: variables of the Flax model, from `init` or `jax.eval_shape`, which the
+            result has to match in structure, shapes and dtypes. Their dtypes are taken
+            where that loses nothing.
+
+    Returns:
+        {"params": ..., "batch_stats": ...}, those of them that occur, as new arrays.
+
+    Raises:
+        ValueError: lists all that is missing, extra, unknown or does not fit.
+
+    >>> norm = {"weight": np.ones(3), "running_mean": np.zeros(3)}
+    >>> norm |= {"running_var": np.ones(3), "num_batches_tracked": np.array(7)}
+    >>> state_dict = {"conv.weight": np.zeros((5, 3, 2, 4))}
+    >>> state_dict |= {f"norms.0.{name}": value for name, value in norm.items()}
+    >>> variables = from_torch(state_dict, names={"conv": "Conv_0", "norms": "norm"})
+    >>> print(variables["params"]["Conv_0"]["kernel"].shape)
+    (2, 4, 3, 5)
+    >>> print(variables["params"]["norm"]["0"]["scale"])
+    [1. 1. 1.]
+
+    References: google/flax: docs/guides/converting_and_upgrading/
+    convert_pytorch_to_flax.rst, which leaves the variance's n - 1 out.
+    """
+    return _entries.read("torch", state_dict, names, kinds or {}, like)
+
+
+def from_keras(
+    weights: Mapping[str, Any] | Sequence[Any],
+    *,
+    names: Names = None,
+    kinds: Mapping[str, str] | None = None,
+    like: Any = None,
+) -> dict[str, Any]:
+    """Flax variables from the weights of a Keras layer or model.
+
+    Args:
+        weights: {w.path: w for w in model.weights}; {w.name: w for w in layer.weights};
+            or the four arrays gamma, beta, moving_mean, moving_variance that
+            BatchNormalization's `get_weights` returns.
+        names: as in `from_torch`; Keras's paths have slashes too.
+        kinds: class names by Keras's layer path, for what names and shapes do not tell:
+            {layer.path: type(layer).__name__ for layer in model.layers}.
+        like: as in `from_torch`.
+
+    Returns:
+        {"params": ..., "batch_stats": ...}, those of them that occur, as new arrays.
+
+    Raises:
+        ValueError: lists all that is missing, extra, unknown or does not fit.
+
+    >>> variables = from_keras([np.full(2, 3.0), np.zeros(2), np.ones(2), np.ones(2)])
+    >>> print(variables["params"]["scale"])
+    [3. 3.]
+
+    References: keras-team/keras: keras/src/layers/normalization/batch_normalization.py.
+    """
+    if not isinstance(weights, Mapping):
+        names_in_order = CONVENTIONS["keras"][:4]
+        if len(weights) != len(names_in_order):
+            raise ValueError(
+                f"weights is a list of {len(weights)}: expected BatchNormalization's "
+                f"{', '.join(names_in_order)}. Any other list does not say what it "
+                "holds: pass {w.name: w for w in layer.weights}."
+            )
+        weights = dict(zip(names_in_order, weights))
+    return _entries.read("keras", weights, names, kinds or {}, like)
+
+
+def to_torch(
+    variables: Mapping[str, Any],
+    *,
+    names: Names = None,
+    kinds: Mapping[str, str] | None = None,
+    like: Mapping[str, Any] | None = None,
+    num_batches_tracked: int = 0,
+) -> dict[str, np.ndarray]:
+    """The state_dict of a torch layer or model from Flax variables.
+
+    The inverse of `from_torch`, exact. Load it with `net.load_state_dict({name:
+    torch.as_tensor(value) for name, value in to_torch(...).items()})`.
+
+    Args:
+        variables: {"params": ..., "batch_stats": ...}; other collections have no
+            counterpart and are left out.
+        names: as in `from_torch`, from torch's paths to Flax's. A function needs
+            `like`.
+        kinds: as in `from_torch`.
+        like: the state_dict of the torch model, which the result has to match in names,
+            shapes and dtypes.
+        num_batches_tracked: what each normalization is to say that it has seen; torch
+            uses it with momentum=None alone.
+
+    Returns:
+        New NumPy arrays by dotted name. torch cannot read NumPy's bfloat16: write
+        `value.astype("float32")`.
+
+    Raises:
+        ValueError: lists all that is missing, extra, unknown or does not fit.
+
+    >>> params = {"up": {"kernel": np.zeros((2, 4, 3, 5))}}
+    >>> state_dict = to_torch({"params": params}, kinds={"up": "ConvTranspose2d"})
+    >>> print({name: value.shape for name, value in state_dict.items()})
+    {'up.weight': (3, 5, 2, 4)}
+
+    References: pytorch/pytorch: torch/nn/modules/batchnorm.py.
+    """
+    return _entries.write(
+        variables, names, kinds or {}, like, np.array(num_batches_tracked, np.int64)
+    )
+
+
+def momentum_from_torch(momentum: float | None) -> float:
+    """The momentum of Flax's layers that is torch's `momentum`.
+
+        1 - momentum: torch's is the weight of the new value, Flax's that of the old
+
+    Args:
+        momentum: of torch's layer, in [0, 1].
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: outside of [0, 1], and for None, torch's cumulative average.
+
+    >>> momentum_from_torch(0.1)
+    0.9
+
+    References: pytorch/pytorch: torch/nn/modules/batchnorm.py, the note on momentum.
+    """
+    if momentum is None:
+        raise ValueError(
+            "momentum=None is torch's cumulative average over all batches, which no "
+            "momentum gives: expected a number. Use bnjax.running.cumulative(ddof=1)."
+        )
+    _checks.weight("momentum", momentum)
+    return 1 - momentum

@@ -1,0 +1,161 @@
+"""Dotted names and nested trees, and the report of all that does not fit."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.convert._conventions import has_weights
+
+Names = Mapping[str, str] | Callable[[str], str] | None
+Flat = dict[str, Any]  # by "collection/module/leaf"
+
+
+class Problems(list[str]):
+    """Lines on what does not fit, raised together."""
+
+    def check(self, what: str, advice: str) -> None:
+        """Raises a ValueError that lists them, if there are any."""
+        if self:
+            lines = "".join(f"\n  {line}" for line in self)
+            raise ValueError(f"{what}, and nothing was converted:{lines}\n{advice}")
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """The array behind a torch tensor, a Keras variable or an array."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # which torch does not give to NumPy
+            return value.float().numpy().astype(jnp.bfloat16)
+        return value.numpy()
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise ValueError(
+            f"a {type(value).__name__}, which is no array: pass the state_dict itself, "
+            "as in checkpoint['state_dict']"
+        )
+    return array
+
+
+def renamer(names: Names, separator: str) -> Callable[[str], str]:
+    """Module paths to module paths: `names` by its longest key that leads the path."""
+    if names is None:
+        return lambda module: module.replace(separator, "/")
+    if callable(names):
+        return names
+    longest_first = sorted(names, key=len, reverse=True)
+
+    def rename(module: str) -> str:
+        for key in longest_first:
+            if leads(key, module, separator):
+                rest = module[len(key) :].split(separator)
+                return "/".join(filter(None, [names[key], *rest]))
+        raise ValueError(f"names has no key for the module {module!r}")
+
+    return rename
+
+
+def inverse(
+    names: Names, separator: str, like: Iterable[str] | None
+) -> Callable[[str], str]:
+    """From Flax's module paths back to those of the entries in `like`."""
+    rename = renamer(names, separator)
+    if like is not None:
+        known: dict[str, str] = {}
+        for module in {entry.rpartition(separator)[0] for entry in like}:
+            with contextlib.suppress(ValueError):  # not in names: reported as missing
+                known[rename(module)] = module
+        return lambda path: known.get(path, path.replace("/", separator))
+    if callable(names):
+        raise ValueError(
+            "names is a function, which has no inverse: pass like=net.state_dict() "
+            "too, to whose modules it is applied, or a dict of names."
+        )
+    turned = names and {v: k.replace(separator, "/") for k, v in names.items()}
+    back = renamer(turned, "/")
+
+    def checked(path: str) -> str:
+        module = back(path).replace("/", separator)
+        if rename(module) != path:
+            raise ValueError(f"names leads {module!r} elsewhere, to {rename(module)!r}")
+        return module
+
+    return checked
+
+
+def leads(key: str, module: str, separator: str) -> bool:
+    """Whether `module` is `key` or lies in it."""
+    return key in ("", module) or module.startswith(key + separator)
+
+
+def unused(
+    names: Names, kinds: Mapping[str, str], modules: Iterable[str], separator: str
+) -> list[str]:
+    """The keys of `names` that lead no module, and of `kinds` that have no weight."""
+    keys = list(names) if isinstance(names, Mapping) else []
+    return [
+        f"missing: names has {key!r}, of which there are no weights"
+        for key in keys
+        if not any(leads(key, module, separator) for module in modules)
+    ] + [
+        f"missing: kinds has {key!r}, a {kind}, of which there are no weights"
+        for key, kind in kinds.items()
+        if key not in modules and has_weights(kind)
+    ]
+
+
+def flat(tree: Any) -> Flat:
+    """The leaves of nested dictionaries, by path."""
+    leaves = jax.tree.flatten_with_path(tree)[0]
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {keystr(path): leaf for path, leaf in leaves}
+
+
+def nested(leaves: Flat) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *modules, leaf = path.split("/")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = value
+    return tree
+
+
+def disagreements(found: Flat) -> list[str]:
+    """Layers whose entries have different numbers of features, or lack one of two."""
+    layers: dict[str, dict[str, int]] = {}
+    for path, array in found.items():
+        _, *module, leaf = path.split("/")
+        layers.setdefault("/".join(module), {})[leaf] = array.shape[-1]
+    lines = []
+    for module, features in layers.items():
+        if len(set(features.values())) > 1:
+            sizes = ", ".join(f"{leaf} {size}" for leaf, size in features.items())
+            lines.append(f"features: {module or 'the layer'} has {sizes}")
+            if "kernel" in features:
+                lines[-1] += " (grouped transposed convolutions are not in Flax)"
+        if ("mean" in features) != ("var" in features):
+            lines.append(f"missing: {module or 'the layer'} has one of mean and var")
+    return lines
+
+
+def compare(found: Flat, like: Flat, sources: Mapping[str, str]) -> list[str]:
+    """What is missing in `found`, extra, of another shape or a wider dtype."""
+    lines = [
+        f"missing: {path} {tuple(like[path].shape)}" for path in like.keys() - found
+    ]
+    for path, value in found.items():
+        what = f"{sources[path]} -> {path}"
+        if path not in like:
+            lines.append(f"extra: {what} {value.shape}")
+        elif value.shape != tuple(like[path].shape):
+            lines.append(f"shape: {what} {value.shape}, not {like[path].shape}")
+        elif jnp.promote_types(value.dtype, like[path].dtype) != like[path].dtype:
+            lines.append(f"dtype: {what} {value.dtype}, not {like[path].dtype}")
+    return sorted(lines)

@@ -1,0 +1,189 @@
+"""The findings on a model's layers, as text and as a table."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.diagnostics import _layers
+from bnjax.moments import Moments, beside
+
+_CURES = {
+    "statistics never updated": (
+        "train with mutable=['batch_stats'] and keep the collection that apply "
+        "returns; after a new start reload the checkpoint's batch_stats"
+    ),
+    "exploded": (
+        "a smaller learning rate or warm-up; statistics with NaN never recover: reset "
+        "them, and set skip_nonfinite_updates=True"
+    ),
+    "dead": (
+        "a smaller learning rate, less weight decay on what feeds the layer; or prune "
+        "these channels"
+    ),
+    "gamma near zero": (
+        "keep weight decay off the scales; or prune these channels. Expected where "
+        "the scale starts at zero"
+    ),
+    "mean drifted": (
+        "train longer, take a smaller momentum, or estimate population statistics; "
+        "check that inputs are prepared as in training"
+    ),
+}
+_CURES["variance drifted"] = _CURES["mean drifted"]
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong with one layer.
+
+    Attributes:
+        layer: its path.
+        what: the kind of trouble.
+        figure: how bad it is, in words.
+        cure: what usually helps.
+    """
+
+    layer: str
+    what: str
+    figure: str
+    cure: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Findings, by layer; true where there are any. `rich.print` shows a table.
+
+    Attributes:
+        layers: how many layers were looked at.
+        findings: what is wrong with them.
+    """
+
+    layers: int
+    findings: tuple[Finding, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.findings)
+
+    def __len__(self) -> int:
+        return len(self.findings)
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
+
+    def __str__(self) -> str:
+        lines = [f"{self.layers} layers, {len(self)} findings"]
+        for layer, what, figure, cure in self:
+            lines.append(f"  {layer or '.'}: {what}: {figure}\n    {cure}")
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(*Finding._fields, title=str(self).splitlines()[0])
+        for finding in self:
+            table.add_row(*finding)
+        return table
+
+
+def report(
+    variables: Mapping[str, Any],
+    *,
+    batch_moments: Any = None,
+    epsilon: float = 1e-5,
+    largest_drift: float = 1.0,
+) -> Report:
+    """What is wrong with the layers of a model, how bad it is, and what cures it.
+
+    Looks for statistics that were never updated, for exploded and dead channels, for
+    scales near zero; and with `batch_moments` for batches that lie far from the
+    running statistics. Channels are judged by the batch where there is one: running
+    statistics take long to forget.
+
+    Args:
+        variables: {"params": ..., "batch_stats": ...}.
+        batch_moments: the tree of Moments that the layers leave, of one batch or of
+            many.
+        epsilon: that of the layers.
+        largest_drift: of what is not one, in running standard deviations of the mean,
+            and of the ratio of standard deviations less 1, taken either way. Either
+            must also be beyond 5/sqrt(count), which chance does not explain.
+
+    Returns:
+        Report: iterate over it, print it, or `rich.print` it. Empty, and false, where
+        nothing was found.
+
+    Raises:
+        ValueError: `batch_moments` is not of the layers in `variables`.
+
+    >>> stats = {"mean": jnp.zeros(3), "var": jnp.array([1.0, 0.5, 0.0])}
+    >>> for finding in report({"batch_stats": {"norm": stats}}):
+    ...     print(finding.layer, "|", finding.what, "|", finding.figure)
+    norm | dead | 1 of 3 channels (2)
+
+    References: Wu & Johnson 2021, section 3 (stale running statistics).
+    """
+    running = _layers.statistics_of(variables["batch_stats"])
+    batches, drifts = {}, {}
+    if batch_moments is not None:
+        batches = _layers.moments_of(batch_moments)
+        drifts = _layers.drift(running, batch_moments, epsilon=epsilon)
+    fresh = _layers.never_updated(running)
+    over = {"params": variables.get("params", {})}
+    stored = _layers.channels(over | {"batch_stats": running}, epsilon=epsilon)
+    latest = running | {path: _seen(running[path], b) for path, b in batches.items()}
+    now = _layers.channels(over | {"batch_stats": latest}, epsilon=epsilon)
+    findings = []
+    for path in running:
+        flags = now[path]._replace(exploded=now[path].exploded | stored[path].exploded)
+        figures = _channels(flags)
+        if fresh[path]:
+            figures = {"statistics never updated": "mean 0, var 1"} | figures
+        elif path in drifts:
+            count = np.asarray(batches[path].count)
+            limit = np.maximum(largest_drift, 5 / np.sqrt(np.maximum(count, 1)))
+            ignored = flags.dead | flags.exploded | (count <= 1)
+            figures |= _drifts(drifts[path], limit, ignored)
+        findings += [Finding(path, k, v, _CURES[k]) for k, v in figures.items()]
+    return Report(len(running), tuple(findings))
+
+
+def _seen(running: Mapping[str, Any], batch: Moments) -> dict[str, Any]:
+    """A batch's mean and var; the running ones of features without a variance in it."""
+    seen = beside(jnp.asarray(batch.count), jnp.asarray(batch.m2)) > 1
+    return {
+        "mean": jnp.where(seen, batch.mean, running["mean"]),
+        "var": jnp.where(seen, batch.variance(), running["var"]),
+    }
+
+
+def _channels(flags: _layers.Channels) -> dict[str, str]:
+    """How many channels of each kind of trouble, and the first of them."""
+    figures = {}
+    for name, flag in flags._asdict().items():
+        which = np.flatnonzero(flag)
+        if which.size:
+            first = ", ".join(map(str, which[:5])) + ", ..." * (which.size > 5)
+            what = name.replace("_", " ")
+            figures[what] = f"{which.size} of {np.size(flag)} channels ({first})"
+    return figures
+
+
+def _drifts(drift: _layers.Drift, limit: Any, ignored: Any) -> dict[str, str]:
+    """The farthest drifts, where they are beyond the limit."""
+    shift = np.where(ignored, 0, np.abs(drift.mean))
+    ratio = np.where(ignored, 1, drift.std)
+    either_way = np.maximum(ratio, 1 / ratio) - 1
+    figures = {}
+    if (shift > limit).any():
+        i = np.argmax(shift)
+        figures["mean drifted"] = (
+            f"{shift.flat[i]:.2g} standard deviations (channel {i})"
+        )
+    if (either_way > limit).any():
+        i = np.argmax(either_way)
+        figures["variance drifted"] = (
+            f"{ratio.flat[i]:.2g} running standard deviations (channel {i})"
+        )
+    return figures

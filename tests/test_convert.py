@@ -1,0 +1,530 @@
+"""Conversion against the real packages: outputs, a further step, and bad input."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close, assert_trees_close
+from jax.sharding import Mesh, PartitionSpec
+
+import bnjax
+from bnjax import convert
+
+NAMES = {
+    "stem": "Conv_0",
+    "norms.0": "BatchNorm_0",
+    "grouped": "Conv_1",
+    "norms.1": "BatchNorm_1",
+    "shortcut": "Conv_2",
+    "up": "ConvTranspose_0",
+    "norms.2": "BatchNorm_2",
+    "head.0": "Dense_0",
+    "head.1": "BatchNorm_3",
+    "head.3": "Dense_1",
+}
+
+
+class TorchNet(torch.nn.Module):
+    """Each kind of layer, none with as many inputs as outputs but the grouped one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, (3, 5), 2, padding=(1, 2), bias=False)
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(c) for c in (8, 12, 6))
+        self.grouped = torch.nn.Conv2d(8, 12, 3, padding=1, groups=4)
+        self.shortcut = torch.nn.Conv2d(8, 12, 1, bias=False)
+        self.up = torch.nn.ConvTranspose2d(
+            12, 6, (4, 3), 2, padding=1, output_padding=1, dilation=(1, 2)
+        )
+        self.head = torch.nn.Sequential(
+            torch.nn.Linear(6, 10, bias=False),
+            torch.nn.BatchNorm1d(10, momentum=0.3, eps=1e-3),
+            torch.nn.ReLU(),
+            torch.nn.Linear(10, 5),
+        )
+
+    def forward(self, x):
+        x = torch.relu(self.norms[0](self.stem(x)))
+        x = torch.relu(self.norms[1](self.grouped(x)) + self.shortcut(x))
+        x = torch.relu(self.norms[2](self.up(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class FlaxNet(nn.Module):
+    """The same in bnjax."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        def norm(momentum=0.1, epsilon=1e-5):
+            momentum = convert.momentum_from_torch(momentum)
+            return bnjax.BatchNorm(
+                not train, momentum=momentum, epsilon=epsilon, unbiased=True
+            )
+
+        x = nn.Conv(8, (3, 5), 2, padding=(1, 2), use_bias=False)(x)
+        x = nn.relu(norm()(x))
+        y = norm()(nn.Conv(12, (3, 3), padding=1, feature_group_count=4)(x))
+        x = nn.relu(y + nn.Conv(12, (1, 1), use_bias=False)(x))
+        low = (3 - 1, 2 * 2 - 1)
+        padding = [(p, p + 1) for p in low]
+        x = nn.ConvTranspose(6, (4, 3), (2, 2), padding, kernel_dilation=(1, 2))(x)
+        x = nn.relu(norm()(x)).mean((1, 2))
+        x = nn.Dense(10, use_bias=False)(x)
+        x = nn.relu(norm(0.3, epsilon=1e-3)(x))
+        return nn.Dense(5)(x)
+
+
+def kinds_of(net):
+    return {name: type(module).__name__ for name, module in net.named_modules()}
+
+
+def images(seed, n=6):
+    x = np.random.default_rng(seed).normal(2, 3, size=(n, 9, 11, 3))
+    return x.astype(np.float32), np.arange(n) % 5
+
+
+def to_nchw(x):
+    return torch.tensor(np.moveaxis(x, -1, 1))
+
+
+def train_torch(net, optimizer, seed):
+    x, labels = images(seed)
+    loss = torch.nn.functional.cross_entropy(net(to_nchw(x)), torch.tensor(labels))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def nets():
+    """(the torch net after four steps, its optimizer, the Flax net's shapes)."""
+    torch.manual_seed(0)
+    net = TorchNet().train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for seed in range(4):
+        train_torch(net, optimizer, seed)
+    x, _ = images(0)
+    like = jax.eval_shape(FlaxNet().init, jax.random.key(0), x)
+    return net, optimizer, like
+
+
+@pytest.fixture
+def converted(nets):
+    net, _, like = nets
+    return convert.from_torch(
+        net.state_dict(), names=NAMES, kinds=kinds_of(net), like=like
+    )
+
+
+def test_outputs_of_a_trained_net(nets, converted):
+    net = nets[0].eval()
+    x, _ = images(10)
+    with torch.no_grad():
+        expected = net(to_nchw(x)).numpy()
+    net.train()
+    assert_close(jax.jit(FlaxNet().apply)(converted, x), expected, tol=1e-4)
+
+
+def test_a_further_step(nets, converted):
+    """Running statistics, n - 1 and all; and the parameters, by the same gradients."""
+    net, optimizer, like = nets
+    x, labels = images(11)
+
+    def loss(params):
+        logits, updates = FlaxNet().apply(
+            converted | {"params": params}, x, train=True, mutable=["batch_stats"]
+        )
+        log_p = jax.nn.log_softmax(logits)
+        return -log_p[jnp.arange(len(x)), labels].mean(), updates["batch_stats"]
+
+    gradients, stats = jax.jit(jax.grad(loss, has_aux=True))(converted["params"])
+    stepped = jax.tree.map(lambda p, g: p - 0.05 * g, converted["params"], gradients)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    train_torch(net, optimizer, 11)
+    expected = convert.from_torch(
+        net.state_dict(), names=NAMES, kinds=kinds_of(net), like=like
+    )
+    net.load_state_dict(before)
+    assert_trees_close(stats, expected["batch_stats"], tol=1e-5)
+    assert_trees_close(stepped, expected["params"], tol=1e-4)  # of two convolutions
+
+
+@pytest.mark.parametrize("with_like", [True, False])
+def test_round_trip_is_exact(nets, converted, with_like):
+    net = nets[0]
+    state_dict = convert.to_torch(
+        converted,
+        names=NAMES,
+        kinds=kinds_of(net),
+        like=net.state_dict() if with_like else None,
+        num_batches_tracked=4,
+    )
+    assert state_dict.keys() == net.state_dict().keys()
+    for name, expected in net.state_dict().items():
+        np.testing.assert_array_equal(state_dict[name], expected.numpy(), name)
+        assert state_dict[name].dtype == expected.numpy().dtype
+    fresh = TorchNet()
+    fresh.load_state_dict({k: torch.as_tensor(v) for k, v in state_dict.items()})
+
+
+def test_names_may_be_a_function_or_prefixes_or_torchs(nets, converted):
+    net, _, like = nets
+    state_dict, kinds = net.state_dict(), kinds_of(net)
+    by_function = convert.from_torch(
+        state_dict, names=NAMES.__getitem__, kinds=kinds, like=like
+    )
+    assert_trees_close(by_function, converted, tol=0)
+    back = convert.to_torch(by_function, names=NAMES.get, kinds=kinds, like=state_dict)
+    np.testing.assert_array_equal(back["up.weight"], state_dict["up.weight"])
+    with pytest.raises(ValueError, match=r"pass like=net\.state_dict"):
+        convert.to_torch(by_function, names=NAMES.get, kinds=kinds)
+    own = convert.from_torch(state_dict, kinds=kinds)
+    assert_trees_close(own["params"]["norms"]["2"], converted["params"]["BatchNorm_2"])
+    by_prefix = convert.from_torch(
+        state_dict, names={"norms": "a/b", "norms.1": "c", "": "rest"}, kinds=kinds
+    )
+    stats = own["batch_stats"]
+    assert_trees_close(by_prefix["batch_stats"]["a"]["b"]["2"], stats["norms"]["2"])
+    assert_trees_close(by_prefix["batch_stats"]["c"], stats["norms"]["1"])
+    assert_trees_close(by_prefix["params"]["rest"]["head"], own["params"]["head"])
+
+
+def test_a_layer_by_itself():
+    layer = torch.nn.BatchNorm1d(3, momentum=0.2).train()
+    layer(
+        torch.tensor(np.random.default_rng(0).normal(1, 2, (7, 3)), dtype=torch.float32)
+    )
+    variables = convert.from_torch(layer.state_dict())
+    x = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
+    y = bnjax.BatchNorm(use_running_average=True).apply(variables, x)
+    assert_close(y, layer.eval()(torch.tensor(x)).detach().numpy())
+    back = convert.to_torch(variables, num_batches_tracked=1)
+    assert back.keys() == layer.state_dict().keys()
+    assert back["num_batches_tracked"] == 1
+    placed = convert.from_torch(layer.state_dict(), names={"": "BatchNorm_0"})
+    assert_trees_close(placed["params"]["BatchNorm_0"], variables["params"], tol=0)
+    for like in (None, layer.state_dict()):
+        again = convert.to_torch(placed, names={"": "BatchNorm_0"}, like=like)
+        assert again.keys() == back.keys()
+    assert back["num_batches_tracked"].dtype == np.int64
+
+
+def test_results_are_copies():
+    """torch's optimizers write in place, and JAX may share NumPy's memory."""
+    layer = torch.nn.Linear(3, 2)
+    variables = convert.from_torch(layer.state_dict())
+    before = layer.weight.detach().numpy().T.copy()
+    arrays = {k: v.numpy() for k, v in layer.state_dict().items()}
+    bias = convert.from_torch(arrays)["params"]["bias"]
+    with torch.no_grad():
+        layer.weight.add_(1)
+        layer.bias.fill_(7)
+    assert_close(variables["params"]["kernel"], before, tol=0)
+    assert (bias != 7).all()
+    written = convert.to_torch(variables)
+    written["bias"][:] = 0  # writable
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtypes_are_kept_and_widened_to_like(dtype):
+    layer = torch.nn.Linear(3, 2).to(getattr(torch, dtype))
+    kernel = layer.weight.detach().float().numpy().T
+    variables = convert.from_torch(layer.state_dict())
+    assert_close(variables["params"]["kernel"], kernel, tol=0, dtype=dtype)
+    like = {"params": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
+    wide = convert.from_torch(layer.state_dict(), like=like)
+    assert_close(wide["params"]["kernel"], kernel, tol=0, dtype="float32")
+    narrow = jax.tree.map(lambda v: v.astype(jnp.bfloat16), like)
+    if dtype != "bfloat16":
+        with pytest.raises(ValueError, match=f"dtype: bias .* {dtype}, not bfloat16"):
+            convert.from_torch(layer.state_dict(), like=narrow)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_windows_of_every_rank(rank):
+    """Convolutions and transposed ones, with the window's sizes all different."""
+    window, strides, n = (2, 3, 4)[:rank], (2, 1, 3)[:rank], rank
+    x = np.random.default_rng(rank).normal(size=(2, *(5, 6, 7)[:rank], 3))
+    x = x.astype(np.float32)
+    conv = getattr(torch.nn, f"Conv{n}d")(3, 4, window, strides, padding=1)
+    y = conv(to_nchw(x)).detach().numpy()
+    ours = nn.Conv(4, window, strides, padding=1)
+    variables = convert.from_torch(conv.state_dict())
+    assert_close(ours.apply(variables, x), np.moveaxis(y, 1, -1), tol=1e-5)
+    up = getattr(torch.nn, f"ConvTranspose{n}d")(3, 4, window, strides, padding=1)
+    y = up(to_nchw(x)).detach().numpy()
+    ours = nn.ConvTranspose(4, window, strides, [(k - 2, k - 2) for k in window])
+    kinds = {"": f"ConvTranspose{n}d"}
+    variables = convert.from_torch(up.state_dict(), kinds=kinds)
+    assert_close(ours.apply(variables, x), np.moveaxis(y, 1, -1), tol=1e-5)
+    back = convert.to_torch(variables, kinds=kinds)
+    np.testing.assert_array_equal(back["weight"], up.weight.detach().numpy())
+
+
+def test_other_norms_and_embeddings():
+    net = torch.nn.ModuleDict(
+        {
+            "table": torch.nn.Embedding(7, 4),
+            "layer": torch.nn.LayerNorm(4),
+            "plain": torch.nn.BatchNorm1d(4, affine=False),
+        }
+    )
+    kinds = kinds_of(net)
+    variables = convert.from_torch(net.state_dict(), kinds=kinds)
+    assert set(variables["params"]["table"]) == {"embedding"}
+    assert variables["params"]["table"]["embedding"].shape == (7, 4)
+    assert set(variables["params"]["layer"]) == {"scale", "bias"}
+    assert "plain" not in variables["params"]
+    back = convert.to_torch(variables, kinds=kinds, like=net.state_dict())
+    for name, expected in net.state_dict().items():
+        np.testing.assert_array_equal(back[name], expected.numpy(), name)
+
+
+def test_sync_batch_norm(nets, converted):
+    """torch's SyncBatchNorm: the state_dict of BatchNorm, and its statistics."""
+    net, _, like = nets
+    torch.manual_seed(0)
+    sync = torch.nn.SyncBatchNorm.convert_sync_batchnorm(TorchNet())
+    sync.load_state_dict(net.state_dict())
+    kinds = kinds_of(sync)
+    assert "SyncBatchNorm" in kinds.values()
+    variables = convert.from_torch(
+        sync.state_dict(), names=NAMES, kinds=kinds, like=like
+    )
+    assert_trees_close(variables, converted, tol=0)
+
+
+def test_sync_batch_norms_statistics_over_eight_shards():
+    """n - 1 of the total n, as torch has it on the concatenated batch."""
+    layer = torch.nn.BatchNorm2d(5, momentum=0.3).train()
+    x = np.random.default_rng(0).normal(3, 2, size=(16, 3, 2, 5)).astype(np.float32)
+    x += np.arange(16, dtype=np.float32).reshape(16, 1, 1, 1)  # replicas differ
+    start = convert.from_torch(layer.state_dict())
+    expected = layer(to_nchw(x)).detach().numpy()
+    ours = bnjax.BatchNorm(
+        use_running_average=False, momentum=0.7, unbiased=True, axis_name="data"
+    )
+
+    def step(x):
+        y, updates = ours.apply(start, x, mutable=["batch_stats"])
+        return y, updates["batch_stats"]
+
+    data = PartitionSpec("data")
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    over_shards = jax.shard_map(
+        step, mesh=mesh, in_specs=data, out_specs=(data, PartitionSpec())
+    )
+    y, stats = jax.jit(over_shards)(x)
+    assert_close(y, np.moveaxis(expected, 1, -1), tol=1e-5)
+    after = convert.from_torch(layer.state_dict())
+    assert_trees_close(stats, after["batch_stats"], tol=1e-5)
+
+
+def test_momentum_from_torch():
+    assert convert.momentum_from_torch(0.0) == 1
+    assert convert.momentum_from_torch(0.25) == 0.75
+    with pytest.raises(ValueError, match=r"bnjax\.running\.cumulative"):
+        convert.momentum_from_torch(None)
+    with pytest.raises(ValueError, match=r"momentum=1\.5"):
+        convert.momentum_from_torch(1.5)
+
+
+def test_torchs_cumulative_average_is_ours():
+    """What the error of momentum=None promises."""
+    layer = torch.nn.BatchNorm1d(3, momentum=None).train()
+    rule = bnjax.running.cumulative(ddof=1)
+    state = rule.init((3,))
+    for seed in range(3):
+        x = np.random.default_rng(seed).normal(seed, 2, (6, 3)).astype(np.float32)
+        layer(torch.tensor(x))
+        state = rule.update(state, bnjax.moments(x))
+    stats = convert.from_torch(layer.state_dict())["batch_stats"]
+    assert_trees_close(rule.read(state)._asdict(), stats, tol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning:keras")
+class TestKeras:
+    @pytest.fixture(autouse=True)
+    def _promotes_ranks(self):
+        with jax.numpy_rank_promotion("allow"):
+            yield
+
+    def test_batch_normalization(self):
+        """Output and a step: epsilon 1e-3, biased variance, weight of the old value."""
+        layer = keras.layers.BatchNormalization()
+        x, new = np.random.default_rng(0).normal(2, 3, (2, 7, 3)).astype(np.float32)
+        layer(x, training=True)
+        ours = bnjax.BatchNorm(momentum=0.99, epsilon=1e-3)
+        variables = convert.from_keras(layer.get_weights())
+        assert_close(ours.apply(variables, new, True), np.asarray(layer(new)), tol=1e-5)
+        _, updates = ours.apply(variables, new, False, mutable=["batch_stats"])
+        layer(new, training=True)
+        after = convert.from_keras({w.name: w for w in layer.weights})
+        assert_trees_close(updates["batch_stats"], after["batch_stats"], tol=1e-6)
+
+    def test_without_scale(self):
+        layer = keras.layers.BatchNormalization(scale=False)
+        layer(np.ones((2, 3), np.float32))
+        with pytest.raises(
+            ValueError, match=r"list of 3: .* pass {w\.name: w for w in"
+        ):
+            convert.from_keras(layer.get_weights())
+        variables = convert.from_keras({w.name: w for w in layer.weights})
+        assert set(variables["params"]) == {"bias"}
+
+    def test_a_model(self):
+        model = keras.Sequential(
+            [
+                keras.Input((6, 7, 3)),
+                keras.layers.Conv2D(8, (3, 2), padding="same", groups=1, name="stem"),
+                keras.layers.BatchNormalization(name="norm"),
+                keras.layers.DepthwiseConv2D((2, 3), depth_multiplier=2, name="deep"),
+                keras.layers.Conv2DTranspose(5, (3, 4), 2, name="up"),
+                keras.layers.GlobalMaxPooling2D(),
+                keras.layers.Dense(4, name="dense"),
+            ],
+            name="net",
+        )
+        rng = np.random.default_rng(0)
+        for w in model.weights:
+            w.assign(rng.uniform(0.2, 1.5, w.shape))
+
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                x = nn.Conv(8, (3, 2), name="stem")(x)
+                x = bnjax.BatchNorm(True, epsilon=1e-3, name="norm")(x)
+                deep = nn.Conv(
+                    16, (2, 3), padding="VALID", feature_group_count=8, name="deep"
+                )
+                x = deep(x)
+                x = nn.ConvTranspose(5, (3, 4), (2, 2), "VALID", name="up")(x)
+                return nn.Dense(4, name="dense")(x.max((1, 2)))
+
+        x, _ = images(0)
+        x = x[:, :6, :7]
+        like = jax.eval_shape(Net().init, jax.random.key(0), x)
+        variables = convert.from_keras(
+            {w.path: w for w in model.weights},
+            names={"net": ""},
+            kinds={layer.path: type(layer).__name__ for layer in model.layers},
+            like=like,
+        )
+        expected = jax.jit(model)(x)
+        assert_close(jax.jit(Net().apply)(variables, x), expected, tol=1e-5)
+
+
+# Bad input: one error with all of it, and nothing returned.
+
+
+def broken(nets, **changes):
+    """The error of a state_dict with entries changed, or without them (None)."""
+    net, _, like = nets
+    entries = dict(net.state_dict()) | changes.pop("entries", {})
+    entries = {k: v for k, v in entries.items() if v is not None}
+    options = {"names": NAMES, "kinds": kinds_of(net), "like": like} | changes
+    with pytest.raises(ValueError, match="and nothing was converted") as info:
+        convert.from_torch(entries, **options)
+    return str(info.value)
+
+
+def test_everything_that_does_not_fit_is_in_one_error(nets):
+    message = broken(
+        nets,
+        entries={
+            "stem.weight": None,
+            "norms.1.running_var": None,
+            "extra.weight": torch.zeros(3, 4),
+            "head.3.bias": torch.zeros(6),
+            "head.0.in_proj_weight": torch.zeros(2),
+            "epoch": 3,
+            "model": {"stem.weight": torch.zeros(1)},
+        },
+    )
+    for part in (
+        "missing: params/Conv_0/kernel (3, 5, 3, 8)",
+        "missing: BatchNorm_1 has one of mean and var",
+        "missing: batch_stats/BatchNorm_1/var (12,)",
+        "extra.weight: names has no key for the module 'extra'",
+        "shape: head.3.bias -> params/Dense_1/bias (6,), not (5,)",
+        "features: Dense_1 has kernel 5, bias 6",
+        "head.0.in_proj_weight: its name is not known: expected one of",
+        "model: a dict, which is no array: pass the state_dict itself",
+    ):
+        assert part in message, part
+
+
+def test_an_extra_layer_that_names_cover(nets):
+    extra = {"extra.weight": torch.zeros(3, 4)}
+    message = broken(nets, entries=extra, names=NAMES | {"extra": "Dense_9"})
+    assert "extra: extra.weight -> params/Dense_9/kernel (4, 3)" in message
+
+
+def test_a_missing_layer_without_like(nets):
+    gone = {"head.3.weight": None, "head.3.bias": None}
+    message = broken(nets, entries=gone, like=None)
+    assert "missing: names has 'head.3'" in message
+    assert "missing: kinds has 'head.3', a Linear" in message
+
+
+def test_two_layers_with_one_name(nets):
+    message = broken(nets, names=NAMES | {"head.3": "Dense_0"})
+    assert "params/Dense_0/kernel comes from head.0.weight already" in message
+
+
+def test_kinds(nets):
+    kinds = kinds_of(nets[0])
+    message = broken(nets, kinds=kinds | {"up": "MyConvTranspose2d"})
+    assert "up.weight: its kind 'MyConvTranspose2d' is not known" in message
+    message = broken(nets, kinds=kinds | {"up": "Linear"})
+    assert "shape (12, 6, 4, 3) is not that of a layer of the kind 'linear'" in message
+    message = broken(nets, kinds=None)  # taken for a convolution
+    assert "shape: up.weight -> params/ConvTranspose_0/kernel (4, 3, 6, 12)" in message
+    message = broken(nets, kinds=kinds | {"upp": "ConvTranspose2d"})
+    assert "missing: kinds has 'upp', a ConvTranspose2d" in message
+
+
+def test_grouped_transposed_convolution():
+    layer = torch.nn.ConvTranspose2d(8, 6, 3, groups=2)
+    with pytest.raises(ValueError, match="grouped transposed convolutions are not in"):
+        convert.from_torch(layer.state_dict(), kinds={"": "ConvTranspose2d"})
+
+
+def test_back_to_torch_all_in_one_error(nets, converted):
+    net = nets[0]
+    params = dict(converted["params"])
+    params["Dense_9"] = {"kernel": jnp.zeros((3, 4)), "slope": jnp.zeros(())}
+    del params["Conv_0"]
+    wide = converted["params"]["Dense_1"]["bias"]
+    params["Dense_1"] = {**params["Dense_1"], "bias": jnp.zeros(wide.size + 1)}
+    with pytest.raises(ValueError, match="and nothing was converted") as info:
+        convert.to_torch(
+            {"params": params, "batch_stats": converted["batch_stats"]},
+            names=NAMES,
+            kinds=kinds_of(net),
+            like=net.state_dict(),
+        )
+    for part in (
+        "missing: stem.weight (8, 3, 3, 5)",
+        "extra: params/Dense_9/kernel -> Dense_9.weight (4, 3)",
+        "params/Dense_9/slope: its name is not known",
+        "shape: params/Dense_1/bias -> head.3.bias (6,), not (5,)",
+    ):
+        assert part in str(info.value), part
+
+
+def test_back_to_torch_without_like():
+    kernel = {"kernel": jnp.zeros((3, 4))}
+    with pytest.raises(ValueError, match="names has no key for the module 'b'"):
+        convert.to_torch({"params": {"b": kernel}}, names={"fc": "a"})
+    with pytest.raises(ValueError, match=r"\['kernel'\]: expected 'params'"):
+        convert.to_torch(kernel)
+    moments = {"batch_moments": {"b": jnp.zeros(3)}}  # transient: left out
+    assert set(convert.to_torch({"params": kernel} | moments)) == {"weight"}

@@ -1,0 +1,290 @@
+"""Planted faults: found in the layer that has them and in no other."""
+
+import builtins
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close
+
+import bnjax
+from bnjax import Moments, diagnostics
+
+N, C = 64, 5
+
+
+class Net(nn.Module):
+    """Three layers, one of them in a module."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        for name in ("first", "second", "third"):
+            x = nn.Dense(C, name=f"{name}_dense")(x)
+            x = nn.relu(bnjax.BatchNorm(not train, momentum=0.5, name=name)(x))
+        return x
+
+
+def healthy():
+    """(variables after ten steps, the moments of a further batch)."""
+
+    def batch(seed):
+        return jax.random.normal(jax.random.key(seed), (N, 7)) * 3 + 1
+
+    net = Net()
+    variables = net.init(jax.random.key(0), batch(0))
+    step = jax.jit(
+        lambda v, x: net.apply(v, x, mutable=["batch_stats", "batch_moments"])[1]
+    )
+    for seed in range(10):
+        stats = step(variables, batch(seed))["batch_stats"]
+        variables = {"params": variables["params"], "batch_stats": stats}
+    moments = step(variables, batch(99))["batch_moments"]
+    return jax.tree.map(np.array, variables), jax.tree.map(np.array, moments)
+
+
+@pytest.fixture(scope="module")
+def _trained():
+    return healthy()
+
+
+@pytest.fixture
+def variables(_trained):
+    return jax.tree.map(np.copy, _trained[0])
+
+
+@pytest.fixture
+def moments(_trained):
+    return jax.tree.map(np.copy, _trained[1])
+
+
+def test_a_healthy_net_has_no_findings(variables, moments):
+    assert not diagnostics.report(variables)
+    report = diagnostics.report(variables, batch_moments=moments)
+    assert not report
+    assert list(report) == []
+    assert str(report) == "3 layers, 0 findings"
+    assert all(
+        v is False or not v
+        for v in diagnostics.never_updated(variables["batch_stats"]).values()
+    )
+    for flags in diagnostics.channels(variables).values():
+        assert not np.any(flags)
+
+
+def plant_never_updated(variables, moments):
+    stats = variables["batch_stats"]["second"]
+    stats["mean"][:], stats["var"][:] = 0, 1
+
+
+def plant_dead_in_running(variables, moments):
+    variables["batch_stats"]["second"]["var"][3] = 1e-7
+    moments["second"]["moments"].m2[3] = N * 1e-7
+
+
+def plant_dead_in_batch(variables, moments):
+    moments["second"]["moments"].m2[3] = 0
+
+
+def plant_nan(variables, moments):
+    variables["batch_stats"]["second"]["mean"][3] = np.nan
+
+
+def plant_exploded_batch(variables, moments):
+    moments["second"]["moments"].m2[3] = N * 1e9
+
+
+def plant_large_mean(variables, moments):
+    moments["second"]["moments"].mean[3] = -2e4
+
+
+def plant_gamma(variables, moments):
+    variables["params"]["second"]["scale"][3] = -5e-4
+
+
+def plant_mean_drift(variables, moments):
+    var = variables["batch_stats"]["second"]["var"][3]
+    variables["batch_stats"]["second"]["mean"][3] += 3 * np.sqrt(var)
+
+
+def plant_wide(variables, moments):
+    moments["second"]["moments"].m2[3] *= 25
+
+
+def plant_narrow(variables, moments):
+    moments["second"]["moments"].m2[3] /= 25
+
+
+@pytest.mark.parametrize(
+    ("plant", "what", "figure"),
+    [
+        (plant_never_updated, "statistics never updated", "mean 0, var 1"),
+        (plant_dead_in_running, "dead", "1 of 5 channels (3)"),
+        (plant_dead_in_batch, "dead", "1 of 5 channels (3)"),
+        (plant_nan, "exploded", "1 of 5 channels (3)"),
+        (plant_exploded_batch, "exploded", "1 of 5 channels (3)"),
+        (plant_large_mean, "exploded", "1 of 5 channels (3)"),
+        (plant_gamma, "gamma near zero", "1 of 5 channels (3)"),
+        (plant_mean_drift, "mean drifted", " standard deviations (channel 3)"),
+        (plant_wide, "variance drifted", " running standard deviations (channel 3)"),
+        (plant_narrow, "variance drifted", " (channel 3)"),
+    ],
+)
+def test_a_planted_fault_is_the_only_finding(variables, moments, plant, what, figure):
+    plant(variables, moments)
+    report = diagnostics.report(variables, batch_moments=moments)
+    assert len(report) == 1, str(report)
+    (finding,) = report
+    assert (finding.layer, finding.what) == ("second", what)
+    assert figure in finding.figure
+    assert finding.cure
+    text = str(report)
+    assert text.startswith("3 layers, 1 findings\n  second: " + what)
+    assert finding.cure in text
+
+
+def test_without_moments_the_running_statistics_are_judged(variables, moments):
+    plant_dead_in_running(variables, moments)
+    plant_gamma(variables, moments)
+    whats = [(f.layer, f.what) for f in diagnostics.report(variables)]
+    assert whats == [("second", "dead"), ("second", "gamma near zero")]
+
+
+def test_a_new_model_was_never_updated():
+    variables = Net().init(jax.random.key(0), jnp.ones((3, 7)))
+    report = diagnostics.report(variables)
+    assert [f.what for f in report] == ["statistics never updated"] * 3
+    assert {f.layer for f in report} == {"first", "second", "third"}
+
+
+def test_small_batches_drift_by_chance(variables):
+    """A few values lie a standard deviation off, and that is no finding."""
+    stats = variables["batch_stats"]["first"]
+    std = np.sqrt(stats["var"])
+    few = Moments(np.float32(4), stats["mean"] + 2 * std, 4 * stats["var"])
+    many = few._replace(count=np.float32(400), m2=400 * stats["var"])
+    for batch, expected in ((few, []), (many, ["mean drifted"])):
+        found = diagnostics.report(
+            variables, batch_moments={"first": {"moments": batch}}
+        )
+        assert [f.what for f in found] == expected
+
+
+def test_features_without_a_value_are_not_judged(variables):
+    """A mask that varies by feature: counts of 0 and of 1."""
+    stats = variables["batch_stats"]["first"]
+    count = np.array([0, 1, N, N, N], np.float32)
+    mean = np.where(count > 0, stats["mean"], 0)
+    batch = Moments(count, mean, np.where(count > 1, count * stats["var"], 0))
+    drift = diagnostics.drift(stats, {"moments": batch})[""]
+    assert drift.mean[0] == 0
+    assert drift.std[0] == 1
+    found = diagnostics.report(variables, batch_moments={"first": {"moments": batch}})
+    assert [f.what for f in found] == [], str(found)
+
+
+def test_drift_against_numpy():
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (30, C)) * [1, 2, 3, 4, 5]
+    stats = {"mean": rng.normal(size=C), "var": rng.uniform(0.5, 4, C)}
+    stats = {k: v.astype(np.float32) for k, v in stats.items()}
+    batch = {"a": {"b": {"moments": bnjax.moments(jnp.asarray(x, jnp.float32))}}}
+    drift = jax.jit(diagnostics.drift)({"a": {"b": stats}}, batch)["a/b"]
+    std = np.sqrt(np.float64(stats["var"]) + 1e-5)
+    assert_close(drift.mean, (x.mean(0) - stats["mean"]) / std, tol=1e-5)
+    assert_close(drift.std, np.sqrt(x.var(0) + 1e-5) / std, tol=1e-5)
+
+
+def test_drift_asks_for_one_model(variables, moments):
+    stats = variables["batch_stats"]
+    with pytest.raises(ValueError, match=r"mutable=\['batch_moments'\]"):
+        diagnostics.drift(stats, {})
+    del stats["second"]
+    with pytest.raises(
+        ValueError, match=r"batch_moments/second .* first \(5,\), third"
+    ):
+        diagnostics.drift(stats, moments)
+    stats["second"] = {"mean": np.zeros(3), "var": np.ones(3)}
+    with pytest.raises(ValueError, match=r"batch_moments/second is of \(5,\)"):
+        diagnostics.drift(stats, moments)
+
+
+def test_channels_run_in_jit_and_need_no_params(variables):
+    flags = jax.jit(diagnostics.channels)({"batch_stats": variables["batch_stats"]})
+    assert not np.any(flags["first"].gamma_near_zero)
+    scale = np.array([1e-2, -1e-2, 1, 2, 3], np.float32)
+    variables["params"]["first"]["scale"] = scale
+    flags = diagnostics.channels(variables, smallest_gamma=0.1)["first"]
+    assert np.flatnonzero(flags.gamma_near_zero).tolist() == [0, 1]
+    variables["batch_stats"]["first"]["mean"][:] = [0, 11, -11, 9, np.inf]
+    flags = diagnostics.channels(variables, largest=10.0)["first"]
+    assert np.flatnonzero(flags.exploded).tolist() == [1, 2, 4]
+
+
+def test_never_updated_is_by_layer_and_in_jit(variables):
+    stats = variables["batch_stats"]
+    stats["third"] = {"mean": np.zeros(C, np.float32), "var": np.ones(C, np.float32)}
+    found = jax.jit(diagnostics.never_updated)(stats)
+    assert {k: bool(v) for k, v in found.items()} == {
+        "first": False,
+        "second": False,
+        "third": True,
+    }
+    for name, value in (("mean", 1e-9), ("var", 0.99)):
+        touched = {"mean": np.zeros(C, np.float32), "var": np.ones(C, np.float32)}
+        touched[name][4] = value
+        assert not diagnostics.never_updated(touched)[""]
+
+
+def test_percentiles_against_numpy():
+    x = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
+    q = np.array([15.0, 50.0, 85.0])
+    assert_close(diagnostics.percentiles(x, q), np.percentile(x, q, (0, 1)), tol=1e-5)
+    assert_close(
+        diagnostics.percentiles(x, 15, axis=(0, -1)), np.percentile(x, 15, 1), tol=1e-5
+    )
+    with pytest.raises(TypeError, match="dtype int32"):
+        diagnostics.percentiles(jnp.arange(6).reshape(2, 3), 50)
+
+
+def test_effective_rank_against_numpy():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 3)) @ rng.normal(size=(3, 7)) + rng.normal(size=7)
+    p = np.linalg.eigvalsh(np.cov(x.T))[-3:]  # the others are 0
+    p = p / p.sum()
+    expected = np.exp(-(p * np.log(p)).sum())
+    x = x.astype(np.float32)
+    assert_close(diagnostics.effective_rank(x), expected, tol=1e-3)  # of eigenvalues
+    moved = x.reshape(5, 10, 7).transpose(0, 2, 1)
+    assert_close(diagnostics.effective_rank(moved, axis=1), expected, tol=1e-3)
+    both = np.stack([x, x * 2], 1)  # (50, 2, 7): two feature axes, as many directions
+    assert_close(diagnostics.effective_rank(both, axis=(1, 2)), expected, tol=1e-3)
+
+
+def test_effective_rank_of_the_simple_cases():
+    x = np.random.default_rng(0).normal(size=(20_000, 4)).astype(np.float32)
+    assert_close(diagnostics.effective_rank(x), 4.0, tol=1e-2)  # 20,000 samples
+    one = x[:, :1] * np.arange(1, 5, dtype=np.float32) + 100
+    assert_close(diagnostics.effective_rank(one), 1.0, tol=1e-3)
+    assert diagnostics.effective_rank(np.ones((6, 3), np.float32)) == 0
+    half = diagnostics.effective_rank(x[:50].astype(jnp.bfloat16))
+    assert_close(half, diagnostics.effective_rank(x[:50]), tol=1e-2, dtype="float32")
+
+
+def test_report_as_a_table(variables, moments, monkeypatch):
+    console = pytest.importorskip("rich.console").Console
+    plant_gamma(variables, moments)
+    report = diagnostics.report(variables)
+    out = console(width=200)
+    with out.capture() as captured:
+        out.print(report)
+    for part in (*report.findings[0], "3 layers, 1 findings", "layer", "cure"):
+        assert part in captured.get()
+
+    def without_rich(name, *args, real=builtins.__import__, **kwargs):
+        assert not name.startswith("rich")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    assert "gamma near zero" in str(diagnostics.report(variables))
