@@ -268,6 +268,15 @@ def test_windows_of_every_rank(rank):
     np.testing.assert_array_equal(back["weight"], up.weight.detach().numpy())
 
 
+def test_a_dense_layer_after_a_flattened_image():
+    """Flattened as torch does, channels first."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(24, 5))
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 2)).astype(np.float32)
+    variables = convert.from_torch(net[1].state_dict())
+    y = nn.Dense(5).apply(variables, x.transpose(0, 3, 1, 2).reshape(2, -1))
+    assert_close(y, net(to_nchw(x)).detach().numpy(), tol=1e-5)
+
+
 def test_other_norms_and_embeddings():
     net = torch.nn.ModuleDict(
         {
@@ -489,6 +498,12 @@ def test_kinds(nets):
     assert "shape: up.weight -> params/ConvTranspose_0/kernel (4, 3, 6, 12)" in message
     message = broken(nets, kinds=kinds | {"upp": "ConvTranspose2d"})
     assert "missing: kinds has 'upp', a ConvTranspose2d" in message
+
+
+def test_names_that_are_no_strings(nets):
+    message = broken(nets, names={"stem": "Conv_0"}.get)
+    assert "head.3.bias: names('head.3') is None: expected a path" in message
+    assert "stem.weight:" not in message
 
 
 def test_grouped_transposed_convolution():
