@@ -196,6 +196,20 @@ def test_names_may_be_a_function_or_prefixes_or_torchs(nets, converted):
     assert_trees_close(by_prefix["params"]["rest"]["head"], own["params"]["head"])
 
 
+def test_prefixes_are_whole_names():
+    entries = {f"{m}.weight": np.zeros((2, 3)) for m in ("layer1.a", "layer10.a")}
+    names = {"layer1": "first", "": "rest"}
+    assert _paths(convert.from_torch(entries, names=names)) == {
+        "params/first/a/kernel",
+        "params/rest/layer10/a/kernel",
+    }
+
+
+def _paths(tree):
+    leaves = jax.tree.flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves}
+
+
 def test_a_layer_by_itself():
     layer = torch.nn.BatchNorm1d(3, momentum=0.2).train()
     layer(
@@ -539,6 +553,9 @@ def test_back_to_torch_without_like():
     kernel = {"kernel": jnp.zeros((3, 4))}
     with pytest.raises(ValueError, match="names has no key for the module 'b'"):
         convert.to_torch({"params": {"b": kernel}}, names={"fc": "a"})
+    shadowed = {"fc": "a", "fc.0": "b"}  # a/0 would come from fc.0, which is b
+    with pytest.raises(ValueError, match=r"names leads 'fc\.0' elsewhere, to 'b'"):
+        convert.to_torch({"params": {"a": {"0": kernel}}}, names=shadowed)
     with pytest.raises(ValueError, match=r"\['kernel'\]: expected 'params'"):
         convert.to_torch(kernel)
     moments = {"batch_moments": {"b": jnp.zeros(3)}}  # transient: left out
