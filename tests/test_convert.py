@@ -196,6 +196,20 @@ def test_names_may_be_a_function_or_prefixes_or_torchs(nets, converted):
     assert_trees_close(by_prefix["params"]["rest"]["head"], own["params"]["head"])
 
 
+def test_prefixes_are_whole_names():
+    entries = {f"{m}.weight": np.zeros((2, 3)) for m in ("layer1.a", "layer10.a")}
+    names = {"layer1": "first", "": "rest"}
+    assert _paths(convert.from_torch(entries, names=names)) == {
+        "params/first/a/kernel",
+        "params/rest/layer10/a/kernel",
+    }
+
+
+def _paths(tree):
+    leaves = jax.tree.flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves}
+
+
 def test_a_layer_by_itself():
     layer = torch.nn.BatchNorm1d(3, momentum=0.2).train()
     layer(
@@ -266,6 +280,15 @@ def test_windows_of_every_rank(rank):
     assert_close(ours.apply(variables, x), np.moveaxis(y, 1, -1), tol=1e-5)
     back = convert.to_torch(variables, kinds=kinds)
     np.testing.assert_array_equal(back["weight"], up.weight.detach().numpy())
+
+
+def test_a_dense_layer_after_a_flattened_image():
+    """Flattened as torch does, channels first."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(24, 5))
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 2)).astype(np.float32)
+    variables = convert.from_torch(net[1].state_dict())
+    y = nn.Dense(5).apply(variables, x.transpose(0, 3, 1, 2).reshape(2, -1))
+    assert_close(y, net(to_nchw(x)).detach().numpy(), tol=1e-5)
 
 
 def test_other_norms_and_embeddings():
@@ -491,6 +514,12 @@ def test_kinds(nets):
     assert "missing: kinds has 'upp', a ConvTranspose2d" in message
 
 
+def test_names_that_are_no_strings(nets):
+    message = broken(nets, names={"stem": "Conv_0"}.get)
+    assert "head.3.bias: names('head.3') is None: expected a path" in message
+    assert "stem.weight:" not in message
+
+
 def test_grouped_transposed_convolution():
     layer = torch.nn.ConvTranspose2d(8, 6, 3, groups=2)
     with pytest.raises(ValueError, match="grouped transposed convolutions are not in"):
@@ -524,6 +553,9 @@ def test_back_to_torch_without_like():
     kernel = {"kernel": jnp.zeros((3, 4))}
     with pytest.raises(ValueError, match="names has no key for the module 'b'"):
         convert.to_torch({"params": {"b": kernel}}, names={"fc": "a"})
+    shadowed = {"fc": "a", "fc.0": "b"}  # a/0 would come from fc.0, which is b
+    with pytest.raises(ValueError, match=r"names leads 'fc\.0' elsewhere, to 'b'"):
+        convert.to_torch({"params": {"a": {"0": kernel}}}, names=shadowed)
     with pytest.raises(ValueError, match=r"\['kernel'\]: expected 'params'"):
         convert.to_torch(kernel)
     moments = {"batch_moments": {"b": jnp.zeros(3)}}  # transient: left out

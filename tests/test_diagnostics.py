@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from helpers import assert_close
 
 import bnjax
@@ -222,6 +223,12 @@ def test_channels_run_in_jit_and_need_no_params(variables):
     assert np.flatnonzero(flags.exploded).tolist() == [1, 2, 4]
 
 
+@pytest.mark.parametrize("f", [diagnostics.channels, diagnostics.report])
+def test_variables_without_statistics(f, variables):
+    with pytest.raises(ValueError, match=r"\['first', 'second', 'third'\]: expected"):
+        f(variables["batch_stats"])
+
+
 def test_never_updated_is_by_layer_and_in_jit(variables):
     stats = variables["batch_stats"]
     stats["third"] = {"mean": np.zeros(C, np.float32), "var": np.ones(C, np.float32)}
@@ -273,13 +280,13 @@ def test_effective_rank_of_the_simple_cases():
 
 
 def test_report_as_a_table(variables, moments, monkeypatch):
-    console = pytest.importorskip("rich.console").Console
     plant_gamma(variables, moments)
+    variables["batch_stats"]["first"]["mean"][0] = np.nan
     report = diagnostics.report(variables)
-    out = console(width=200)
+    out = rich.console.Console(width=300)
     with out.capture() as captured:
         out.print(report)
-    for part in (*report.findings[0], "3 layers, 1 findings", "layer", "cure"):
+    for part in (*report.findings[0], *report.findings[1], "3 layers, 2 findings"):
         assert part in captured.get()
 
     def without_rich(name, *args, real=builtins.__import__, **kwargs):

@@ -75,10 +75,13 @@ KINDS = {
     "Embedding": "embedding",
     "BatchNorm": "norm",
     "SyncBatchNorm": "norm",
+    "FrozenBatchNorm": "norm",
+    "BatchNormAct": "norm",
     "BatchNormalization": "norm",
     "InstanceNorm": "norm",
     "LayerNorm": "norm",
     "LayerNormalization": "norm",
+    "RMSNorm": "norm",
     "GroupNorm": "norm",
     "GroupNormalization": "norm",
 }

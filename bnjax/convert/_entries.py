@@ -58,7 +58,7 @@ def read(
         problems += _tree.compare(found, wanted, sources)
         dtypes |= {path: leaf.dtype for path, leaf in wanted.items()}
     problems.check("the weights do not fit", _ADVICE)
-    return _tree.nested({p: jnp.array(a.astype(dtypes[p])) for p, a in found.items()})
+    return _tree.nested({p: jnp.asarray(a.astype(dtypes[p])) for p, a in found.items()})
 
 
 def write(

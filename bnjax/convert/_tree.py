@@ -46,7 +46,7 @@ def renamer(names: Names, separator: str) -> Callable[[str], str]:
     if names is None:
         return lambda module: module.replace(separator, "/")
     if callable(names):
-        return names
+        return functools.partial(_called, names)
     longest_first = sorted(names, key=len, reverse=True)
 
     def rename(module: str) -> str:
@@ -57,6 +57,15 @@ def renamer(names: Names, separator: str) -> Callable[[str], str]:
         raise ValueError(f"names has no key for the module {module!r}")
 
     return rename
+
+
+def _called(names: Callable[[str], str], module: str) -> str:
+    path = names(module)
+    if not isinstance(path, str):
+        raise ValueError(
+            f"names({module!r}) is {path!r}: expected a path, 'Block_0/Conv'"
+        )
+    return path
 
 
 def inverse(

@@ -110,6 +110,9 @@ def channels(
     Returns:
         Channels by layer path.
 
+    Raises:
+        ValueError: no `batch_stats` in `variables`.
+
     >>> stats = {"mean": jnp.zeros(3), "var": jnp.array([1.0, 0.0, jnp.inf])}
     >>> params = {"scale": jnp.array([0.0, 1.0, 1.0])}
     >>> variables = {"batch_stats": {"norm": stats}, "params": {"norm": params}}
@@ -124,7 +127,7 @@ def channels(
     """
     scales = _nodes(variables.get("params", {}), {"scale"})
     result = {}
-    for path, stats in statistics_of(variables["batch_stats"]).items():
+    for path, stats in statistics_of(batch_stats_in(variables)).items():
         size, var = jnp.abs(stats["mean"]), jnp.asarray(stats["var"])
         fits = (size <= largest) & (var <= largest**2)  # not so for NaN
         gamma = scales[path]["scale"] if path in scales else jnp.ones_like(var)
@@ -154,6 +157,17 @@ def never_updated(batch_stats: Any) -> dict[str, jax.Array]:
         path: jnp.all(jnp.asarray(stats["mean"]) == 0) & jnp.all(stats["var"] == 1)
         for path, stats in statistics_of(batch_stats).items()
     }
+
+
+def batch_stats_in(variables: Mapping[str, Any]) -> Any:
+    """The collection; raises where it is not there."""
+    if "batch_stats" not in variables:
+        raise ValueError(
+            f"variables has the collections {list(variables)}: expected 'batch_stats', "
+            "and 'params' for the scales. Write {'params': params, 'batch_stats': "
+            "batch_stats}."
+        )
+    return variables["batch_stats"]
 
 
 def statistics_of(batch_stats: Any) -> dict[str, Mapping[str, jax.Array]]:

@@ -79,11 +79,12 @@ class Report:
         return "\n".join(lines)
 
     def __rich__(self) -> Any:
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(*Finding._fields, title=str(self).splitlines()[0])
         for finding in self:
-            table.add_row(*finding)
+            table.add_row(*map(escape, finding))
         return table
 
 
@@ -115,7 +116,7 @@ def report(
         nothing was found.
 
     Raises:
-        ValueError: `batch_moments` is not of the layers in `variables`.
+        ValueError: no `batch_stats` in `variables`, or `batch_moments` of other layers.
 
     >>> stats = {"mean": jnp.zeros(3), "var": jnp.array([1.0, 0.5, 0.0])}
     >>> for finding in report({"batch_stats": {"norm": stats}}):
@@ -124,7 +125,7 @@ def report(
 
     References: Wu & Johnson 2021, section 3 (stale running statistics).
     """
-    running = _layers.statistics_of(variables["batch_stats"])
+    running = _layers.statistics_of(_layers.batch_stats_in(variables))
     batches, drifts = {}, {}
     if batch_moments is not None:
         batches = _layers.moments_of(batch_moments)
