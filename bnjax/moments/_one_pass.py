@@ -63,22 +63,23 @@ def one_pass(
 
 
 def _about(shift, count, x, mask, how: Reduction):
-    """(mean, m2, rest), from the sums about a shift close to the mean.
-
-    d = x - shift,  mean = shift + sum d / n,  m2 = sum |d|^2 - |sum d|^2 / n
-    """
-    s1, s2 = _sums(x, mask, shift, how)
-    delta = mean_of(s1, count)
-    mean, rest = displaced(shift, delta)
-    return mean, jnp.maximum(s2 - abs_product(s1, delta), 0), rest
+    """(mean, m2, rest), from the sums about a shift close to the mean."""
+    return _of_sums(shift, count, *_sums(x, mask, shift, how))
 
 
 def _sums(x, mask, centre, how: Reduction):
-    """sum d and sum |d|^2."""
+    """sum d and sum |d|^2, where d = x - centre."""
     x, about = reread(x, centre, how)
     s1 = valid(centred(x, about, how), mask).sum(how.axes)
     d = valid(centred(*reread(x, about, how), how), mask)
     return s1, abs_product(d, d).sum(how.axes)
+
+
+def _of_sums(centre, count, s1, s2):
+    """mean = centre + sum d / n,  m2 = sum |d|^2 - |sum d|^2 / n, and the rest."""
+    delta = mean_of(s1, count)
+    mean, rest = displaced(centre, delta)
+    return mean, jnp.maximum(s2 - abs_product(s1, delta), 0), rest
 
 
 def _guarded(count, x, mask, how: Reduction):
@@ -95,8 +96,7 @@ def _guarded(count, x, mask, how: Reduction):
     s2 = abs_product(again, again).sum(how.axes)
     mean = mean_of(s1, count)
     square = abs_product(s1, mean)
-    m2 = s2 - square
-    exact = jnp.all(square <= _LOSS * m2)  # not where they overflow: inf - inf
+    exact = jnp.all(square <= _LOSS * (s2 - square))  # not where inf - inf
     centre = coarse(mean)
 
     def plain(stored):
@@ -105,11 +105,10 @@ def _guarded(count, x, mask, how: Reduction):
     def about_the_mean(stored):
         return _sums(stored.astype(x.dtype), mask, centre, how)
 
+    # A branch is compiled if it is taken or not: what follows the sums is outside.
     stored = x if jnp.iscomplexobj(x) else x.astype(how.storage)  # not a widened copy
-    s1, s2 = lax.cond(exact, plain, about_the_mean, stored)
-    delta = mean_of(s1, count)
-    total, rest = displaced(centre, delta)
-    m2 = jnp.maximum(s2 - abs_product(s1, delta), 0)
+    sums = lax.cond(exact, plain, about_the_mean, stored)
+    total, m2, rest = _of_sums(centre, count, *sums)
     zero = jnp.zeros_like(rest)
     return jnp.where(exact, mean, total), m2, jnp.where(exact, zero, rest)
 

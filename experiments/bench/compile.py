@@ -9,8 +9,7 @@ with Flax's layer. Control: the same network with Flax's, in the same process: t
 networks take turns, JAX's caches are cleared before each, the cache on disk is not
 used, and a ratio is one of medians. Above 1, bnjax takes longer.
 
-Two sizes, because bnjax leaves inputs of up to a megabyte to XLA and tells it what to
-do with larger ones: the program is longer there. Nothing is run.
+Two sizes, because a compiler may choose other kernels for small arrays. Nothing is run.
 
 Measured: see the README.
 """
