@@ -1,6 +1,6 @@
 """Batch normalization for JAX, done properly."""
 
-from bnjax import diagnostics, linen, running, training
+from bnjax import diagnostics, fold, linen, running, training
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
@@ -15,6 +15,7 @@ __all__ = [
     "UnboundAxisNameError",
     "batch_norm",
     "diagnostics",
+    "fold",
     "linen",
     "merge",
     "moments",
