@@ -1,6 +1,6 @@
 """Batch normalization for JAX, done properly."""
 
-from bnjax import convert, diagnostics, linen, nnx, running, training
+from bnjax import convert, diagnostics, fold, linen, nnx, running, training
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
@@ -16,6 +16,7 @@ __all__ = [
     "batch_norm",
     "convert",
     "diagnostics",
+    "fold",
     "linen",
     "merge",
     "moments",

@@ -24,15 +24,18 @@ class Norm(NamedTuple):
         layer: `flax.linen.BatchNorm` or one that replaces it.
         fused: whether the layer is told the activation and the residual.
         remat: made of a block's class, one that is computed again backward.
+        train: whether by the batch, and the running statistics are updated.
     """
 
     layer: type[nn.Module]
     fused: bool = False
     remat: Callable[[Any], Any] = lambda block: block
+    train: bool = True
 
     def __call__(self, x: jax.Array, activation=None, residual=None) -> jax.Array:
-        """activation(normalized x + residual), in training, in the dtype of `x`."""
-        options: dict[str, Any] = {"use_running_average": False, "dtype": x.dtype}
+        """activation(normalized x + residual), in the dtype of `x`."""
+        running = not self.train
+        options: dict[str, Any] = {"use_running_average": running, "dtype": x.dtype}
         if self.fused:
             layer: Any = self.layer(**options, activation=activation)
             return layer(x, residual=residual)

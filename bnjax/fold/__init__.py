@@ -1,0 +1,87 @@
+"""Inference without batch normalization: linear layers take in its affine map.
+
+    multiplier = scale / sqrt(var + epsilon),  offset = bias - mean * multiplier
+    kernel' = kernel * multiplier,  bias' = bias * multiplier + offset
+
+`fold_conv`, `fold_dense` and `fold_conv_transpose` do it for one layer. `fold_model`
+finds the pairs in a Linen or NNX model, of Flax's layers or bnjax's.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+from bnjax.fold import _linen, _nnx
+from bnjax.fold._folded import Folded
+from bnjax.fold._kernels import affine, fold_conv, fold_conv_transpose, fold_dense
+
+__all__ = [
+    "Folded",
+    "affine",
+    "fold_conv",
+    "fold_conv_transpose",
+    "fold_dense",
+    "fold_model",
+]
+
+
+def fold_model(model: Any, *arguments: Any, **keywords: Any) -> Folded:
+    """The model without its batch normalization, for inference.
+
+        fold_model(model, variables, x, train=False)     # Linen: as model.apply
+        fold_model(model, x)                             # NNX: as the call
+
+    The model is traced with these arguments. A BatchNorm is folded into a Conv,
+    ConvTranspose or Dense (Linear) whose output it reads, if nothing else does. Any
+    other becomes `(x - mean) * multiplier + bias`, or stays as it is where its
+    variables are not its own, as under `nn.scan`. A residual and an activation of
+    bnjax's layers remain. Nothing that is passed in is changed.
+
+    Args:
+        model: a `flax.linen.Module`, or a `flax.nnx.Module` in evaluation mode.
+        *arguments: for Linen first the variables, {params, batch_stats, ...}; then
+            example inputs, or `jax.ShapeDtypeStruct`s for them.
+        **keywords: as for the model; arrays are inputs, which `apply` expects too; what
+            else there is, such as `train=False`, it remembers.
+
+    Returns:
+        Folded(apply, params, folded, kept): `apply(params, *inputs)` returns what the
+        model does; `params` is a nested dictionary of arrays. Variables of other
+        collections that remain are constants of `apply`. `folded` names the pairs,
+        `kept` the others, with the reason.
+
+    Raises:
+        TypeError: a model of neither kind.
+        ValueError: a layer that normalizes by the batch or updates its statistics; a
+            model that reads the variables of a normalization by itself.
+
+    >>> import jax, jax.numpy as jnp, flax.linen as nn
+    >>> class Model(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x, train):
+    ...         x = nn.Conv(8, (3, 3), use_bias=False, name="conv")(x)
+    ...         return nn.BatchNorm(not train, name="norm")(x)
+    >>> x = jnp.ones((2, 5, 6, 3))
+    >>> variables = Model().init(jax.random.key(0), x, train=False)
+    >>> apply, params, folded, kept = fold_model(Model(), variables, x, train=False)
+    >>> print(folded, jax.tree.map(jnp.shape, params))
+    (('conv', 'norm'),) {'conv': {'bias': (8,), 'kernel': (3, 3, 3, 8)}}
+    >>> y = jax.jit(apply)(params, x)
+
+    References: Jacob et al. 2018 (Quantization and training), section 3.2, eq. 14.
+    """
+    if isinstance(model, nn.Module):
+        if not arguments:
+            raise TypeError(
+                "fold_model received a Linen module alone: expected its variables and "
+                "example inputs. Write fold_model(model, variables, x, train=False)."
+            )
+        return _linen.fold(model, *arguments, **keywords)
+    if isinstance(model, nnx.Module):
+        return _nnx.fold(model, *arguments, **keywords)
+    raise TypeError(
+        f"fold_model received a {type(model).__name__}: expected a flax.linen.Module "
+        "and its variables, or a flax.nnx.Module. Fold layers of other libraries with "
+        "fold_conv, fold_dense and fold_conv_transpose."
+    )

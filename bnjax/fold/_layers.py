@@ -1,0 +1,230 @@
+"""What Linen and NNX have in common: the layers, and what replaces them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bnjax import _axes, _dtypes
+from bnjax.fold._graph import Pairs, Path, Program, Recorder
+from bnjax.fold._kernels import affine, fold_conv, fold_conv_transpose, fold_dense
+
+AFFINE = ("mean", "multiplier", "bias")  # the variables of what is not folded
+UNSEEN = "these inputs do not call it, or its class is not one that fold_model knows"
+
+_LINEAR = ("_Conv", "Conv", "ConvTranspose", "Dense", "Linear")
+_OWN = "dot_general dot_general_cls conv_general_dilated conv_general_dilated_cls"
+_BATCH_STATISTICS = (
+    "{layer} {does}, which cannot be folded: expected a model in evaluation, whose "
+    "layers normalize by their running statistics and leave them alone. {write}"
+)
+
+# A method is known by where it is defined: a subclass that overrides it is not, but
+# what it inherits, or calls with super(), is.
+
+
+def is_linear(method: Callable[..., Any]) -> bool:
+    """Whether this is the call of a convolution or dense layer of Flax's."""
+    name, _, call = method.__qualname__.partition(".")
+    return _package(method) == "flax" and call == "__call__" and name in _LINEAR
+
+
+def is_norm(method: Callable[..., Any], variables: Iterable[str]) -> bool:
+    """Whether this is the call of a BatchNorm that has just the usual variables."""
+    if method.__qualname__ != "BatchNorm.__call__":
+        return False
+    usual = {"mean", "var"} <= {*variables} <= {"mean", "var", "scale", "bias"}
+    return _package(method) in ("flax", "bnjax") and usual
+
+
+def _package(method: Callable[..., Any]) -> str:
+    return method.__module__.partition(".")[0]
+
+
+class Reader(NamedTuple):
+    """Stands in for the layers' calls while the model is traced.
+
+    Attributes:
+        recorder: of the calls.
+        dtypes: of the output of each normalization, by that of its input.
+        write: what to write where a model is not in evaluation.
+    """
+
+    recorder: Recorder
+    dtypes: dict[Path, dict[Any, Any]]
+    write: str
+
+    def norm(self, path, layer, variables, run, x, *args, **kwargs):
+        """Calls a normalization on its marked input."""
+        self._evaluates(path, layer, args, kwargs)
+        x = jnp.asarray(x)
+        last = (x.ndim - 1,)
+        obstacle = None
+        if _axes.canonical(layer.axis, x.ndim) != last:
+            obstacle = f"its feature axis is {layer.axis}, not the last"
+        norms = self.recorder.norms
+        x = self.recorder.mark(norms, path, layer, variables, obstacle, x)
+        y = run(x, *args, **kwargs)
+        self.dtypes.setdefault(path, {})[x.dtype] = y.dtype
+        return y
+
+    def linear(self, path, layer, variables, run, *args, **kwargs):
+        """Calls a linear layer, and marks its output."""
+        usual = (None, lax.dot_general, lax.conv_general_dilated)
+        own = [n for n in _OWN.split() if getattr(layer, n, None) not in usual]
+        obstacle = f"has a {own[0]} of its own" if own else None
+        if not getattr(layer, "shared_weights", True):
+            obstacle = "has a kernel for each position"
+        y, linears = run(*args, **kwargs), self.recorder.linears
+        return self.recorder.mark(linears, path, layer, variables, obstacle, y)
+
+    def _evaluates(self, path, layer, args, kwargs) -> None:
+        """Raises unless the call reads the running statistics and writes nothing."""
+        given = args[0] if args else kwargs.get("use_running_average")
+        running = layer.use_running_average if given is None else given
+        update = kwargs.get("update_stats")
+        update = getattr(layer, "update_stats", None) if update is None else update
+        if running is None or (running and not update):  # None: the layer raises
+            return
+        raise ValueError(
+            _BATCH_STATISTICS.format(
+                layer=f"{type(layer).__name__} '{'/'.join(path)}'",
+                does="updates its statistics" if running else "normalizes by the batch",
+                write=self.write,
+            )
+        )
+
+
+class Role(NamedTuple):
+    """What replaces a normalization.
+
+    Attributes:
+        folded: whether the layer before it has taken it in.
+        axis: of the features.
+        activation: of the layer, if it has one.
+        dtypes: of its output, by that of its input.
+        name: of the layer, for messages.
+    """
+
+    folded: bool
+    axis: Any
+    activation: Callable[[jax.Array], jax.Array] | None
+    dtypes: Mapping[Any, Any]
+    name: str
+
+    def __call__(self, x, variables: Mapping[str, Any], residual=None) -> jax.Array:
+        """The output: `x`, or its affine map; the residual; the activation."""
+        x = jnp.asarray(x)
+        if x.dtype not in self.dtypes:
+            expected = " or ".join(str(dtype) for dtype in self.dtypes)
+            raise ValueError(
+                f"{self.name} received {x.dtype}: expected {expected}, as with the "
+                "inputs that the model was folded for. Fold it for inputs of this "
+                "dtype, or cast them."
+            )
+        output = self.dtypes[x.dtype]
+        y = x.astype(_dtypes.statistics(x.dtype, output))
+        if not self.folded:
+            axes = _axes.canonical(self.axis, y.ndim)
+            vectors = (jnp.asarray(variables[name], y.dtype) for name in AFFINE)
+            mean, multiplier, bias = (_axes.expand(v, axes, y.ndim) for v in vectors)
+            y = (y - mean) * multiplier + bias
+        if residual is not None:
+            y = y + jnp.asarray(residual, y.dtype)
+        if self.activation is not None:
+            y = self.activation(y)
+        return y.astype(output)
+
+
+def roles(reader: Reader, pairs: Pairs) -> dict[Path, Role]:
+    """What replaces each normalization that is not left untouched."""
+    found = {}
+    for path, (call, *_) in reader.recorder.norms.items():
+        if path not in pairs.untouched:
+            activation = getattr(call.layer, "activation", None)
+            dtypes = reader.dtypes[path]
+            found[path] = Role(
+                path in pairs.folded, call.layer.axis, activation, dtypes, str(call)
+            )
+    return found
+
+
+def replaced(
+    program: Program,
+    pairs: Pairs,
+    variables: Mapping[Path, Any],
+    place: Callable[[Path, str], Path],
+) -> dict[Path, Any]:
+    """The variables after folding; `place` says where a layer's are stored."""
+    new = dict(variables)
+    for path, (norm, *_) in program.recorder.norms.items():
+        if path in pairs.untouched:
+            continue
+        of = {name: new.pop(key) for name, (key, _) in norm.variables.items()}
+        by = of["mean"], of["var"], of.get("scale"), of.get("bias")
+        epsilon = norm.layer.epsilon
+        if path in pairs.folded:
+            linear = pairs.folded[path]
+            old = {
+                name: new.get(place(linear.path, name)) for name in ("kernel", "bias")
+            }
+            folded = _fold(linear.layer, *old.values(), *by, epsilon=epsilon)
+            new.update((place(linear.path, n), v) for n, v in zip(old, folded))
+        else:
+            multiplier, offset = affine(*by[:3], epsilon=epsilon)
+            bias = jnp.zeros_like(offset) if by[3] is None else by[3]
+            values = jnp.asarray(by[0]), multiplier, jnp.asarray(bias)
+            new.update((place(path, n), v) for n, v in zip(AFFINE, values))
+    return new
+
+
+def _fold(layer, kernel, *others, epsilon):
+    if hasattr(layer, "transpose_kernel"):
+        how = {"epsilon": epsilon, "transpose_kernel": layer.transpose_kernel}
+        return fold_conv_transpose(kernel, *others, **how)
+    fold = fold_dense if jnp.ndim(kernel) == 2 else fold_conv
+    return fold(kernel, *others, epsilon=epsilon)
+
+
+def add_bias(y: jax.Array, bias: Any) -> jax.Array:
+    """The output of a linear layer that had no bias, with one."""
+    return y + _axes.expand(jnp.asarray(bias, y.dtype), (y.ndim - 1,), y.ndim)
+
+
+class Inputs(NamedTuple):
+    """The arguments of a model, apart from its variables.
+
+    Attributes:
+        arrays: those leaves that are traced.
+        static: the keywords without an array, which `apply` remembers.
+        fill: (arrays) -> (arguments, keywords).
+    """
+
+    arrays: list[Any]
+    static: dict[str, Any]
+    fill: Callable[[list[Any]], tuple[tuple, dict[str, Any]]]
+
+
+def inputs(arguments: tuple, keywords: dict[str, Any]) -> Inputs:
+    """Tells the arrays in the arguments of a model from its settings."""
+    leaves, tree = jax.tree.flatten((arguments, keywords))
+    where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+
+    def fill(arrays):
+        given = dict(zip(where, arrays, strict=True))
+        filled = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(tree, filled)
+
+    static = {k: v for k, v in keywords.items() if not _has_array(v)}
+    return Inputs([leaves[i] for i in where], static, fill)
+
+
+def _has_array(tree: Any) -> bool:
+    return any(map(_is_array, jax.tree.leaves(tree)))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))

@@ -1,0 +1,100 @@
+"""Folding a Linen model: its methods are intercepted, the model itself unchanged."""
+
+from typing import Any
+
+import flax.core
+import flax.linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax.fold import _layers
+from bnjax.fold._folded import Folded, finished
+from bnjax.fold._graph import Path, Recorder, pair, trace
+
+_WRITE = (
+    "Pass what makes the model evaluate, for example "
+    "fold_model(model, variables, x, train=False)."
+)
+
+
+def fold(model: nn.Module, variables: Any, *arguments: Any, **keywords: Any) -> Folded:
+    """`fold_model` for Linen."""
+    stored: Any = flatten_dict(nn.meta.unbox(flax.core.unfreeze(variables)))
+    inputs = _layers.inputs(arguments, keywords)
+    reader = _layers.Reader(Recorder(), {}, _WRITE)
+
+    def evaluate(values, arrays):
+        args, options = inputs.fill(arrays)
+        with nn.intercept_methods(_reading(reader)):
+            return model.apply(unflatten_dict(values), *args, **options)
+
+    program = trace(evaluate, reader.recorder, stored, inputs.arrays)
+    pairs = pair(program)
+    new = _layers.replaced(program, pairs, stored, _place)
+    params = unflatten_dict({k[1:]: v for k, v in new.items() if k[0] == "params"})
+    others = unflatten_dict({k: v for k, v in new.items() if k[0] != "params"})
+    intercept = _replacing(
+        _layers.roles(reader, pairs), {c.path for c in pairs.folded.values()}
+    )
+
+    def apply(params: Any, *arguments: Any, **keywords: Any) -> Any:
+        options = {**inputs.static, **keywords}
+        with nn.intercept_methods(intercept):
+            return model.apply({**others, "params": params}, *arguments, **options)
+
+    seen = reader.recorder.norms
+    layers = {k[1:-1] for k in stored if k[0] == "batch_stats"}
+    unseen = sorted(path for path in layers if path not in seen)
+    return finished(apply, params, inputs, program, pairs, unseen)
+
+
+def _place(path: Path, name: str) -> Path:
+    return ("params", *path, name)
+
+
+def _reading(reader: _layers.Reader):
+    """Calls the layers as they are, for the reader."""
+
+    def intercept(run, args, kwargs, context):
+        layer = context.module
+        method = getattr(context.orig_method, "func", None)
+        if method is None or layer.scope is None:
+            return run(*args, **kwargs)
+        path = layer.scope.path
+        if _layers.is_linear(method):
+            variables = _variables(layer, "params")
+            return reader.linear(path, layer, variables, run, *args, **kwargs)
+        variables = _variables(layer, "batch_stats", "params")
+        if _layers.is_norm(method, variables):
+            return reader.norm(path, layer, variables, run, *args, **kwargs)
+        return run(*args, **kwargs)
+
+    return intercept
+
+
+def _variables(layer: nn.Module, *collections: str) -> dict[str, tuple[Path, Any]]:
+    """By name, where a layer's variables are stored, and the variables."""
+    found, path = {}, layer.path if layer.scope is None else layer.scope.path
+    for collection in collections:
+        for name, value in layer.variables.get(collection, {}).items():
+            found[name] = (collection, *path, name), nn.meta.unbox(value)
+    return found
+
+
+def _replacing(roles: dict[Path, _layers.Role], biased: set[Path]):
+    """Calls each normalization's role in its place, and adds the biases gained."""
+
+    def intercept(run, args, kwargs, context):
+        layer = context.module
+        method = getattr(context.orig_method, "func", None)
+        if method is None or layer.scope is None:
+            return run(*args, **kwargs)
+        path = layer.scope.path
+        if path in biased and _layers.is_linear(method) and not layer.use_bias:
+            bias = layer.get_variable("params", "bias")
+            return _layers.add_bias(run(*args, **kwargs), bias)
+        if path in roles and _layers.is_norm(method, ("mean", "var")):
+            x, residual = args[0] if args else kwargs["x"], kwargs.get("residual")
+            return roles[path](x, layer.variables.get("params", {}), residual)
+        return run(*args, **kwargs)
+
+    return intercept

@@ -1,0 +1,137 @@
+"""Folding an NNX model: in a copy, layers are given another `__call__`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax.fold import _layers
+from bnjax.fold._folded import Folded, finished
+from bnjax.fold._graph import Pairs, Path, Recorder, pair, trace
+
+_CALL = "_bnjax_fold_call"
+_WRITE = "Call model.eval() first, or fold nnx.view(model, use_running_average=True)."
+
+
+def fold(model: nnx.Module, *arguments: Any, **keywords: Any) -> Folded:
+    """`fold_model` for NNX."""
+    graph, state = nnx.split(model)
+    stored, merge = _by_path(state)
+    inputs = _layers.inputs(arguments, keywords)
+    reader = _layers.Reader(Recorder(), {}, _WRITE)
+
+    def evaluate(values, arrays):
+        args, options = inputs.fill(arrays)
+        copy = nnx.merge(graph, merge(values))
+        for path, layer in _modules(copy):
+            _watch(path, layer, reader)
+        return copy(*args, **options)
+
+    program = trace(evaluate, reader.recorder, stored, inputs.arrays)
+    pairs = pair(program)
+    new = _layers.replaced(program, pairs, stored, _place)
+    copy = nnx.clone(model)
+    _convert(copy, new, _layers.roles(reader, pairs), pairs)
+    unseen = [
+        path
+        for path, layer in _modules(copy)
+        if path not in reader.recorder.norms and _variables(layer, nnx.BatchStat)
+    ]
+    graph, state, others = nnx.split(copy, nnx.Param, ...)
+    params, merge = _by_path(state)
+
+    def apply(params: Any, *arguments: Any, **keywords: Any) -> Any:
+        values = flatten_dict(params)
+        folded = nnx.merge(graph, merge(values), others)
+        return folded(*arguments, **{**inputs.static, **keywords})
+
+    return finished(apply, unflatten_dict(params), inputs, program, pairs, unseen)
+
+
+def _place(path: Path, name: str) -> Path:
+    return (*path, name)
+
+
+def _by_path(state: Any) -> tuple[dict[Path, Any], Callable[[Mapping], Any]]:
+    """The arrays of a state by path, and how to make a state of such a dictionary."""
+    leaves, tree = jax.tree.flatten_with_path(state)
+    found = {}
+    for keys, value in leaves:
+        *path, last = (jax.tree_util.keystr((key,), simple=True) for key in keys)
+        found[(*path,) if last == "value" else (*path, last)] = value
+    return found, lambda values: jax.tree.unflatten(tree, [values[k] for k in found])
+
+
+def _modules(model: nnx.Module) -> list[tuple[Path, Any]]:
+    found = nnx.iter_modules(model)
+    return [(tuple(map(str, path)), module) for path, module in found]
+
+
+def _variables(layer: nnx.Module, kind: type = nnx.Variable) -> dict[str, nnx.Variable]:
+    return {k: v for k, v in vars(layer).items() if isinstance(v, kind)}
+
+
+@functools.cache
+def _calling(layer: type) -> type:
+    """The class whose instances call what is set as their attribute `_CALL`."""
+
+    class Called(layer):
+        def __call__(self, *args, **kwargs):
+            run = functools.partial(layer.__call__, self)
+            return getattr(self, _CALL)(self, run, *args, **kwargs)
+
+    Called.__name__ = layer.__name__
+    return Called
+
+
+def _set_call(layer: nnx.Module, call: Callable[..., Any]) -> None:
+    object.__setattr__(layer, "__class__", _calling(type(layer)))
+    setattr(layer, _CALL, call)
+
+
+def _watch(path: Path, layer: nnx.Module, reader: _layers.Reader) -> None:
+    """Has the reader see the calls of a layer, if it is one of those that it knows."""
+    method = type(layer).__call__  # of a class that has none: its metaclass's
+    if _layers.is_linear(method):
+        read = reader.linear
+    elif _layers.is_norm(method, _variables(layer)):
+        read = reader.norm
+    else:
+        return
+
+    def call(layer, run, *args, **kwargs):
+        held = _variables(layer)
+        variables = {n: (_place(path, n), v[...]) for n, v in held.items()}
+        return read(path, layer, variables, run, *args, **kwargs)
+
+    _set_call(layer, call)
+
+
+def _convert(
+    model: nnx.Module,
+    new: Mapping[Path, Any],
+    roles: Mapping[Path, _layers.Role],
+    pairs: Pairs,
+) -> None:
+    """Gives the layers of `model` their new variables, and their roles."""
+    linears = {call.path for call in pairs.folded.values()}
+    for path, layer in _modules(model):
+        if path in linears:
+            for name in ("kernel", "bias"):
+                setattr(layer, name, nnx.Param(new[_place(path, name)]))
+            if hasattr(layer, "use_bias"):  # Linear compares it with its bias
+                layer.use_bias = True
+        if path in roles:
+            for name in _variables(layer):
+                delattr(layer, name)
+            if not roles[path].folded:
+                for name in _layers.AFFINE:
+                    setattr(layer, name, nnx.Param(new[_place(path, name)]))
+            _set_call(layer, functools.partial(_replaced, roles[path]))
+
+
+def _replaced(role: _layers.Role, layer, run, x, *args, residual=None, **kwargs):
+    return role(x, {n: v[...] for n, v in _variables(layer).items()}, residual)

@@ -1,0 +1,795 @@
+"""Folding: the pure functions against float64, whole models against themselves."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+from helpers import assert_close, assert_trees_close
+from jax import export, lax
+
+import bnjax
+from bnjax.fold import affine, fold_conv, fold_conv_transpose, fold_dense, fold_model
+from experiments import serve
+
+REPOSITORY = Path(__file__).parents[1]
+X = (2, 7, 6, 4)  # batch, height, width, features
+
+
+def draw(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(0.3, 1.0, shape), dtype)
+
+
+def statistics(features, dtype=jnp.float32):
+    """mean, var, scale and bias, none of which is trivial."""
+    mean, scale, bias = (draw(s, features, dtype=dtype) for s in (1, 2, 3))
+    return mean, jnp.exp(draw(4, features, dtype=dtype)), scale, bias
+
+
+def plain(bias):
+    return 0 if bias is None else np.asarray(bias)
+
+
+def randomized(variables):
+    """The same tree with values as after some training."""
+    leaves, tree = jax.tree.flatten_with_path(variables)
+    new = []
+    for i, (path, old) in enumerate(leaves):
+        value = draw(i + 10, *old.shape)
+        value = jnp.exp(value) if "var" in jax.tree_util.keystr(path) else value
+        new.append(value.astype(old.dtype))
+    return jax.tree.unflatten(tree, new)
+
+
+# The pure functions.
+
+
+def test_affine():
+    given = statistics(5)
+    x = draw(0, 3, 5)
+    multiplier, offset = affine(*given, epsilon=1e-3)
+    expected = oracle.normalize(x, *given, (0,), 1e-3)
+    assert_close(x * multiplier[None] + offset[None], expected)
+
+
+def test_affine_without_scale_and_bias():
+    mean, var, _, _ = statistics(5)
+    multiplier, offset = affine(mean, var)
+    expected = oracle.normalize(np.zeros((1, 5)), mean, var, np.ones(5), np.zeros(5), 0)
+    assert_close(offset, expected[0])
+    assert_close(multiplier, 1 / np.sqrt(np.float64(var) + 1e-5))
+
+
+@pytest.mark.usefixtures("x64")
+def test_affine_dtypes():
+    narrow = statistics(5, jnp.bfloat16)
+    assert [v.dtype for v in affine(*narrow)] == [jnp.float32] * 2
+    assert_trees_close(
+        affine(*narrow), affine(*(v.astype(jnp.float32) for v in narrow))
+    )
+    assert [v.dtype for v in affine(*statistics(5, jnp.float64))] == [jnp.float64] * 2
+
+
+def conv(x, kernel, strides=1, dilation=1, groups=1):
+    n = x.ndim - 2
+    layout = "DHW"[3 - n :]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (strides,) * n,
+        "SAME",
+        rhs_dilation=(dilation,) * n,
+        dimension_numbers=(f"N{layout}C", f"{layout}IO", f"N{layout}C"),
+        feature_group_count=groups,
+    )
+
+
+@pytest.mark.parametrize(
+    ("spatial", "options"),
+    [
+        ((9,), {}),
+        ((7, 6), {}),
+        ((7, 6), {"strides": 2}),
+        ((7, 6), {"dilation": 2}),
+        ((7, 6), {"groups": 2}),
+        ((7, 6), {"groups": 4}),
+        ((5, 4, 3), {"strides": 2, "groups": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.usefixtures("x64")
+def test_fold_conv(spatial, options, with_bias):
+    wide = functools.partial(draw, dtype=jnp.float64)
+    x = wide(0, 2, *spatial, 4)
+    kernel = wide(5, *(3, 2, 2)[: len(spatial)], 4 // options.get("groups", 1), 8)
+    bias = wide(6, 8) if with_bias else None
+    given = statistics(8, jnp.float64)
+    y = np.asarray(conv(x, kernel, **options)) + plain(bias)
+    expected = oracle.normalize(y, *given, tuple(range(x.ndim - 1)))
+    folded, offset = fold_conv(kernel, bias, *given)
+    actual = np.asarray(conv(x, folded, **options)) + np.asarray(offset)
+    assert_close(actual, expected, dtype=jnp.float64)
+
+
+@pytest.mark.parametrize("spatial", [(9,), (7, 6), (5, 4, 3)], ids=len)
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.usefixtures("x64")
+def test_fold_conv_transpose(spatial, transpose_kernel, with_bias):
+    wide = functools.partial(draw, dtype=jnp.float64)
+    x = wide(0, 2, *spatial, 4)
+    last = (8, 4) if transpose_kernel else (4, 8)
+    kernel = wide(5, *(3, 2, 2)[: len(spatial)], *last)
+    bias = wide(6, 8) if with_bias else None
+    given = statistics(8, jnp.float64)
+
+    def run(kernel):
+        strides = (2,) * len(spatial)
+        return np.asarray(
+            lax.conv_transpose(
+                x, kernel, strides, "SAME", transpose_kernel=transpose_kernel
+            )
+        )
+
+    y = run(kernel) + plain(bias)
+    expected = oracle.normalize(y, *given, tuple(range(x.ndim - 1)))
+    folded, offset = fold_conv_transpose(
+        kernel, bias, *given, transpose_kernel=transpose_kernel
+    )
+    assert_close(run(folded) + np.asarray(offset), expected, dtype=jnp.float64)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_fold_dense(with_bias):
+    x, kernel = draw(0, 5, 4), draw(5, 4, 8)
+    bias = draw(6, 8) if with_bias else None
+    given = statistics(8)
+    y = oracle.wide(x) @ oracle.wide(kernel) + plain(bias)
+    folded, offset = fold_dense(kernel, bias, *given, epsilon=0.1)
+    actual = oracle.wide(x) @ oracle.wide(folded) + oracle.wide(offset)
+    expected = oracle.normalize(y, *given, (0,), 0.1)
+    assert_close(jnp.asarray(actual, jnp.float32), expected)
+
+
+def test_bfloat16_is_folded_in_float32():
+    """The result is the float32 one, rounded once."""
+    kernel, bias = draw(5, 3, 3, 4, 8, dtype=jnp.bfloat16), draw(6, 8)
+    bias, given = bias.astype(jnp.bfloat16), statistics(8, jnp.bfloat16)
+    actual = fold_conv(kernel, bias, *given)
+    wide = [v.astype(jnp.float32) for v in (kernel, bias, *given)]
+    expected = [v.astype(jnp.bfloat16) for v in fold_conv(*wide)]
+    assert [v.dtype for v in actual] == [jnp.bfloat16] * 2
+    for a, e in zip(actual, expected):
+        assert (a == e).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: affine(jnp.ones(3), jnp.ones(2)), "var has shape (2,): expected (3,)"),
+        (lambda: affine(jnp.ones(3), jnp.ones(3), jnp.ones(2)), "scale has shape (2,)"),
+        (lambda: affine(jnp.ones(3), jnp.ones(3), epsilon=-1.0), "epsilon=-1.0"),
+        (lambda: fold_conv(jnp.ones((3, 4)), None, *statistics(4)), "Write fold_dense"),
+        (lambda: fold_dense(jnp.ones((3, 2, 4)), None, *statistics(4)), "fold_conv "),
+        (
+            lambda: fold_conv_transpose(jnp.ones((3, 4)), None, *statistics(4)),
+            "(*window, in, out)",
+        ),
+        (
+            lambda: fold_conv(jnp.ones((3, 2, 5)), None, *statistics(4)),
+            "mean has shape (4,): expected (5,)",
+        ),
+        (
+            lambda: fold_dense(jnp.ones((2, 4)), jnp.ones(3), *statistics(4)),
+            "bias has shape (3,): expected (4,)",
+        ),
+    ],
+)
+def test_errors_of_the_pure_functions(call, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call()
+
+
+def test_integer_kernels():
+    with pytest.raises(TypeError, match="kernel has dtype int32"):
+        fold_dense(jnp.ones((2, 4), int), None, *statistics(4))
+
+
+# Whole models.
+
+
+class Net(nn.Module):
+    """`body(net, x)` as a compact module."""
+
+    body: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        return self.body(self, x)
+
+
+def norm(**options):
+    return bnjax.BatchNorm(True, **options)
+
+
+def flax_norm(**options):
+    return nn.BatchNorm(True, **options)
+
+
+def fold(body, shape=X, dtype=jnp.float32, tol=1e-5):
+    """What `fold_model` makes of Net(body), checked against it; and its program."""
+    x, net = draw(0, *shape, dtype=dtype), Net(body)
+    variables = randomized(jax.eval_shape(net.init, jax.random.key(0), x))
+    before = jax.tree.map(np.array, variables)
+    folded = fold_model(net, variables, x)
+    assert_trees_close(variables, before, tol=0)
+    expected = net.apply(variables, x)
+    actual = jax.jit(folded.apply)(folded.params, x)
+    assert_close(
+        actual, np.asarray(expected, np.float64), tol=tol, dtype=expected.dtype
+    )
+    return folded, str(jax.make_jaxpr(folded.apply)(folded.params, x))
+
+
+@pytest.mark.parametrize("norm", [norm, flax_norm])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Conv(8, (3, 3), name="linear"),
+        lambda: nn.Conv(8, (3, 3), 2, use_bias=False, name="linear"),
+        lambda: nn.Conv(8, (3, 3), feature_group_count=4, name="linear"),
+        lambda: nn.Conv(
+            8, (2, 3), kernel_dilation=2, padding="CIRCULAR", name="linear"
+        ),
+        lambda: nn.ConvTranspose(8, (3, 3), (2, 2), use_bias=False, name="linear"),
+        lambda: nn.ConvTranspose(8, (3, 3), transpose_kernel=True, name="linear"),
+        lambda: nn.Dense(8, use_bias=False, name="linear"),
+    ],
+)
+def test_linear_then_norm(layer, norm):
+    folded, text = fold(lambda _, x: nn.relu(norm(name="norm")(layer()(x))))
+    assert (folded.folded, folded.kept) == ((("linear", "norm"),), ())
+    assert folded.params.keys() == {"linear"}
+    assert folded.params["linear"].keys() == {"kernel", "bias"}
+    assert "rsqrt" not in text
+    assert " sub " not in text
+
+
+def test_three_layers_and_other_ranks():
+    def body(_, x):
+        for i in range(3):
+            x = nn.Conv(5 + i, (3,), name=f"conv{i}")(x)
+            x = nn.relu(norm(name=f"norm{i}")(x))
+        x = norm(name="norm3")(nn.Dense(9, name="dense")(x.mean(1)))
+        return nn.Dense(2)(x)
+
+    folded, text = fold(body, (3, 8, 4))
+    pairs = [(f"conv{i}", f"norm{i}") for i in range(3)]
+    assert folded.folded == (*pairs, ("dense", "norm3"))
+    assert folded.kept == ()
+    assert "rsqrt" not in text
+
+
+@pytest.mark.parametrize("options", [{"use_scale": False}, {"use_bias": False}])
+@pytest.mark.parametrize("norm", [norm, flax_norm])
+def test_without_scale_or_bias(norm, options):
+    def body(_, x):
+        x = norm(**options)(x)
+        return norm(**options, epsilon=0.1)(nn.Conv(8, (3, 3))(x))
+
+    folded, _ = fold(body)
+    assert folded.folded == (("Conv_0", "BatchNorm_1"),)
+    assert len(folded.kept) == 1
+
+
+def reason(body, shape=X):
+    """Why the layer "norm" is kept; the others are folded or kept as they may."""
+    folded, text = fold(body, shape)
+    assert "rsqrt" not in text
+    assert "norm" not in dict(folded.folded).values()
+    assert folded.params["norm"].keys() == {"mean", "multiplier", "bias"}
+    return dict(folded.kept)["norm"]
+
+
+def test_norm_first():
+    why = reason(lambda _, x: nn.Conv(8, (3, 3))(norm(name="norm")(x)))
+    assert why.startswith("its input comes from an input of the model, not straight")
+
+
+def test_norm_after_activation():
+    why = reason(lambda _, x: norm(name="norm")(nn.relu(nn.Conv(8, (3, 3))(x))))
+    assert why.startswith("its input comes from `max`, not straight from a Conv")
+
+
+def test_norm_after_cast_and_reshape():
+    def cast(_, x):
+        y = nn.Conv(8, (3, 3), dtype=jnp.float16)(x)
+        return norm(name="norm")(y.astype(jnp.float32))
+
+    assert "`convert_element_type`" in reason(cast)
+
+    def flat(_, x):
+        return norm(name="norm")(nn.Conv(8, (3, 3))(x).reshape(2, -1))
+
+    assert "`reshape`" in reason(flat)
+
+
+def test_output_also_read_by_a_skip():
+    def body(_, x):
+        y = nn.Conv(8, (3, 3), name="conv")(x)
+        return norm(name="norm")(y) + nn.relu(y)
+
+    expected = "the output of Conv 'conv', before it, is also read by `max`"
+    assert reason(body) == expected
+
+
+def test_output_also_returned_or_a_residual():
+    def residual(_, x):
+        y = nn.Conv(8, (3, 3), name="conv")(x)
+        return norm(name="norm")(y, residual=y)
+
+    assert "is also read by" in reason(residual)
+
+    def returned(_, x):
+        y = nn.Conv(8, (3, 3), name="conv")(x)
+        return norm(name="norm")(y), y
+
+    net, x = Net(returned), draw(0, *X)
+    variables = randomized(net.init(jax.random.key(0), x))
+    folded = fold_model(net, variables, x)
+    assert folded.kept[0][1].endswith("is also read by the caller")
+    actual = folded.apply(folded.params, x)
+    assert_trees_close(actual, net.apply(variables, x), tol=1e-5)
+
+
+def test_output_read_by_two_norms():
+    def body(_, x):
+        y = nn.Conv(8, (3, 3), name="conv")(x)
+        return norm(name="norm")(y) * norm(name="other")(y)
+
+    assert reason(body).endswith("is also read by BatchNorm 'other'")
+
+
+def test_norm_called_twice():
+    def body(_, x):
+        layer = norm(name="norm")
+        return layer(nn.relu(layer(nn.Conv(4, (3, 3))(x))))
+
+    assert reason(body) == "it is called 2 times"
+
+
+def test_conv_called_twice():
+    def body(_, x):
+        conv = nn.Conv(4, (3, 3), name="conv")
+        return norm(name="norm")(conv(nn.relu(conv(x))))
+
+    assert reason(body) == "Conv 'conv', before it, is called 2 times"
+
+
+def test_kernel_also_read_elsewhere():
+    def body(net, x):
+        y = norm(name="norm")(nn.Dense(8, name="dense")(x))
+        kernel = net.variables["params"]["dense"]["kernel"]
+        return nn.relu(y) @ kernel.T
+
+    assert "kernel of Dense 'dense', before it, is also read" in reason(body, (3, 5))
+
+
+def test_other_feature_axis():
+    """Here one of the same size."""
+
+    def body(_, x):
+        return norm(name="norm", axis=1)(nn.Conv(7, (3, 3))(x))
+
+    assert reason(body) == "its feature axis is 1, not the last"
+
+    def several(_, x):
+        return norm(name="norm", axis=(1, -1))(nn.Conv(7, (3, 3))(x))
+
+    assert reason(several) == "its feature axis is (1, -1), not the last"
+
+
+def test_own_dot_general():
+    def own(*args, **kwargs):
+        return 2 * lax.dot_general(*args, **kwargs)
+
+    def body(_, x):
+        return norm(name="norm")(nn.Dense(8, dot_general=own)(x))
+
+    assert reason(body).endswith("has a dot_general of its own")
+
+
+def test_local_kernels():
+    def body(_, x):
+        return norm(name="norm")(nn.ConvLocal(8, (3, 3))(x))
+
+    assert reason(body).endswith("has a kernel for each position")
+
+
+def test_kept_affine_does_not_cancel():
+    """At |mean| / sqrt(var) = 1e4, x * multiplier + offset would be off by 1e-3."""
+    net = Net(lambda _, x: norm()(x))
+    x = 1e4 + draw(0, 50, 4)
+    stats = {"mean": x.mean(0), "var": x.var(0)}
+    variables = {
+        "params": {"BatchNorm_0": {"scale": jnp.ones(4), "bias": draw(1, 4)}},
+        "batch_stats": {"BatchNorm_0": stats},
+    }
+    folded = fold_model(net, variables, x)
+    assert_close(folded.apply(folded.params, x), net.apply(variables, x), tol=1e-6)
+
+
+def test_residual_and_activation_of_our_layers():
+    def body(_, x):
+        y = norm(activation=nn.relu, name="norm0")(nn.Conv(4, (3, 3), name="conv0")(x))
+        y = nn.Conv(4, (3, 3), name="conv1")(y)
+        y = norm(activation=nn.tanh, name="norm1")(y, residual=x)
+        return norm(activation=nn.sigmoid, name="norm2")(y, residual=-x)
+
+    folded, text = fold(body)
+    assert folded.folded == (("conv0", "norm0"), ("conv1", "norm1"))
+    assert [path for path, _ in folded.kept] == ["norm2"]
+    assert "rsqrt" not in text
+    assert "tanh" in text
+
+
+@pytest.mark.parametrize("norm", [norm, flax_norm])
+def test_half_precision(norm):
+    def body(_, x):
+        x = nn.Conv(8, (3, 3), dtype=jnp.bfloat16)(x)
+        x = nn.relu(norm(dtype=jnp.bfloat16)(x))
+        x = nn.Conv(8, (3, 3), dtype=jnp.bfloat16)(x)
+        return norm()(x)  # float32, as its parameters
+
+    assert len(fold(body, tol=2e-2)[0].folded) == 2
+
+
+@pytest.mark.parametrize("norm", [norm, flax_norm])
+def test_bfloat16_parameters(norm):
+    half = {"param_dtype": jnp.bfloat16}
+
+    def body(_, x):
+        x = norm(**half)(nn.Conv(8, (3, 3), use_bias=False, **half)(x))
+        return norm(**half)(nn.relu(x))
+
+    folded, _ = fold(body, dtype=jnp.bfloat16, tol=2e-2)
+    assert folded.params["Conv_0"]["bias"].dtype == jnp.bfloat16
+    assert len(folded.kept) == 1
+
+
+def test_apply_refuses_another_dtype():
+    net, x = Net(lambda _, x: norm(name="norm")(x)), draw(0, 3, 4)
+    folded = fold_model(net, net.init(jax.random.key(0), x), x)
+    with pytest.raises(ValueError, match="'norm' received bfloat16: expected float32"):
+        folded.apply(folded.params, x.astype(jnp.bfloat16))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = nn.Conv(4, (3, 3), use_bias=False, name="conv")(x)
+        return norm(activation=nn.relu, name="norm")(x)
+
+
+class Carry(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return Block(name="block")(x), None
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
+def test_under_remat_and_jit(lift):
+    def body(_, x):
+        return lift(Block)(name="b")(lift(Block)(name="a")(x))
+
+    folded, text = fold(body)
+    expected = (("a/conv", "a/norm"), ("b/conv", "b/norm"))
+    if lift is nn.remat:
+        assert folded.folded == expected
+        assert "rsqrt" not in text
+    else:  # the second block may share the first one's trace
+        assert {*dict(folded.folded).values(), *dict(folded.kept)} == {
+            norm for _, norm in expected
+        }
+
+
+def test_conv_and_norm_in_different_remats():
+    def body(_, x):
+        y = nn.remat(nn.Conv)(4, (3, 3), name="conv")(x)
+        return nn.remat(bnjax.BatchNorm)(True, name="norm")(y)
+
+    assert fold(body)[0].folded == (("conv", "norm"),)
+
+
+def test_under_scan_and_vmap():
+    split = {"params": True}
+    axes = {"params": 0, "batch_stats": 0}
+
+    def body(_, x):
+        y, _ = nn.scan(Carry, axes, split_rngs=split, length=3)(name="scan")(x, None)
+        return y + nn.vmap(Block, axes, split_rngs=split, axis_size=2)(name="vmap")(x)
+
+    folded, _ = fold(body)
+    assert folded.folded == ()
+    assert [path for path, _ in folded.kept] == ["scan/block/norm", "vmap/norm"]
+    for _, why in folded.kept:
+        assert why.startswith("its mean does not reach it as it is stored")
+
+
+def test_under_vmap_that_shares_its_variables():
+    def body(_, x):
+        shared = {"params": None, "batch_stats": None}
+        return nn.vmap(Block, shared, split_rngs={"params": False})(name="block")(x)
+
+    assert fold(body, (3, *X))[0].folded == (("block/conv", "block/norm"),)
+
+
+def test_mapped_kernels():
+    """The kernel of the call is not the one that is stored."""
+
+    def body(_, x):
+        return norm(name="norm")(nn.WeightNorm(nn.Dense(8, name="dense"))(x))
+
+    ((_, why),) = fold(body)[0].kept
+    assert "kernel does not reach it as it is stored" in why
+
+
+def test_branches():
+    def body(net, x):
+        block = Block(name="block")
+        if net.is_initializing():
+            return block(x)
+        return nn.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: x, block, x)
+
+    ((path, why),) = fold(body)[0].kept
+    assert path == "block/norm"
+    assert "a branch" in why
+
+
+def test_layers_of_other_classes():
+    """A subclass with a call of its own is left alone, and listed."""
+
+    class Doubling(nn.BatchNorm):
+        @nn.compact
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    class Other(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+            return x - lax.expand_dims(mean.value, range(x.ndim - 1))
+
+    def body(_, x):
+        x = Doubling(True, name="doubling")(nn.Conv(8, (3, 3), name="conv")(x))
+        return Other(name="other")(x)
+
+    folded, _ = fold(body)
+    assert folded.folded == (("conv", "doubling"),)
+    assert [path for path, _ in folded.kept] == ["other"]
+    assert "not one that fold_model knows" in folded.kept[0][1]
+
+
+def test_settings_are_remembered_and_arrays_are_inputs():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train, *, shift=None, power=1):
+            x = nn.Conv(8, (3, 3), name="conv")(x)
+            x = nn.BatchNorm(not train, name="norm")(x)
+            return x**power if shift is None else x**power + shift
+
+    x, shift = draw(0, *X), jnp.float32(3.0)
+    variables = randomized(Model().init(jax.random.key(0), x, False))
+    example = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    folded = fold_model(Model(), variables, example, train=False, power=3, shift=shift)
+    expected = Model().apply(variables, x, False, power=3)
+    assert_close(folded.apply(folded.params, x), expected, tol=1e-5)
+    actual = folded.apply(folded.params, x, shift=jnp.float32(7.0))
+    assert_close(actual, expected + 7, tol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm, bnjax.BatchNorm])
+def test_batch_statistics_are_refused(norm):
+    net = Net(lambda _, x: norm(False, name="norm")(nn.Conv(8, (3, 3))(x)))
+    variables = net.init(jax.random.key(0), draw(0, *X))
+    with pytest.raises(ValueError, match="'norm' normalizes by the batch") as caught:
+        fold_model(net, variables, draw(0, *X))
+    assert "train=False" in str(caught.value)
+
+
+def test_updates_are_refused():
+    net = Net(lambda _, x: norm(update_stats=True, name="norm")(x))
+    variables = net.init(jax.random.key(0), draw(0, *X))
+    with pytest.raises(ValueError, match="'norm' updates its statistics"):
+        fold_model(net, variables, draw(0, *X), mutable=["batch_stats"])
+
+
+def test_readers_of_the_statistics_are_refused():
+    def body(net, x):
+        y = norm(name="norm")(x)
+        return y + net.variables["batch_stats"]["norm"]["mean"][None]
+
+    net, x = Net(body), draw(0, 3, 4)
+    with pytest.raises(ValueError, match="the folded model does not run"):
+        fold_model(net, net.init(jax.random.key(0), x), x)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match="received a function: expected a flax"):
+        fold_model(lambda x: x, draw(0, 3))
+    with pytest.raises(TypeError, match="received a Linen module alone"):
+        fold_model(Net(lambda _, x: x))
+
+
+# Serving.
+
+
+def test_serving_in_a_fresh_process(tmp_path):
+    """The example exports for three platforms, and compares what is served."""
+    command = [sys.executable, "-m", "experiments.serve", "--smoke"]
+    command += ["--output", tmp_path / "serve.jsonl", "--file", tmp_path / "model.bin"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 of 6 batch normalizations folded" in done.stdout
+    assert "for cpu, cuda, tpu and any batch size" in done.stdout
+    records = [
+        json.loads(line) for line in (tmp_path / "serve.jsonl").read_text().splitlines()
+    ]
+    assert records[1]["error"] < 1e-5
+    assert [r["batch_size"] for r in records[2:]] == [1, 3]
+    served = export.deserialize(bytearray((tmp_path / "model.bin").read_bytes()))
+    assert served.platforms == ("cpu", "cuda", "tpu")
+    assert str(served.in_avals[0].shape) == "(batch, 16, 16, 3)"
+    assert "rsqrt" not in served.mlir_module()
+
+
+def test_serving_without_flatbuffers(monkeypatch, capsys):
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    assert serve.main(serve.Config()) == 1
+    assert "pip install 'bnjax[experiments]'" in capsys.readouterr().out
+
+
+# NNX.
+
+
+VALUES = nnx.Any(nnx.Param, nnx.BatchStat)
+
+
+class Model(nnx.Module):
+    """conv, norm, relu, dense, norm; then a norm that nothing can take in."""
+
+    def __init__(self, rngs, *, use_bias=True, norm=nnx.BatchNorm, **options):
+        self.layers = nnx.List(
+            [
+                nnx.Conv(4, 8, (3, 3), use_bias=use_bias, rngs=rngs, **options),
+                norm(8, rngs=rngs),
+            ]
+        )
+        self.up = nnx.ConvTranspose(8, 6, (3, 3), 2, use_bias=use_bias, rngs=rngs)
+        self.norm1 = norm(6, use_scale=False, epsilon=0.1, rngs=rngs)
+        self.dense = nnx.Linear(6, 5, use_bias=use_bias, rngs=rngs)
+        self.norm2 = norm(5, use_bias=False, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = norm(5, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        x = nnx.relu(self.norm1(self.up(nnx.relu(x))))
+        x = nnx.relu(self.norm2(self.dense(x)))
+        return self.last(self.dropout(x))
+
+
+def trained(model):
+    """`model` with values as after some training, in evaluation mode."""
+    nnx.update(model, randomized(nnx.state(model, VALUES)))
+    model.eval()
+    return model
+
+
+def fold_nnx(model, shape=X, tol=1e-5):
+    x = draw(0, *shape)
+    before = nnx.to_flat_state(nnx.state(nnx.clone(model), VALUES))
+    expected = model(x)
+    folded = fold_model(model, x)
+    after = nnx.to_flat_state(nnx.state(model, VALUES))
+    for (path, old), (same, new) in zip(before, after, strict=True):
+        assert path == same
+        assert (old[...] == new[...]).all()
+    assert_close(jax.jit(folded.apply)(folded.params, x), expected, tol=tol)
+    return folded, str(jax.make_jaxpr(folded.apply)(folded.params, x))
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_nnx(use_bias):
+    folded, text = fold_nnx(trained(Model(nnx.Rngs(0), use_bias=use_bias)))
+    assert sorted(folded.folded) == [
+        ("dense", "norm2"),
+        ("layers/0", "layers/1"),
+        ("up", "norm1"),
+    ]
+    ((path, why),) = folded.kept
+    assert (path, "`max`" in why) == ("last", True)
+    assert folded.params.keys() == {"layers", "up", "dense", "last"}
+    assert folded.params["layers"]["0"].keys() == {"kernel", "bias"}
+    assert all(type(leaf) is not nnx.Param for leaf in jax.tree.leaves(folded.params))
+    assert "rsqrt" not in text
+
+
+class Shared(nnx.Module):
+    """Two of everything, of which something is one."""
+
+    def __init__(self, rngs, what):
+        self.a, self.b = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+        self.norm_a, self.norm_b = (nnx.BatchNorm(4, rngs=rngs) for _ in range(2))
+        if what == "kernel":
+            self.b.kernel = self.a.kernel
+        elif what == "linear":
+            self.b = self.a
+        elif what == "norm":
+            self.norm_b = self.norm_a
+        elif what == "mean":
+            self.norm_b.mean = self.norm_a.mean
+
+    def __call__(self, x):
+        return self.norm_b(self.b(nnx.relu(self.norm_a(self.a(x)))))
+
+
+@pytest.mark.parametrize(
+    ("what", "reasons"),
+    [
+        ("kernel", {"also read elsewhere", "that of another layer too"}),
+        ("linear", {"is called 2 times"}),
+        ("norm", {"is called 2 times"}),
+        ("mean", {"that of another layer too"}),
+        ("nothing", set()),
+    ],
+)
+def test_nnx_sharing(what, reasons):
+    folded, _ = fold_nnx(trained(Shared(nnx.Rngs(0), what)), (3, 4))
+    found = [why for _, why in folded.kept]
+    assert len(folded.folded) == 2 - max(
+        len(found), len(reasons) and 1 + (what == "norm")
+    )
+    for ending in reasons:
+        assert any(why.endswith(ending) for why in found)
+
+
+def test_nnx_twice():
+    """Nothing of the first folding is left for the second to see."""
+    model = trained(Model(nnx.Rngs(0)))
+    first, _ = fold_nnx(model)
+    second, _ = fold_nnx(model)
+    assert (first.folded, first.kept) == (second.folded, second.kept)
+    assert_trees_close(first.params, second.params, tol=0)
+
+
+def test_nnx_in_training_is_refused():
+    model = trained(Shared(nnx.Rngs(0), "nothing"))
+    model.train()
+    with pytest.raises(ValueError, match=r"'norm_a' normalizes by the batch.*eval\(\)"):
+        fold_model(model, draw(0, 3, 4))
+
+
+def test_nnx_jit_inside():
+    class Outer(nnx.Module):
+        def __init__(self, rngs):
+            self.inner = Shared(rngs, "nothing")
+
+        def __call__(self, x):
+            return nnx.jit(lambda model, x: model(x))(self.inner, x)
+
+    folded, text = fold_nnx(trained(Outer(nnx.Rngs(0))), (3, 4))
+    assert len(folded.folded) == 2
+    assert "rsqrt" not in text
