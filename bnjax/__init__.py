@@ -1,6 +1,6 @@
 """Batch normalization for JAX, done properly."""
 
-from bnjax import diagnostics, linen, running, training
+from bnjax import diagnostics, linen, population, running, training
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
@@ -19,6 +19,7 @@ __all__ = [
     "merge",
     "moments",
     "normalize",
+    "population",
     "remat_policy",
     "running",
     "training",

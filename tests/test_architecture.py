@@ -12,7 +12,7 @@ ROOT = pathlib.Path(bnjax.__file__).parent
 LEVELS = {
     0: ["_axes", "_backend", "_checks", "_dtypes", "_replicas"],
     1: ["moments"],
-    2: ["normalize", "running"],
+    2: ["_layers", "normalize", "running"],
     3: [
         "fold",
         "ghost",
@@ -83,7 +83,7 @@ PUBLIC = {
     for name in bnjax.__all__
     if inspect.isfunction(value := getattr(bnjax, name)) or inspect.isclass(value)
 }
-for room in (bnjax.running, bnjax.training, bnjax.diagnostics):
+for room in (bnjax.running, bnjax.training, bnjax.diagnostics, bnjax.population):
     name = room.__name__.removeprefix("bnjax.")
     PUBLIC |= {f"{name}.{n}": getattr(room, n) for n in room.__all__}
 
