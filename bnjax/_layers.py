@@ -147,11 +147,8 @@ def _check_layer(layer: str, stored: list, mean: Any) -> None:
 
 
 def _like(value: Any, stored: Any) -> jax.Array:
-    """`value` in the dtype and on the devices of what it replaces."""
+    """`value` in the dtype of what it replaces."""
     dtype = jnp.asarray(stored).dtype
     if jnp.iscomplexobj(value):  # Flax's mean starts real
         dtype = _dtypes.promote(dtype, jnp.complex64)
-    value = jnp.asarray(value, dtype)
-    if isinstance(value, jax.core.Tracer) or not getattr(stored, "committed", False):
-        return value
-    return jax.device_put(value, stored.sharding)
+    return jnp.asarray(value, dtype)

@@ -299,4 +299,12 @@ def _new(
             raise ValueError(message)
         return found[path].mean, found[path].var
 
-    return _layers.updated(variables["batch_stats"], found, update, keep)
+    stored = variables["batch_stats"]
+    return jax.tree.map(_placed, _layers.updated(stored, found, update, keep), stored)
+
+
+def _placed(value: jax.Array, stored: Any) -> jax.Array:
+    """`value` on the devices of what it replaces."""
+    if not getattr(stored, "committed", False):
+        return value
+    return jax.device_put(value, stored.sharding)
