@@ -47,10 +47,10 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     return {_name(path): leaf for path, leaf in leaves}, structure
 
 
-def map_paths(f: Callable[[str], Any], tree: Any) -> Any:
-    """The tree with f(path) in place of each leaf."""
+def map_paths(f: Callable[[str, Any], Any], tree: Any) -> Any:
+    """The tree with f(path, leaf) in place of each leaf."""
     leaves, structure = flatten(tree)
-    return jax.tree.unflatten(structure, map(f, leaves))
+    return jax.tree.unflatten(structure, [f(*item) for item in leaves.items()])
 
 
 def layer_of(path: str) -> str:

@@ -155,9 +155,10 @@ def pooled(
         mean = E[mean_B],   var = E[mean_B^2 + var_B] - E[mean_B]^2
 
     The expectation weighs batches by their numbers of values, and the variance is
-    biased. Computed by merging the batches' Moments in float64, so that the data may be
-    split in any way, and its relative error stays below 1e-5 at |mean|/std = 1e4. (How
-    they are split still shows in deeper layers, whose inputs were normalized by batch.)
+    biased. The batches' Moments are merged in float64, so that the data may be split in
+    any way (which still shows in deeper layers: their inputs were normalized by batch).
+    At |mean|/std = 1e4 the relative error of the variance of n values in all is about
+    6e-4/sqrt(n), from the float32 means of the batches: 1e-5 is met with 10^4 values.
 
     Args:
         apply_fn: (variables, batch) -> what the model's `apply` returns with

@@ -75,7 +75,7 @@ def test_sizes(path):
 
 
 def test_library_is_small():
-    assert sum(len(p.read_text().splitlines()) for p in FILES) <= 3000
+    assert sum(len(p.read_text().splitlines()) for p in FILES) <= 4500
 
 
 PUBLIC = {
