@@ -1,6 +1,6 @@
 """Batch normalization for JAX, done properly."""
 
-from bnjax import convert, diagnostics, fold, linen, nnx, running, training
+from bnjax import convert, diagnostics, fold, linen, nnx, population, running, training
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
@@ -22,6 +22,7 @@ __all__ = [
     "moments",
     "nnx",
     "normalize",
+    "population",
     "remat_policy",
     "running",
     "training",

@@ -1,15 +1,29 @@
-"""The statistics of replicas: merged as those of one set, and told apart."""
+"""The training loop: the state, accumulation, masks, and the statistics of replicas."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import oracle
 import pytest
-from helpers import assert_close, assert_trees_close
+from flax.training.dynamic_scale import DynamicScale
+from helpers import assert_close, assert_trees_close, plain_batch_norm
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
 from bnjax.diagnostics import replicas_agree
-from bnjax.training import merge_batch_stats
+from bnjax.running import cumulative, ema
+from bnjax.training import (
+    TrainState,
+    accumulate,
+    freeze_mask,
+    merge_batch_stats,
+    reset_batch_stats,
+    weight_decay_mask,
+)
 
 P = PartitionSpec
 COUNTS = np.array([5, 9, 2, 7, 1, 30, 4, 11])
@@ -213,3 +227,443 @@ def test_shards_of_a_split_array_are_no_copies():
 def test_no_such_axis():
     with pytest.raises(ValueError, match=r"v has shape \(8,\), which has no axis=1"):
         replicas_agree({"v": np.ones(8)}, axis=1)
+
+
+# ---- models for what follows ----
+
+K, SIZE = 4, 6
+
+
+class Net(nn.Module):
+    momentum: float = 0.9
+    frozen: bool = False
+    update_stats: bool | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        norm = functools.partial(
+            bnjax.BatchNorm,
+            use_running_average=not train or self.frozen,
+            momentum=self.momentum,
+            update_stats=self.update_stats,
+        )
+        x = nn.tanh(norm(name="first")(x))
+        x = nn.Dense(5, use_bias=False, name="dense")(x)
+        return nn.Dense(2, name="head")(norm(name="second")(x))
+
+
+def batch(rows=K * SIZE):
+    rng = np.random.default_rng(0)
+    x = rng.normal(1 + np.arange(3), 1 + np.arange(3), size=(rows, 3))
+    return {"x": np.float32(x), "t": np.float32(rng.normal(size=(rows, 2)))}
+
+
+def stacked(k=K):
+    return jax.tree.map(lambda v: v.reshape(k, -1, *v.shape[1:]), batch())
+
+
+@functools.cache
+def variables():
+    v = Net().init(jax.random.key(0), batch()["x"], train=False)
+    return {**v, "batch_stats": jax.tree.map(lambda s: s + 0.5, v["batch_stats"])}
+
+
+def loss_fn(variables, part, model=None):
+    result = (model or Net()).apply(
+        variables, part["x"], train=True, mutable=["batch_stats", "batch_moments"]
+    )
+    return ((result[0] - part["t"]) ** 2).mean(), result
+
+
+def ghost_loss(params, data):
+    """Of the large batch, each group of it normalized by its own; plain formulas."""
+
+    def norm(x, p):
+        return plain_batch_norm(x, p["scale"], p["bias"], axes=(0,))[0]
+
+    def group(x):
+        x = jnp.tanh(norm(x, params["first"])) @ params["dense"]["kernel"]
+        head = params["head"]
+        return norm(x, params["second"]) @ head["kernel"] + head["bias"][None]
+
+    y = jnp.concatenate([group(x) for x in data["x"].reshape(K, SIZE, 3)])
+    return ((y - data["t"]) ** 2).mean()
+
+
+def whole_batch_update(momentum=0.9, ddof=0):
+    """One running update from the inputs of each layer, of all groups, in float64."""
+    kernel = oracle.wide(variables()["params"]["dense"]["kernel"])
+    groups = oracle.wide(batch()["x"]).reshape(K, SIZE, 3)
+    hidden = [
+        np.tanh(oracle.batch_norm(g, np.ones(3), np.zeros(3), (0,))) @ kernel
+        for g in groups
+    ]
+
+    def update(old, each):
+        every = np.concatenate(each)
+        new = {"mean": every.mean(0), "var": every.var(0, ddof=ddof)}
+        return {n: momentum * old[n] + (1 - momentum) * new[n] for n in new}
+
+    stats = jax.tree.map(oracle.wide, variables()["batch_stats"])
+    inputs = {"first": list(groups), "second": hidden}
+    return {name: update(stats[name], inputs[name]) for name in inputs}
+
+
+# ---- accumulate ----
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_accumulation_is_ghost_batch_norm_of_the_large_batch(jit):
+    f = functools.partial(accumulate, loss_fn, rule=ema(0.9))
+    found = (jax.jit(f) if jit else f)(variables(), stacked())
+    loss, grads = jax.value_and_grad(ghost_loss)(variables()["params"], batch())
+    assert_close(found.loss, loss)
+    assert_trees_close(found.grads, jax.tree.map(np.asarray, grads), tol=2e-5)
+    assert_trees_close(found.batch_stats, whole_batch_update(), tol=2e-6)
+    parts = [{n: v[k] for n, v in stacked().items()} for k in range(K)]
+    outputs = [loss_fn(variables(), part)[1][0] for part in parts]
+    assert_close(found.output, np.stack(outputs), tol=1e-5)
+
+
+def test_accumulation_with_the_unbiased_rule():
+    found = accumulate(loss_fn, variables(), stacked(), rule=ema(0.7, ddof=1))
+    assert_trees_close(found.batch_stats, whole_batch_update(0.7, ddof=1), tol=2e-6)
+
+
+def test_accumulation_under_multi_steps_updates_once_per_optimizer_step():
+    """Two calls of two micro-batches, twice: as one call of four, twice."""
+    rule = ema(0.9)
+
+    def run(tx, k, stepped):
+        state = TrainState.create(apply_fn=Net().apply, tx=tx, **variables())
+        pool = None
+        parts = jax.tree.map(lambda v: v.reshape(-1, k, *v.shape[1:]), stacked())
+        for _ in range(2):
+            for i in range(K // k):
+                part = jax.tree.map(lambda v, i=i: v[i], parts)
+                found = accumulate(loss_fn, state.variables, part, rule=rule, pool=pool)
+                new = state.apply_gradients(grads=found.grads)
+                choose = functools.partial(
+                    jax.tree.map, functools.partial(jnp.where, stepped(new.opt_state))
+                )
+                stats = choose(found.batch_stats, state.batch_stats)
+                state = new.replace(batch_stats=stats)
+                empty = jax.tree.map(jnp.zeros_like, found.pool)
+                pool = choose(empty, found.pool)
+        return state
+
+    multi = optax.MultiSteps(optax.sgd(0.1), 2)
+    apart = run(multi, 2, multi.has_updated)
+    whole = run(optax.sgd(0.1), 4, lambda _: True)
+    expected = jax.tree.map(np.asarray, whole.variables)
+    assert_trees_close(apart.variables, expected, tol=2e-5)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), expected, variables())
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_accumulation_at_a_large_mean():
+    """Each micro-batch's mean is rounded to 5e-4 of a standard deviation."""
+    layer = bnjax.BatchNorm(use_running_average=False)
+    x = np.float32(np.random.default_rng(0).normal(1e4, 1, size=(64, 512, 3)))
+    v = layer.init(jax.random.key(0), x[0])
+
+    def loss_fn(v, x):
+        result = layer.apply(v, x, mutable=["batch_stats", "batch_moments"])
+        return (result[0] ** 2).mean(), result
+
+    found = accumulate(loss_fn, v, x, rule=ema(0.0))
+    exact = oracle.wide(x).reshape(-1, 3).var(0)
+    assert_close(found.batch_stats["var"], exact, tol=1e-5)
+
+
+def test_accumulation_of_masked_micro_batches():
+    """Of unlike counts, one of them empty; moments alone are returned."""
+    layer = bnjax.BatchNorm(use_running_average=False)
+    x = batch()["x"].reshape(K, SIZE, 3)
+    mask = np.arange(SIZE)[:, None] < np.array([6, 0, 2, 5])[:, None, None]
+    v = layer.init(jax.random.key(0), x[0])
+
+    def loss_fn(v, part):
+        y, left = layer.apply(
+            v, part[0], mask=part[1], mutable=["batch_stats", "batch_moments"]
+        )
+        return (y**2).mean(), left["batch_moments"]
+
+    found = accumulate(loss_fn, v, (x, mask), rule=ema(0.0))
+    valid = oracle.wide(x)[np.broadcast_to(mask, x.shape)].reshape(-1, 3)
+    assert_close(found.batch_stats["var"], valid.var(0))
+    assert found.output is None
+    assert found.pool[""].count == 13
+
+
+def test_accumulation_in_half_precision_sums_in_single():
+    """1 + 2^-9, 256 times: bfloat16 alone would stop counting."""
+    layer = bnjax.BatchNorm(use_running_average=False)
+    x = np.float32(np.random.default_rng(0).normal(size=(256, 4, 3)))
+    v = layer.init(jax.random.key(0), x[0])
+    v = {**v, "params": jax.tree.map(jnp.bfloat16, v["params"])}
+
+    def loss_fn(v, x):
+        result = layer.apply(v, x, mutable=["batch_stats", "batch_moments"])
+        return v["params"]["scale"].sum().astype(jnp.float32), result
+
+    grads = accumulate(loss_fn, v, x, rule=ema()).grads
+    assert_close(grads["scale"], np.ones(3), dtype=jnp.bfloat16, tol=1e-6)
+
+
+def test_kept_statistics_are_not_updated():
+    found = accumulate(loss_fn, variables(), stacked(), rule=ema(0.9), keep=["first"])
+    stats = found.batch_stats
+    assert_trees_close(stats["first"], variables()["batch_stats"]["first"])
+    assert_trees_close(stats["second"], whole_batch_update()["second"], tol=2e-6)
+
+
+def test_what_cannot_be_accumulated():
+    with pytest.raises(ValueError, match=r"averages in AverageState.*ema\(momentum\)"):
+        accumulate(loss_fn, variables(), stacked(), rule=cumulative())
+    with pytest.raises(TypeError, match=r"loss_fn returned .* holds no Moments"):
+        accumulate(
+            lambda v, b: (v["params"]["head"]["bias"].sum(), {}),
+            variables(),
+            stacked(),
+            rule=ema(),
+        )
+    stats = {**variables()["batch_stats"], "third": {"mean": jnp.zeros(3)}}
+    v = {**variables(), "batch_stats": stats}
+    with pytest.raises(ValueError, match="batch_stats/third got no Moments"):
+        accumulate(loss_fn, v, stacked(), rule=ema())
+
+
+# ---- TrainState ----
+
+
+def train_state(tx):
+    return TrainState.create(apply_fn=Net().apply, tx=tx, **variables())
+
+
+def gradients(state, data):
+    def loss_fn(params):
+        y, batch_stats = state.apply(params, data["x"], train=True)
+        return ((y - data["t"]) ** 2).mean(), batch_stats
+
+    return jax.grad(loss_fn, has_aux=True)(state.params)
+
+
+def test_state_has_one_return_type_for_training_and_evaluation():
+    state = train_state(optax.sgd(0.1))
+    x = batch()["x"]
+    y, stats = state.apply(state.params, x, train=False)
+    assert_close(y, Net().apply(variables(), x, train=False))
+    assert_trees_close(stats, variables()["batch_stats"])
+    y, stats = state.apply(state.params, x, train=True)
+    expected, updates = Net().apply(variables(), x, train=True, mutable=["batch_stats"])
+    assert_close(y, expected)
+    assert_trees_close(stats, updates["batch_stats"])
+    dense = nn.Dense(2)
+    v = dense.init(jax.random.key(0), x)
+    plain = TrainState.create(apply_fn=dense.apply, tx=state.tx, batch_stats={}, **v)
+    assert plain.apply(plain.params, x)[1] == {}
+
+
+def test_state_takes_a_step():
+    state = train_state(optax.sgd(0.1))
+    grads, stats = gradients(state, batch())
+    new = jax.jit(lambda s, g, b: s.apply_gradients(grads=g, batch_stats=b))(
+        state, grads, stats
+    )
+    assert new.step == 1
+    assert_trees_close(new.batch_stats, stats)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads)
+    assert_trees_close(new.params, expected)
+    assert_trees_close(new.apply_gradients(grads=grads).batch_stats, stats)
+
+
+def poisoned():
+    data = batch()
+    data["x"][2, 1] = np.inf
+    return data
+
+
+SKIPPING = {
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(0.1), 5),
+    "within a chain": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.apply_if_finite(optax.adam(0.1), 5)
+    ),
+    "MultiSteps": lambda: optax.MultiSteps(
+        optax.adam(0.1), 1, should_skip_update_fn=optax.skip_not_finite
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_a_step_that_the_optimizer_skips_keeps_the_statistics(name):
+    state = train_state(SKIPPING[name]())
+
+    @jax.jit
+    def step(state, data):
+        grads, stats = gradients(state, data)
+        return state.apply_gradients(grads=grads, batch_stats=stats)
+
+    skipped = step(state, poisoned())
+    assert skipped.step == 1
+    assert_trees_close(skipped.variables, variables(), tol=0)
+    taken = step(skipped, batch())  # the refusal before it is not remembered
+    _, stats = gradients(state, batch())
+    assert_trees_close(taken.batch_stats, jax.tree.map(np.asarray, stats))
+    assert (
+        jnp.abs(taken.params["head"]["bias"] - state.params["head"]["bias"]).min() > 0
+    )
+
+
+def test_multi_steps_around_apply_if_finite():
+    """A refusal stays in the inner state until the next step of the optimizer."""
+    tx = optax.MultiSteps(optax.apply_if_finite(optax.sgd(0.1), 5), 2)
+    state = train_state(tx)
+    for data in (batch(), poisoned()):
+        before = state.batch_stats
+        grads, stats = gradients(state, data)
+        state = state.apply_gradients(grads=grads, batch_stats=stats)
+    assert_trees_close(state.batch_stats, before, tol=0)
+    grads, stats = gradients(state, batch())
+    state = state.apply_gradients(grads=grads, batch_stats=stats)
+    assert_trees_close(state.batch_stats, stats, tol=0)
+
+
+def test_dynamic_scale_restores_the_statistics():
+    class Mine(TrainState):
+        scale: DynamicScale
+
+    state = Mine.create(
+        apply_fn=Net().apply, tx=optax.adam(0.1), scale=DynamicScale(), **variables()
+    )
+
+    @jax.jit
+    def step(state, data):
+        def loss_fn(params):
+            y, stats = state.apply(params, data["x"], train=True)
+            return ((y - data["t"]) ** 2).mean(), stats
+
+        f = state.scale.value_and_grad(loss_fn, has_aux=True)
+        scale, finite, (_, stats), grads = f(state.params)
+        return state.apply_gradients(
+            grads=grads, batch_stats=stats, finite=finite, scale=scale
+        )
+
+    skipped = step(state, poisoned())
+    assert_trees_close(skipped.variables, variables(), tol=0)
+    assert_trees_close(skipped.opt_state, state.opt_state, tol=0)
+    assert skipped.scale.scale == state.scale.scale / 2
+    taken = step(skipped, batch())
+    _, stats = gradients(state, batch())
+    assert_trees_close(taken.batch_stats, jax.tree.map(np.asarray, stats), tol=1e-5)
+    assert (
+        jnp.abs(taken.params["head"]["bias"] - state.params["head"]["bias"]).min() > 0
+    )
+
+
+# ---- masks, reset ----
+
+
+def test_weight_decay_leaves_scale_and_biases_alone():
+    params = variables()["params"]
+    mask = weight_decay_mask(params)
+    kernels = {"first", "second"}
+    assert {n for n, m in mask.items() if not any(m.values())} == kernels
+    assert mask["dense"] == {"kernel": True}
+    assert mask["head"] == {"kernel": True, "bias": False}
+    tx = optax.adamw(0.1, weight_decay=0.5, mask=weight_decay_mask)
+    masked = optax.masked(optax.add_decayed_weights(0.5), mask)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    for optimizer, factor in ((tx, -0.05), (masked, 0.5)):
+        updates, _ = optimizer.update(zeros, optimizer.init(ones), ones)
+        expected = {
+            layer: {n: np.full(p.shape, factor * mask[layer][n]) for n, p in of.items()}
+            for layer, of in params.items()
+        }
+        assert_trees_close(updates, expected)
+
+
+def test_weight_decay_knows_batch_norm_by_its_statistics():
+    params = {
+        "odd": {"gain": 1.0, "scale": 1.0},
+        "layer_norm": {"scale": 1.0, "bias": 1.0},
+        "conv": {"kernel": 1.0, "norm": {"scale": 1.0}},
+    }
+    stats = {"odd": {"mean": 0.0, "var": 1.0}, "conv": {"norm": {"mean": 0.0}}}
+    assert weight_decay_mask(params, batch_stats=stats) == {
+        "odd": {"gain": False, "scale": False},
+        "layer_norm": {"scale": True, "bias": False},
+        "conv": {"kernel": True, "norm": {"scale": False}},
+    }
+    by_name = weight_decay_mask(params)
+    assert by_name["odd"] == {"gain": True, "scale": False}
+    assert by_name["layer_norm"]["scale"] is False
+    frozen = nn.FrozenDict(params)
+    assert type(weight_decay_mask(frozen)) is nn.FrozenDict
+
+
+def test_freeze_by_path():
+    params = variables()["params"]
+    mask = freeze_mask(params, "first/*", "*/kernel")
+    assert mask["first"] == {"scale": True, "bias": True}
+    assert mask["head"] == {"kernel": True, "bias": False}
+    assert mask["second"] == {"scale": False, "bias": False}
+    for pattern in ("third/*", "scale"):
+        with pytest.raises(ValueError, match=f"pattern='{pattern.replace('*', '.')}'"):
+            freeze_mask(params, pattern)
+
+
+FREEZING = {
+    "used, not updated": (True, None, True, False),
+    "used and updated": (True, True, True, True),
+    "neither": (False, False, False, False),
+    "updated, not used": (False, None, False, True),
+}
+
+
+@pytest.mark.parametrize("name", FREEZING)
+def test_frozen_statistics_used_and_updated_are_two_answers(name):
+    frozen, update_stats, used, updated = FREEZING[name]
+    model = Net(frozen=frozen, update_stats=update_stats)
+    mask = freeze_mask(variables()["params"], "first/*", "second/*")
+    tx = optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), mask))
+    state = TrainState.create(apply_fn=model.apply, tx=tx, **variables())
+    grads, stats = gradients(state, batch())
+    new = state.apply_gradients(grads=grads, batch_stats=stats)
+    x = batch()["x"]
+    y, _ = state.apply(state.params, x, train=True)
+    running = Net().apply(variables(), x, train=False)
+    assert (jnp.abs(y - running).max() < 1e-6) == used
+    change = jnp.abs(new.batch_stats["first"]["mean"] - stats_before("first"))
+    assert (change.min() > 0) == (change.max() > 0) == updated
+    for layer in ("first", "second"):
+        assert_trees_close(new.params[layer], state.params[layer], tol=0)
+    assert jnp.abs(new.params["head"]["bias"] - state.params["head"]["bias"]).min() > 0
+
+
+def stats_before(layer):
+    return variables()["batch_stats"][layer]["mean"]
+
+
+def test_statistics_frozen_by_a_mask():
+    """Of one layer, without a change of the model; batch statistics are still used."""
+    old = variables()["batch_stats"]
+    state = train_state(optax.sgd(0.1))
+    _, stats = gradients(state, batch())
+    frozen = freeze_mask(old, "first/*")
+    kept = jax.tree.map(jnp.where, frozen, old, stats)
+    assert_trees_close(kept["first"], old["first"], tol=0)
+    assert_trees_close(kept["second"], stats["second"], tol=0)
+
+
+def test_reset():
+    stats = {**variables()["batch_stats"], "half": {"mean": jnp.ones(2, jnp.bfloat16)}}
+    new = reset_batch_stats(stats)
+    for name, layer in new.items():
+        for leaf, value in layer.items():
+            assert value.dtype == stats[name][leaf].dtype
+            expected = np.full(value.shape, float(leaf == "var"))
+            assert_close(value, expected)
+    with pytest.raises(ValueError, match=r"batch_stats/spectral is not the statistics"):
+        reset_batch_stats({"spectral": {"sigma": jnp.ones(2)}})

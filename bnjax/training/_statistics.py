@@ -1,4 +1,4 @@
-"""What surrounds the layers in a training loop."""
+"""Running statistics as a whole: merged, and reset."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from bnjax import _checks, _dtypes
+from bnjax import _checks, _dtypes, _layers
 from bnjax.moments import Moments, merge_replicas, merge_rows
-
-__all__ = ["merge_batch_stats"]
+from bnjax.running import State, ema
 
 
 def merge_batch_stats(
@@ -61,6 +60,37 @@ def merge_batch_stats(
         return jax.tree.unflatten(jax.tree.structure(stats), values)
 
     return jax.tree.map_with_path(merged, batch_stats, is_leaf=_is_layer)
+
+
+def reset_batch_stats(batch_stats: Any) -> Any:
+    """Running statistics as `init` leaves them: mean 0, var 1.
+
+    Before fine-tuning on other data, or to begin an average anew.
+
+    Args:
+        batch_stats: a tree of {mean, var}, of Linen or of NNX.
+
+    Returns:
+        `batch_stats` of the same structure, shapes and dtypes.
+
+    Raises:
+        ValueError: a layer that holds something else than mean and var.
+
+    >>> stats = {"norm": {"mean": jnp.array([5.0]), "var": jnp.array([7.0])}}
+    >>> print(reset_batch_stats(stats))
+    {'norm': {'mean': Array([0.], dtype=float32), 'var': Array([1.], dtype=float32)}}
+
+    References: Li et al. 2016 (AdaBN), section 3 (statistics of another domain).
+    """
+    start = ema().init
+
+    def reset(path: str, value: Any) -> jax.Array:
+        layer, _, name = path.rpartition("/")
+        if name not in State._fields:
+            raise ValueError(_checks.NO_STATISTICS.format(path=layer or name))
+        return start(jnp.shape(value), jnp.asarray(value).dtype)._asdict()[name]
+
+    return _layers.map_paths(reset, batch_stats)
 
 
 def _is_layer(node: Any) -> bool:

@@ -1,0 +1,123 @@
+"""Flax's TrainState, with the running statistics."""
+
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+
+class TrainState(train_state.TrainState):
+    """Flax's TrainState with `batch_stats`, which a skipped step leaves as they were.
+
+    `state.apply(params, x, ...)` calls the model and always returns the pair (output,
+    batch_stats), in training and in evaluation; `mutable` does not appear:
+
+        def loss_fn(params):
+            logits, batch_stats = state.apply(params, images, train=True)
+            return cross_entropy(logits, labels), batch_stats
+
+        grads, batch_stats = jax.grad(loss_fn, has_aux=True)(state.params)
+        state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+
+    Attributes:
+        step: how many times gradients were applied, skipped steps included.
+        apply_fn: `model.apply`.
+        params: the parameters.
+        tx: the optax optimizer.
+        opt_state: its state.
+        batch_stats: the running statistics.
+
+    >>> import bnjax
+    >>> model, x = bnjax.BatchNorm(), jnp.array([[1.0], [3.0]])
+    >>> variables = model.init(jax.random.key(0), x, use_running_average=True)
+    >>> state = TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.1), **variables)
+    >>> y, batch_stats = state.apply(state.params, x, use_running_average=False)
+    >>> state = state.apply_gradients(grads=state.params, batch_stats=batch_stats)
+    >>> print(state.batch_stats["mean"])
+    [0.02]
+
+    References: google/flax, flax/training/train_state.py.
+    """
+
+    batch_stats: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` takes: {"params", "batch_stats"}."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def apply(self, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Calls the model, in training or evaluation alike.
+
+        Args:
+            params: the parameters: `state.params`, or those that jax.grad traces.
+            *args: of the model.
+            **kwargs: of the model (`train=True`) and of `model.apply` (`rngs=...`).
+
+        Returns:
+            (output, batch_stats): the running statistics that the call leaves, which in
+            evaluation are those of the state.
+        """
+        variables = {"params": params, "batch_stats": self.batch_stats}
+        output, left = self.apply_fn(
+            variables, *args, mutable=["batch_stats"], **kwargs
+        )
+        return output, left.get("batch_stats", self.batch_stats)
+
+    def apply_gradients(
+        self,
+        *,
+        grads: Any,
+        batch_stats: Any = None,
+        finite: jax.Array | bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """One step of the optimizer, and the new running statistics.
+
+        Where the step is skipped, the state keeps its params, optimizer state and
+        `batch_stats`. It is if `finite` is False, or if the optimizer skips it: within
+        `optax.apply_if_finite`, or by `should_skip_update_fn` of `optax.MultiSteps`.
+        (If apply_if_finite gives up and lets gradients through that are not finite, the
+        statistics are kept all the same.)
+
+        Args:
+            grads: of the structure of `params`.
+            batch_stats: the new ones; None for those of the state.
+            finite: whether to take the step: `is_finite`, the second result of
+                `flax.training.dynamic_scale.DynamicScale.value_and_grad`.
+            **kwargs: other fields to replace, also where the step is skipped.
+
+        Returns:
+            The new state, `step` one higher.
+        """
+        new = super().apply_gradients(grads=grads, **kwargs)
+        if batch_stats is not None:
+            new = new.replace(batch_stats=batch_stats)
+        for refused in _refusals(self.opt_state, new.opt_state):
+            kept = _select(refused, self.batch_stats, new.batch_stats)
+            new = new.replace(batch_stats=kept)
+        if finite is True:
+            return new
+        names = ("params", "opt_state", "batch_stats")
+        old = {name: getattr(self, name) for name in names}
+        return new.replace(
+            **_select(finite, {name: getattr(new, name) for name in names}, old)
+        )
+
+
+def _refusals(before: Any, after: Any) -> list[jax.Array]:
+    """For each part of the optimizer that may refuse gradients, whether it has."""
+    counts = zip(
+        _all(before, "total_notfinite"), _all(after, "total_notfinite"), strict=True
+    )
+    return [new > old for old, new in counts] + _all(after, "should_skip")
+
+
+def _all(opt_state: Any, name: str) -> list[Any]:
+    return [value for _, value in optax.tree.get_all_with_path(opt_state, name)]
+
+
+def _select(condition: Any, value: Any, other: Any) -> Any:
+    return jax.tree.map(lambda v, o: jnp.where(condition, v, o), value, other)
