@@ -14,11 +14,7 @@ LEVELS = {
     1: ["moments"],
     2: ["_layers", "normalize", "running"],
     3: [
-<<<<<<<
         "_layer",
-        "fold",
-=======
->>>>>>>
         "ghost",
         "renorm",
         "split",
@@ -78,16 +74,22 @@ def test_sizes(path):
             assert len(node.args.args) <= 7, f"{path.name}: {node.name}"
 
 
+def lines_of_code(path):
+    """Those that are neither blank nor comment nor docstring."""
+    text = path.read_text()
+    prose = set()
+    for node in ast.walk(ast.parse(text)):
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            prose |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(
+        bool(line.strip()) and not line.lstrip().startswith("#") and number not in prose
+        for number, line in enumerate(text.splitlines(), 1)
+    )
+
+
 def test_library_is_small():
-<<<<<<<
-<<<<<<<
-    assert sum(len(p.read_text().splitlines()) for p in FILES) <= 3500
-=======
-    assert sum(len(p.read_text().splitlines()) for p in FILES) <= 3350
->>>>>>>
-=======
-    assert sum(len(p.read_text().splitlines()) for p in FILES) <= 4500
->>>>>>>
+    assert sum(map(lines_of_code, FILES)) <= 3300
 
 
 PUBLIC = {
@@ -95,7 +97,15 @@ PUBLIC = {
     for name in bnjax.__all__
     if inspect.isfunction(value := getattr(bnjax, name)) or inspect.isclass(value)
 }
-for room in (bnjax.convert, bnjax.diagnostics, bnjax.fold, bnjax.nnx, bnjax.population, bnjax.running, bnjax.training):
+for room in (
+    bnjax.convert,
+    bnjax.diagnostics,
+    bnjax.fold,
+    bnjax.nnx,
+    bnjax.population,
+    bnjax.running,
+    bnjax.training,
+):
     name = room.__name__.removeprefix("bnjax.")
     values = {n: getattr(room, n) for n in room.__all__}
     PUBLIC |= {f"{name}.{n}": v for n, v in values.items() if callable(v)}

@@ -14,7 +14,7 @@ def test_code_blocks(capsys):
     names = {}  # a reader pastes one after the other
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    assert set(re.findall(r"[\d.]+", capsys.readouterr().out)) == {"0.95", "0.96"}
+    assert set(re.findall(r"[\d.]+", capsys.readouterr().out)) >= {"0.95", "0.96"}
 
 
 def test_every_public_name_is_in_the_table():

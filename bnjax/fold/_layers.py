@@ -41,7 +41,7 @@ def is_norm(method: Callable[..., Any], variables: Iterable[str]) -> bool:
 
 
 def _package(method: Callable[..., Any]) -> str:
-    return method.__module__.partition(".")[0]
+    return (method.__module__ or "").partition(".")[0]  # None: of code that was pasted
 
 
 class Reader(NamedTuple):
