@@ -15,7 +15,7 @@ from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from jax.nn import initializers
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _axes, _checks, _dtypes, _layer, running
+from bnjax import _checks, _dtypes, _layer, running
 from bnjax.moments import Moments, merge
 
 __all__ = ["BatchMoments", "BatchNorm"]
@@ -188,7 +188,7 @@ class BatchNorm(nnx.Module):
         update = self.update_stats if update_stats is None else update_stats
         update = not use_running if update is None else update
         x = _checks.inexact("x", x)
-        stored = self._running_statistics(x)
+        stored = running.State(self.mean[...], self.var[...])
         over = {
             "mask": mask,
             "axis_name": self.axis_name,
@@ -248,13 +248,6 @@ class BatchNorm(nnx.Module):
             self.update_stats = update_stats
         if record_moments is not None:
             self.record_moments = record_moments
-
-    def _running_statistics(self, x: jax.Array) -> running.State:
-        shape = _axes.sizes(x.shape, _axes.canonical(self.axis, x.ndim))
-        stored = running.State(self.mean[...], self.var[...])
-        for name, value in stored._asdict().items():
-            _checks.feature_shape(name, value, shape, self.axis)
-        return stored
 
     def _affine(self, x: jax.Array, stored: running.State) -> dict[str, Any]:
         """The arguments that `normalize` and `batch_norm` share."""
