@@ -62,7 +62,8 @@ def run(flax: pathlib.Path, *arguments: str) -> int:
         code = f"import sys; sys.path.insert(0, {folder!r}); import pytest; "
         code += "sys.exit(pytest.main(sys.argv[1:]))"
         command = [sys.executable, "-c", code, "-p", "swap_batch_norm", "-q"]
-        command += ["-p", "no:cacheprovider", *arguments, *test_files(flax)]
+        command += ["-n", "auto", "-p", "no:cacheprovider", *arguments]
+        command += test_files(flax)
         return subprocess.run(command, cwd=flax).returncode
 
 
