@@ -255,6 +255,11 @@ def test_dtypes_are_kept_and_widened_to_like(dtype):
     like = {"params": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
     wide = convert.from_torch(layer.state_dict(), like=like)
     assert_close(wide["params"]["kernel"], kernel, tol=0, dtype="float32")
+    back = convert.to_torch(variables, like=torch.nn.Linear(3, 2).state_dict())
+    assert_close(back["weight"], kernel.T, tol=0, dtype="float32")
+    with pytest.raises(ValueError, match=r"dtype: bias .* float64, not float32"):
+        convert.from_torch(layer.double().state_dict(), like=like)
+    layer.to(getattr(torch, dtype))
     narrow = jax.tree.map(lambda v: v.astype(jnp.bfloat16), like)
     if dtype != "bfloat16":
         with pytest.raises(ValueError, match=f"dtype: bias .* {dtype}, not bfloat16"):
@@ -529,10 +534,11 @@ def test_grouped_transposed_convolution():
 def test_back_to_torch_all_in_one_error(nets, converted):
     net = nets[0]
     params = dict(converted["params"])
-    params["Dense_9"] = {"kernel": jnp.zeros((3, 4)), "slope": jnp.zeros(())}
+    params["Dense_9"] = {"kernel": jnp.zeros((3, 4))}
     del params["Conv_0"]
     wide = converted["params"]["Dense_1"]["bias"]
     params["Dense_1"] = {**params["Dense_1"], "bias": jnp.zeros(wide.size + 1)}
+    params["Dense_1"]["slope"] = jnp.zeros(())
     with pytest.raises(ValueError, match="and nothing was converted") as info:
         convert.to_torch(
             {"params": params, "batch_stats": converted["batch_stats"]},
@@ -542,8 +548,8 @@ def test_back_to_torch_all_in_one_error(nets, converted):
         )
     for part in (
         "missing: stem.weight (8, 3, 3, 5)",
-        "extra: params/Dense_9/kernel -> Dense_9.weight (4, 3)",
-        "params/Dense_9/slope: its name is not known",
+        "params/Dense_9/kernel: names leads no module of `like` to 'Dense_9'",
+        "params/Dense_1/slope: its name is not known",
         "shape: params/Dense_1/bias -> head.3.bias (6,), not (5,)",
     ):
         assert part in str(info.value), part

@@ -214,7 +214,7 @@ def test_drift_asks_for_one_model(variables, moments):
 def test_channels_run_in_jit_and_need_no_params(variables):
     flags = jax.jit(diagnostics.channels)({"batch_stats": variables["batch_stats"]})
     assert not np.any(flags["first"].gamma_near_zero)
-    scale = np.array([1e-2, -1e-2, 1, 2, 3], np.float32)
+    scale = np.array([1e-2, -1e-2, -1, 2, 3], np.float32)
     variables["params"]["first"]["scale"] = scale
     flags = diagnostics.channels(variables, smallest_gamma=0.1)["first"]
     assert np.flatnonzero(flags.gamma_near_zero).tolist() == [0, 1]

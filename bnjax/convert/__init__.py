@@ -84,6 +84,7 @@ def from_torch(
 
     Returns:
         {"params": ..., "batch_stats": ...}, those of them that occur, as new arrays.
+        float64 becomes float32 unless `jax_enable_x64` is set.
 
     Raises:
         ValueError: lists all that is missing, extra, unknown or does not fit.
@@ -166,7 +167,7 @@ def to_torch(
             `like`.
         kinds: as in `from_torch`.
         like: the state_dict of the torch model, which the result has to match in names,
-            shapes and dtypes.
+            shapes and dtypes. Its dtypes are taken where that loses nothing.
         num_batches_tracked: what each normalization is to say that it has seen; torch
             uses it with momentum=None alone.
 

@@ -82,15 +82,17 @@ def write(
             problems.append(f"{path}: {error}")
             continue
         entry = _entry(module, getattr(CONVENTIONS["torch"], leaf))
-        found[entry], sources[entry] = array.copy(order="C"), path
+        found[entry], sources[entry] = array, path
         counter = _entry(module, CONVENTIONS["torch"].count)
         if leaf == "var" and (like is None or counter in like):
-            found[counter], sources[counter] = count.copy(), path
+            found[counter], sources[counter] = count, path
+    dtypes = {entry: array.dtype for entry, array in found.items()}
     if like is not None:
         wanted = {entry: _tree.to_numpy(value) for entry, value in like.items()}
         problems += _tree.compare(found, wanted, sources)
+        dtypes |= {entry: value.dtype for entry, value in wanted.items()}
     problems.check("the variables do not fit", _ADVICE)
-    return found
+    return {e: a.astype(dtypes[e], order="C") for e, a in found.items()}
 
 
 def _to_flax(package: str, name: str, value: Any, kind: str | None):

@@ -46,7 +46,7 @@ def renamer(names: Names, separator: str) -> Callable[[str], str]:
     if names is None:
         return lambda module: module.replace(separator, "/")
     if callable(names):
-        return functools.partial(_called, names)
+        return functools.partial(_call, names)
     longest_first = sorted(names, key=len, reverse=True)
 
     def rename(module: str) -> str:
@@ -59,7 +59,7 @@ def renamer(names: Names, separator: str) -> Callable[[str], str]:
     return rename
 
 
-def _called(names: Callable[[str], str], module: str) -> str:
+def _call(names: Callable[[str], str], module: str) -> str:
     path = names(module)
     if not isinstance(path, str):
         raise ValueError(
@@ -78,7 +78,7 @@ def inverse(
         for module in {entry.rpartition(separator)[0] for entry in like}:
             with contextlib.suppress(ValueError):  # not in names: reported as missing
                 known[rename(module)] = module
-        return lambda path: known.get(path, path.replace("/", separator))
+        return functools.partial(_known, known)
     if callable(names):
         raise ValueError(
             "names is a function, which has no inverse: pass like=net.state_dict() "
@@ -99,6 +99,12 @@ def inverse(
 def leads(key: str, module: str, separator: str) -> bool:
     """Whether `module` is `key` or lies in it."""
     return key in ("", module) or module.startswith(key + separator)
+
+
+def _known(modules: Mapping[str, str], path: str) -> str:
+    if path not in modules:
+        raise ValueError(f"names leads no module of `like` to {path!r}")
+    return modules[path]
 
 
 def unused(
