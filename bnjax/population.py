@@ -15,14 +15,15 @@ the batch, and returns the Moments that its layers leave in `batch_moments`; for
             variables, batch, train=True, mutable=["batch_stats", "batch_moments"]
         )
 
-and for NNX, of `graphdef, stats, rest = nnx.split(model, nnx.BatchStat, ...)`:
+and for NNX, where `graphdef, stats, rest = nnx.split(model, nnx.BatchStat, ...)`:
 
     def apply_fn(variables, batch):
-        model = nnx.merge(graphdef, variables["batch_stats"], rest)
+        model = nnx.merge(graphdef, variables["batch_stats"], variables["rest"])
         model(batch)
         return nnx.state(model, bnjax.nnx.BatchMoments)
 
-    nnx.update(model, pooled(apply_fn, {"batch_stats": stats}, batches))
+    new = pooled(apply_fn, {"batch_stats": stats, "rest": rest}, batches)
+    nnx.update(model, new)
 
 `batch` is whatever `apply_fn` takes: images with a mask of their padding, arrays split
 over devices, shards for a shard_map of its own. A layer that is called twice counts
@@ -226,8 +227,11 @@ def _call(apply_fn: ApplyFn, variables: Any, batch: Any) -> dict[str, Moments]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scan(apply_fn: ApplyFn, variables: Any, batches: Any) -> dict[str, Moments]:
+    leaves, structure = jax.tree.flatten(variables)
+
     def one(_, batch):
-        return None, _layers.moments_of(apply_fn(variables, batch), "apply_fn")
+        fresh = jax.tree.unflatten(structure, leaves)  # NNX's belong to one trace
+        return None, _layers.moments_of(apply_fn(fresh, batch), "apply_fn")
 
     return lax.scan(one, None, batches)[1]
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from helpers import assert_close, assert_trees_close, poison
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -247,6 +248,53 @@ def test_layers_below_scan():
     for layer in range(3):
         assert_close(stats["var"][layer], hidden.var(0), tol=3e-6)
         hidden = hidden + oracle.batch_norm(hidden, np.ones(3), np.zeros(3), (0,))
+
+
+class BatchMoments(nnx.Variable):
+    """What a layer of NNX leaves, beside its mean and its var."""
+
+
+class NnxNorm(nnx.Module):
+    def __init__(self):
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(3)), nnx.BatchStat(jnp.ones(3))
+        self.moments = BatchMoments(bnjax.Moments.empty((3,)))
+
+    def __call__(self, x):
+        y, batch = bnjax.batch_norm(x)
+        self.moments.set_value(bnjax.merge(self.moments.get_value(), batch))
+        return y
+
+
+class NnxNet(nnx.Module):
+    def __init__(self):
+        self.norms = nnx.List([NnxNorm(), NnxNorm()])
+
+    def __call__(self, x):
+        return self.norms[1](jnp.tanh(self.norms[0](x)))
+
+
+@both
+def test_models_of_nnx(estimate, exact):
+    model = NnxNet()
+    graphdef, stats, rest = nnx.split(model, nnx.BatchStat, ...)
+
+    def apply(variables, batch):
+        model = nnx.merge(graphdef, variables["batch_stats"], variables["rest"])
+        model(batch)
+        return nnx.state(model, BatchMoments)
+
+    batches = data(30).reshape(5, 6, 3)
+    states = {"batch_stats": stats, "rest": rest}
+    new = estimate(apply, states, batches)
+    in_one_scan = estimate(apply, states, batches, stacked=True)
+    assert_trees_close(in_one_scan, jax.tree.map(np.asarray, new))
+    nnx.update(model, new)
+    one, each = np.ones(3), list(oracle.wide(batches))
+    for norm in model.norms:
+        expected = exact(each)
+        assert_close(norm.mean[...], expected["mean"], tol=5e-6)
+        assert_close(norm.var[...], expected["var"], tol=5e-6)
+        each = [np.tanh(oracle.batch_norm(b, one, 0 * one, (0,))) for b in each]
 
 
 def test_averaged_weights_get_statistics_that_fit():

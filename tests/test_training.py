@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 from helpers import assert_close, assert_trees_close, plain_batch_norm
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -376,6 +377,73 @@ def test_accumulation_at_a_large_mean():
     assert_close(found.batch_stats["var"], exact, tol=1e-5)
 
 
+def test_accumulation_with_a_model_of_nnx():
+    """Which holds what it leaves in Variables, that belong to one trace."""
+
+    class Norm(nnx.Module):
+        def __init__(self):
+            self.mean, self.var = (
+                nnx.BatchStat(v) for v in (jnp.zeros(3), jnp.ones(3))
+            )
+            self.scale = nnx.Param(jnp.arange(1.0, 4.0))
+            self.moments = nnx.Cache(bnjax.Moments.empty((3,)))
+
+        def __call__(self, x):
+            y, batch = bnjax.batch_norm(x, self.scale[...])
+            self.moments.set_value(bnjax.merge(self.moments.get_value(), batch))
+            return y
+
+    parts = nnx.split(Norm(), nnx.Param, nnx.BatchStat, nnx.Cache)
+    graphdef, states = parts[0], dict(zip(("params", "batch_stats", "rest"), parts[1:]))
+
+    def loss_fn(variables, x):
+        model = nnx.merge(graphdef, *(variables[name] for name in states))
+        return jnp.tanh(model(x)).mean(), nnx.state(model, nnx.Cache)
+
+    x = stacked()["x"]
+    found = accumulate(loss_fn, states, x, rule=ema(0.9))
+    exact = oracle.wide(x).reshape(-1, 3)
+    assert_close(found.batch_stats["mean"][...], 0.1 * exact.mean(0))
+    assert_close(found.batch_stats["var"][...], 0.9 + 0.1 * exact.var(0))
+
+    def ghost(scale):
+        y = [plain_batch_norm(g, scale, jnp.zeros(3), axes=(0,))[0] for g in x]
+        return jnp.tanh(jnp.stack(y)).mean()
+
+    expected = jax.grad(ghost)(jnp.arange(1.0, 4.0))
+    assert_close(found.grads["scale"][...], expected, tol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["jit", "shard_map"])
+def test_accumulation_over_devices(mode):
+    """Each device has its part of every micro-batch, whose statistics are global."""
+    norm = bnjax.BatchNorm(
+        use_running_average=False, axis_name="data" if mode == "shard_map" else None
+    )
+    rng = np.random.default_rng(0)
+    x, weight = np.float32(rng.normal(2, 3, size=(K, 16, 3))), jnp.arange(1.0, 4.0)
+    v = norm.init(jax.random.key(0), x[0])
+
+    def run(norm, x):
+        def loss_fn(v, x):
+            result = norm.apply(v, x, mutable=["batch_stats", "batch_moments"])
+            loss = (jnp.tanh(result[0]) @ weight).mean()
+            return loss if norm.axis_name is None else jax.lax.pmean(loss, "data"), (
+                result[1]["batch_moments"]
+            )
+
+        return accumulate(loss_fn, v, x, rule=ema(0.9))[:3]
+
+    expected = jax.tree.map(np.asarray, run(norm.clone(axis_name=None), x))
+    f = functools.partial(run, norm)
+    split = P(None, "data")
+    if mode == "shard_map":
+        f = jax.shard_map(f, mesh=mesh(), in_specs=split, out_specs=P())
+    with jax.set_mesh(mesh()):
+        found = jax.jit(f)(jax.device_put(x, NamedSharding(mesh(), split)))
+    assert_trees_close(found, expected, tol=2e-6)
+
+
 def test_accumulation_of_masked_micro_batches():
     """Of unlike counts, one of them empty; moments alone are returned."""
     layer = bnjax.BatchNorm(use_running_average=False)
@@ -397,9 +465,9 @@ def test_accumulation_of_masked_micro_batches():
 
 
 def test_accumulation_in_half_precision_sums_in_single():
-    """1 + 2^-9, 256 times: bfloat16 alone would stop counting."""
+    """512 ones: bfloat16 counts to 256 and no further."""
     layer = bnjax.BatchNorm(use_running_average=False)
-    x = np.float32(np.random.default_rng(0).normal(size=(256, 4, 3)))
+    x = np.float32(np.random.default_rng(0).normal(size=(512, 4, 3)))
     v = layer.init(jax.random.key(0), x[0])
     v = {**v, "params": jax.tree.map(jnp.bfloat16, v["params"])}
 
@@ -601,6 +669,32 @@ def test_weight_decay_knows_batch_norm_by_its_statistics():
     assert by_name["layer_norm"]["scale"] is False
     frozen = nn.FrozenDict(params)
     assert type(weight_decay_mask(frozen)) is nn.FrozenDict
+
+
+def test_masks_of_nnx_parameters():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(3, 4, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+    for mask in (
+        weight_decay_mask(params),
+        weight_decay_mask(params, batch_stats=stats),
+        freeze_mask(params, "*/kernel"),
+    ):
+        assert nnx.to_pure_dict(mask) == {
+            "dense": {"kernel": True, "bias": False},
+            "norm": {"scale": False, "bias": False},
+        }
+    tx = optax.adamw(0.1, weight_decay=0.5, mask=weight_decay_mask)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    kernel = np.asarray(model.dense.kernel[...])
+    optimizer.update(model, jax.tree.map(jnp.zeros_like, params))
+    assert_close(model.dense.kernel[...], 0.95 * kernel)
+    assert_close(model.norm.scale[...], np.ones(4), tol=0)
+    assert_close(reset_batch_stats(stats)["norm"]["var"][...], np.ones(4))
 
 
 def test_freeze_by_path():

@@ -106,9 +106,11 @@ def accumulate(
     """
     _check_rule(rule)
     others = {name: value for name, value in variables.items() if name != "params"}
+    leaves, structure = jax.tree.flatten(others)
 
     def loss(params, batch):
-        value, result = loss_fn({"params": params, **others}, batch)
+        fresh = jax.tree.unflatten(structure, leaves)  # NNX's belong to one trace
+        value, result = loss_fn({"params": params, **fresh}, batch)
         output = result[0] if isinstance(result, tuple) and len(result) == 2 else None
         return value, (output, _layers.moments_of(result, "loss_fn"))
 
