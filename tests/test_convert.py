@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-import torch
 from helpers import assert_close, assert_trees_close
 from jax.sharding import Mesh, PartitionSpec
 
 import bnjax
 from bnjax import convert
+
+# Installed with [test] on Python 3.11; its wheels for others bring gigabytes of CUDA.
+torch = pytest.importorskip("torch")
 
 NAMES = {
     "stem": "Conv_0",

@@ -557,6 +557,29 @@ def test_branches():
     assert "a branch" in why
 
 
+class BatchNorm(nn.Module):
+    """Has the variables of Flax's layer, and divides by the variance."""
+
+    use_running_average: bool = True
+    axis: int = -1
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        shape = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape).value
+        var = self.variable("batch_stats", "var", jnp.ones, shape).value
+        mean, var = (lax.expand_dims(v, range(x.ndim - 1)) for v in (mean, var))
+        return (x - mean) / (var + self.epsilon)
+
+
+def test_layer_of_the_same_name():
+    folded, _ = fold(lambda _, x: BatchNorm(name="norm")(nn.Conv(8, (3, 3))(x)))
+    ((path, why),) = folded.kept
+    assert path == "norm"
+    assert "not one that fold_model knows" in why
+
+
 def test_layers_of_other_classes():
     """A subclass with a call of its own is left alone, and listed."""
 
@@ -764,6 +787,23 @@ def test_nnx_sharing(what, reasons):
     )
     for ending in reasons:
         assert any(why.endswith(ending) for why in found)
+
+
+class Counting(nnx.BatchNorm):
+    """Inherits the call, but keeps more than the usual."""
+
+    def __init__(self, features, *, rngs):
+        super().__init__(features, rngs=rngs)
+        self.count = nnx.BatchStat(jnp.zeros(()))
+
+
+def test_nnx_layer_with_more_variables():
+    model = trained(nnx.Sequential(nnx.Linear(4, 5, rngs=(rngs := nnx.Rngs(0)))))
+    model.layers.append(Counting(5, rngs=rngs))
+    model.eval()
+    folded, _ = fold_nnx(model, (3, 4))
+    assert folded.folded == ()
+    assert [path for path, _ in folded.kept] == ["layers/1"]
 
 
 def test_nnx_twice():

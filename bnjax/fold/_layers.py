@@ -13,7 +13,10 @@ from bnjax.fold._graph import Pairs, Path, Program, Recorder
 from bnjax.fold._kernels import affine, fold_conv, fold_conv_transpose, fold_dense
 
 AFFINE = ("mean", "multiplier", "bias")  # the variables of what is not folded
-UNSEEN = "these inputs do not call it, or its class is not one that fold_model knows"
+UNSEEN = (
+    "no call of it was seen: these inputs do not call it, a jit has its trace already, "
+    "or its class is not one that fold_model knows"
+)
 
 _LINEAR = ("_Conv", "Conv", "ConvTranspose", "Dense", "Linear")
 _OWN = "dot_general dot_general_cls conv_general_dilated conv_general_dilated_cls"
@@ -26,22 +29,23 @@ _BATCH_STATISTICS = (
 # what it inherits, or calls with super(), is.
 
 
-def is_linear(method: Callable[..., Any]) -> bool:
+def is_linear(method: Any) -> bool:
     """Whether this is the call of a convolution or dense layer of Flax's."""
-    name, _, call = method.__qualname__.partition(".")
-    return _package(method) == "flax" and call == "__call__" and name in _LINEAR
+    package, name = _origin(method)
+    return package == "flax" and name in {f"{kind}.__call__" for kind in _LINEAR}
 
 
-def is_norm(method: Callable[..., Any], variables: Iterable[str]) -> bool:
+def is_norm(method: Any, variables: Iterable[str]) -> bool:
     """Whether this is the call of a BatchNorm that has just the usual variables."""
-    if method.__qualname__ != "BatchNorm.__call__":
-        return False
+    package, name = _origin(method)
     usual = {"mean", "var"} <= {*variables} <= {"mean", "var", "scale", "bias"}
-    return _package(method) in ("flax", "bnjax") and usual
+    return package in ("flax", "bnjax") and name == "BatchNorm.__call__" and usual
 
 
-def _package(method: Callable[..., Any]) -> str:
-    return (method.__module__ or "").partition(".")[0]  # None: of code that was pasted
+def _origin(method: Any) -> tuple[str, str]:
+    """The package that a method is defined in, and its name there."""
+    module = getattr(method, "__module__", None) or ""
+    return module.partition(".")[0], getattr(method, "__qualname__", "")
 
 
 class Reader(NamedTuple):
