@@ -38,7 +38,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from bnjax import _layers
+from bnjax import _trees
 from bnjax.moments import Moments
 
 __all__ = ["algorithm_2", "pooled"]
@@ -222,7 +222,7 @@ def _each(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _call(apply_fn: ApplyFn, variables: Any, batch: Any) -> dict[str, Moments]:
-    return _layers.moments_of(apply_fn(variables, batch), "apply_fn")
+    return _trees.moments_of(apply_fn(variables, batch), "apply_fn")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -231,7 +231,7 @@ def _scan(apply_fn: ApplyFn, variables: Any, batches: Any) -> dict[str, Moments]
 
     def one(_, batch):
         fresh = jax.tree.unflatten(structure, leaves)  # NNX's belong to one trace
-        return None, _layers.moments_of(apply_fn(fresh, batch), "apply_fn")
+        return None, _trees.moments_of(apply_fn(fresh, batch), "apply_fn")
 
     return lax.scan(one, None, batches)[1]
 
@@ -305,7 +305,7 @@ def _new(
         return found[path].mean, found[path].var
 
     stored = variables["batch_stats"]
-    return jax.tree.map(_placed, _layers.updated(stored, found, update, keep), stored)
+    return jax.tree.map(_placed, _trees.updated(stored, found, update, keep), stored)
 
 
 def _placed(value: jax.Array, stored: Any) -> jax.Array:

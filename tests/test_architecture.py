@@ -12,7 +12,7 @@ ROOT = pathlib.Path(bnjax.__file__).parent
 LEVELS = {
     0: ["_axes", "_backend", "_checks", "_dtypes", "_replicas"],
     1: ["moments"],
-    2: ["_layers", "normalize", "running"],
+    2: ["_trees", "normalize", "running"],
     3: [
         "_layer",
         "ghost",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _dtypes, _layers
+from bnjax import _dtypes, _trees
 from bnjax.moments import Moments, merge, merge_rows
 from bnjax.running import Rule, State
 
@@ -112,7 +112,7 @@ def accumulate(
         fresh = jax.tree.unflatten(structure, leaves)  # NNX's belong to one trace
         value, result = loss_fn({"params": params, **fresh}, batch)
         output = result[0] if isinstance(result, tuple) and len(result) == 2 else None
-        return value, (output, _layers.moments_of(result, "loss_fn"))
+        return value, (output, _trees.moments_of(result, "loss_fn"))
 
     def step(total, batch):
         (value, left), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
@@ -131,7 +131,7 @@ def accumulate(
     def update(path, mean, var):
         return rule.update(State(mean, var), found[path])
 
-    stats = _layers.updated(variables["batch_stats"], found, update, keep)
+    stats = _trees.updated(variables["batch_stats"], found, update, keep)
     return Accumulated(losses.mean(), grads, stats, output, found)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bnjax import _layers
+from bnjax import _trees
 
 
 def weight_decay_mask(params: Any, *, batch_stats: Any = None) -> Any:
@@ -29,14 +29,14 @@ def weight_decay_mask(params: Any, *, batch_stats: Any = None) -> Any:
     References: Goyal et al. 2017, section 5.1.
     """
     known = batch_stats is not None
-    layers = {_layers.layer_of(path) for path in _layers.flatten(batch_stats)[0]}
+    layers = {_trees.layer_of(path) for path in _trees.flatten(batch_stats)[0]}
 
     def decays(path: str, _: Any) -> bool:
         name = path.rpartition("/")[2]
-        normalizes = _layers.layer_of(path) in layers if known else name == "scale"
+        normalizes = _trees.layer_of(path) in layers if known else name == "scale"
         return not (normalizes or name == "bias")
 
-    return _layers.map_paths(decays, params)
+    return _trees.map_paths(decays, params)
 
 
 def freeze_mask(tree: Any, *patterns: str) -> Any:
@@ -79,5 +79,5 @@ def freeze_mask(tree: Any, *patterns: str) -> Any:
 
     References: Wu & Johnson 2021, section 4 (FrozenBN).
     """
-    frozen = _layers.matching(patterns, set(_layers.flatten(tree)[0]), "pattern")
-    return _layers.map_paths(lambda path, _: path in frozen, tree)
+    frozen = _trees.matching(patterns, set(_trees.flatten(tree)[0]), "pattern")
+    return _trees.map_paths(lambda path, _: path in frozen, tree)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from bnjax import _checks, _dtypes, _layers
+from bnjax import _checks, _dtypes, _trees
 from bnjax.moments import Moments, merge_replicas, merge_rows
 from bnjax.running import State, ema
 
@@ -90,7 +90,7 @@ def reset_batch_stats(batch_stats: Any) -> Any:
             raise ValueError(_checks.NO_STATISTICS.format(path=layer or name))
         return start(jnp.shape(value), jnp.asarray(value).dtype)._asdict()[name]
 
-    return _layers.map_paths(reset, batch_stats)
+    return _trees.map_paths(reset, batch_stats)
 
 
 def _is_layer(node: Any) -> bool:
