@@ -184,10 +184,9 @@ def test_batches_split_over_devices(estimate, kind):
     batches = split(data(48), (16, 24, 8))
     expected = jax.tree.map(np.asarray, estimate(collect, variables(), batches))
     replicated = NamedSharding(mesh, P())
-    with jax.set_mesh(mesh):
-        v = jax.device_put(variables(), replicated)
-        sharded = [jax.device_put(b, NamedSharding(mesh, P("data"))) for b in batches]
-        stats = estimate(collect, v, sharded)
+    v = jax.device_put(variables(), replicated)
+    sharded = [jax.device_put(b, NamedSharding(mesh, P("data"))) for b in batches]
+    stats = estimate(collect, v, sharded)
     assert_trees_close(stats, expected, tol=3e-6)
     assert all(s.sharding == replicated for s in jax.tree.leaves(stats))
 
@@ -234,7 +233,7 @@ def test_layers_below_scan():
 
     def model(*collections):
         axes = {"params": 0, "batch_stats": 0} | dict.fromkeys(collections, 0)
-        scan = nn.scan(Block, axes, split_rngs={"params": True}, length=3)
+        scan = nn.scan(Block, axes, split_rngs={"params": True}, length=2)
         return scan()
 
     x = data(12)
@@ -245,7 +244,7 @@ def test_layers_below_scan():
 
     stats = pooled(apply, v, [x])["BatchNorm_0"]
     hidden = oracle.wide(x)
-    for layer in range(3):
+    for layer in range(2):
         assert_close(stats["var"][layer], hidden.var(0), tol=3e-6)
         hidden = hidden + oracle.batch_norm(hidden, np.ones(3), np.zeros(3), (0,))
 
@@ -414,6 +413,16 @@ def test_what_cannot_be_estimated(estimate):
         ValueError, match=r"first: 3 of 3 feature\(s\) had fewer than tw"
     ):
         estimate(collect_masked, variables(), few)
+    mask = np.ones((4, 3), bool)
+    mask[1:, 2] = False
+    layer = bnjax.BatchNorm(use_running_average=False)
+    v = layer.init(jax.random.key(0), data(4))
+
+    def apply(v, x):
+        return layer.apply(v, x, mask=mask, mutable=BOTH)
+
+    with pytest.raises(ValueError, match=r"1 of 3 feature\(s\) had fewer than two"):
+        estimate(apply, v, [data(4)])
     with pytest.raises(
         ValueError, match=r"/first: the Moments of batch 1 .* hold a NaN"
     ):

@@ -64,7 +64,7 @@ class TrainState(train_state.TrainState):
         output, left = self.apply_fn(
             variables, *args, mutable=["batch_stats"], **kwargs
         )
-        return output, left.get("batch_stats", self.batch_stats)
+        return output, left["batch_stats"]
 
     def apply_gradients(
         self,
