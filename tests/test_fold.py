@@ -734,9 +734,10 @@ def fold_nnx(model, shape=X, tol=1e-5):
     return folded, str(jax.make_jaxpr(folded.apply)(folded.params, x))
 
 
+@pytest.mark.parametrize("norm", [nnx.BatchNorm, bnjax.nnx.BatchNorm])
 @pytest.mark.parametrize("use_bias", [False, True])
-def test_nnx(use_bias):
-    folded, text = fold_nnx(trained(Model(nnx.Rngs(0), use_bias=use_bias)))
+def test_nnx(use_bias, norm):
+    folded, text = fold_nnx(trained(Model(nnx.Rngs(0), use_bias=use_bias, norm=norm)))
     assert sorted(folded.folded) == [
         ("dense", "norm2"),
         ("layers/0", "layers/1"),
