@@ -15,7 +15,10 @@ the batch, and returns the Moments that its layers leave in `batch_moments`; for
             variables, batch, train=True, mutable=["batch_stats", "batch_moments"]
         )
 
-and for NNX, where `graphdef, stats, rest = nnx.split(model, nnx.BatchStat, ...)`:
+and for NNX:
+
+    recording = nnx.view(model, record_moments=True)
+    graphdef, stats, rest = nnx.split(recording, nnx.BatchStat, ...)
 
     def apply_fn(variables, batch):
         model = nnx.merge(graphdef, variables["batch_stats"], variables["rest"])

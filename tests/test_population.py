@@ -249,24 +249,10 @@ def test_layers_below_scan():
         hidden = hidden + oracle.batch_norm(hidden, np.ones(3), np.zeros(3), (0,))
 
 
-class BatchMoments(nnx.Variable):
-    """What a layer of NNX leaves, beside its mean and its var."""
-
-
-class NnxNorm(nnx.Module):
-    def __init__(self):
-        self.mean, self.var = nnx.BatchStat(jnp.zeros(3)), nnx.BatchStat(jnp.ones(3))
-        self.moments = BatchMoments(bnjax.Moments.empty((3,)))
-
-    def __call__(self, x):
-        y, batch = bnjax.batch_norm(x)
-        self.moments.set_value(bnjax.merge(self.moments.get_value(), batch))
-        return y
-
-
 class NnxNet(nnx.Module):
     def __init__(self):
-        self.norms = nnx.List([NnxNorm(), NnxNorm()])
+        norm = functools.partial(bnjax.nnx.BatchNorm, 3, rngs=nnx.Rngs(0))
+        self.norms = nnx.List([norm(), norm()])
 
     def __call__(self, x):
         return self.norms[1](jnp.tanh(self.norms[0](x)))
@@ -275,12 +261,13 @@ class NnxNet(nnx.Module):
 @both
 def test_models_of_nnx(estimate, exact):
     model = NnxNet()
-    graphdef, stats, rest = nnx.split(model, nnx.BatchStat, ...)
+    recording = nnx.view(model, record_moments=True)
+    graphdef, stats, rest = nnx.split(recording, nnx.BatchStat, ...)
 
     def apply(variables, batch):
         model = nnx.merge(graphdef, variables["batch_stats"], variables["rest"])
         model(batch)
-        return nnx.state(model, BatchMoments)
+        return nnx.state(model, bnjax.nnx.BatchMoments)
 
     batches = data(30).reshape(5, 6, 3)
     states = {"batch_stats": stats, "rest": rest}

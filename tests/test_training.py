@@ -380,25 +380,17 @@ def test_accumulation_at_a_large_mean():
 def test_accumulation_with_a_model_of_nnx():
     """Which holds what it leaves in Variables, that belong to one trace."""
 
-    class Norm(nnx.Module):
-        def __init__(self):
-            self.mean, self.var = (
-                nnx.BatchStat(v) for v in (jnp.zeros(3), jnp.ones(3))
-            )
-            self.scale = nnx.Param(jnp.arange(1.0, 4.0))
-            self.moments = nnx.Cache(bnjax.Moments.empty((3,)))
-
-        def __call__(self, x):
-            y, batch = bnjax.batch_norm(x, self.scale[...])
-            self.moments.set_value(bnjax.merge(self.moments.get_value(), batch))
-            return y
-
-    parts = nnx.split(Norm(), nnx.Param, nnx.BatchStat, nnx.Cache)
+    model = bnjax.nnx.BatchNorm(
+        3, scale_init=lambda *_: jnp.arange(1.0, 4.0), rngs=nnx.Rngs(0)
+    )
+    parts = nnx.split(
+        nnx.view(model, record_moments=True), nnx.Param, nnx.BatchStat, ...
+    )
     graphdef, states = parts[0], dict(zip(("params", "batch_stats", "rest"), parts[1:]))
 
     def loss_fn(variables, x):
         model = nnx.merge(graphdef, *(variables[name] for name in states))
-        return jnp.tanh(model(x)).mean(), nnx.state(model, nnx.Cache)
+        return jnp.tanh(model(x)).mean(), nnx.state(model, bnjax.nnx.BatchMoments)
 
     x = stacked()["x"]
     found = accumulate(loss_fn, states, x, rule=ema(0.9))
