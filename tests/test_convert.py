@@ -1,5 +1,6 @@
 """Conversion against the real packages: outputs, a further step, and bad input."""
 
+import functools
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -132,6 +133,30 @@ def test_outputs_of_a_trained_net(nets, converted):
         expected = net(to_nchw(x)).numpy()
     net.train()
     assert_close(jax.jit(FlaxNet().apply)(converted, x), expected, tol=1e-4)
+
+
+def test_folded_and_exported(nets, converted):
+    """All the way to a program without batch normalization, for any batch size."""
+    net = nets[0].eval()
+    x, _ = images(12, n=7)
+    with torch.no_grad():
+        expected = net(to_nchw(x)).numpy()
+    net.train()
+    folded = bnjax.fold.fold_model(FlaxNet(), converted, x)
+    assert sorted(folded.folded) == [
+        ("ConvTranspose_0", "BatchNorm_2"),
+        ("Conv_0", "BatchNorm_0"),
+        ("Conv_1", "BatchNorm_1"),
+        ("Dense_0", "BatchNorm_3"),
+    ]
+    assert folded.kept == ()
+    (n,) = jax.export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+    predict = jax.jit(functools.partial(folded.apply, folded.params))
+    program = jax.export.export(predict, platforms=["cpu", "cuda", "tpu"])(shape)
+    assert "rsqrt" not in program.mlir_module()
+    loaded = jax.export.deserialize(program.serialize())
+    assert_close(loaded.call(x), expected, tol=1e-4)
 
 
 def test_a_further_step(nets, converted):
