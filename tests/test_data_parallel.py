@@ -310,6 +310,7 @@ def restart(run, out: Path, **settings: object) -> str:
     return run.output(start)
 
 
+@pytest.mark.slow
 def test_launcher_restarts(run, tmp_path):
     text = restart(run, tmp_path / "out", local_processes=2)
     assert "process 1 of 2 was ended by SIGKILL" in text
