@@ -2,6 +2,7 @@
 
     python tests/flax_suite.py            # fetches the sources of the installed Flax
     python tests/flax_suite.py FOLDER     # an unpacked source distribution of Flax
+    python tests/flax_suite.py -k norm    # options of pytest
 
 Runs every test file that names `BatchNorm`. Flax turns warnings into errors and trains
 with one value per feature, so BatchNormWarning is ignored. Both layers are replaced
@@ -68,10 +69,11 @@ def run(flax: pathlib.Path, *arguments: str) -> int:
 
 
 def main() -> int:
-    if len(sys.argv) > 1:
-        return run(pathlib.Path(sys.argv[1]), *sys.argv[2:])
+    arguments = sys.argv[1:]
+    if arguments and pathlib.Path(arguments[0]).is_dir():
+        return run(pathlib.Path(arguments[0]), *arguments[1:])
     with tempfile.TemporaryDirectory() as folder:
-        return run(fetch(pathlib.Path(folder)))
+        return run(fetch(pathlib.Path(folder)), *arguments)
 
 
 if __name__ == "__main__":
