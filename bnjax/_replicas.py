@@ -40,6 +40,13 @@ def several(x: jax.Array) -> bool:
     return bool(varying(x)) or jax.typeof(x).sharding.mesh.size > 1
 
 
+def split_by_jit(x: jax.Array) -> bool:
+    """Whether jit may have split `x`, so that each sum of it is communicated."""
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_types, mesh.axis_sizes)
+    return any(kind != AxisType.Manual and size > 1 for kind, size in kinds)
+
+
 def axis_size(axis_name: AxisName) -> int:
     """How many replicas the named axis, or tuple of axes, has."""
     return math.prod(lax.axis_size(name) for name in _names(axis_name))

@@ -58,6 +58,8 @@ def one_pass(
         return jax.vmap(shifted, axes, axis_size=size)(*args), (True, True, True)
 
     choose = _backend.on_cpu(how.implementation, guarded, shifted)
+    if _replicas.split_by_jit(x):  # the guard's sums would be communicated one by one
+        choose = shifted
     mean, m2, rest = choose(x, mask, count)
     return Moments(count, mean, m2), rest
 
