@@ -44,6 +44,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.bench import bars, rivals
+from experiments.bench.charts import last_run
 from experiments.bench.installed import DISTRIBUTIONS, missing, versions
 from experiments.bench.right import check
 from experiments.bench.timing import MALLOC, copying, interleaved, keep_memory
@@ -88,8 +89,7 @@ def main(config: Config) -> None:
     path = config.picture or Path(f"experiments/figures/{name}.png")
     if not config.plot_only:
         run(config, output)
-    records = results.read(output)
-    start, *records = [r for r in records if r["run"] == records[-1]["run"]]
+    start, *records = last_run(output)
     console = Console(width=130)
     console.print(table(records))
     for name, reason in start["left_out"].items():
