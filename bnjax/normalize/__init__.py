@@ -26,6 +26,7 @@ from jax.typing import ArrayLike, DTypeLike
 from bnjax import _checks
 from bnjax.moments import Moments
 from bnjax.normalize._affine import describe, per_feature
+from bnjax.normalize._groups import Rows, batch_axis, by_group
 from bnjax.normalize._remat import keep_moments, remat_policy
 from bnjax.normalize._transform import (
     Activation,
@@ -43,8 +44,11 @@ __all__ = [
     "Inputs",
     "Options",
     "Plan",
+    "Rows",
+    "batch_axis",
     "batch_norm",
     "by_given",
+    "by_group",
     "keep_moments",
     "normalize",
     "remat_policy",

@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     affine: Affine
 
 
-Transform = Callable[..., tuple[jax.Array, Moments]]
+Transform = Callable[..., tuple[jax.Array, Any]]
 
 
 def train(
@@ -71,7 +71,7 @@ def train(
     options: Options,
     *extra: Any,
     leading: tuple[int, ...] = (),
-) -> tuple[jax.Array, Moments]:
+) -> tuple[jax.Array, Any]:
     """activation(transform(x) + residual), and the Moments; all arguments checked.
 
     Args:
@@ -115,8 +115,10 @@ def train(
         y, batch = _compiled(transform, inputs, Plan(over, how), *extra)
         return finish(y, residual, activation, how), batch
 
-    y, batch = run(Inputs(x, *vectors, epsilon, mask), residual, *extra)
-    return y, Moments(*map(jnp.asarray, batch))  # a constant count is no array yet
+    mean, var, scale, bias = vectors
+    inputs = Inputs(x, mean, var, scale, bias, epsilon, mask)
+    y, batch = run(inputs, residual, *extra)
+    return y, jax.tree.map(jnp.asarray, batch)  # a constant count is no array yet
 
 
 def usable(batch: Moments, given: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
