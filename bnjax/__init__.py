@@ -1,6 +1,18 @@
 """Batch normalization for JAX, done properly."""
 
-from bnjax import convert, diagnostics, fold, linen, nnx, population, running, training
+from bnjax import (
+    convert,
+    diagnostics,
+    fold,
+    ghost,
+    linen,
+    nnx,
+    population,
+    renorm,
+    running,
+    split,
+    training,
+)
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
@@ -17,6 +29,7 @@ __all__ = [
     "convert",
     "diagnostics",
     "fold",
+    "ghost",
     "linen",
     "merge",
     "moments",
@@ -24,6 +37,8 @@ __all__ = [
     "normalize",
     "population",
     "remat_policy",
+    "renorm",
     "running",
+    "split",
     "training",
 ]

@@ -17,7 +17,13 @@ from jax.typing import ArrayLike
 from bnjax import _checks, _dtypes
 from bnjax.moments._merge import merge_replicas, merge_rows
 from bnjax.moments._one_pass import Reduction, valid
-from bnjax.moments._statistics import NAME, reduction, statistics
+from bnjax.moments._statistics import (
+    NAME,
+    exact_statistics,
+    merged_statistics,
+    reduction,
+    statistics,
+)
 from bnjax.moments._value import Moments, beside, merge
 
 __all__ = [
@@ -25,9 +31,11 @@ __all__ = [
     "Moments",
     "Reduction",
     "beside",
+    "exact_statistics",
     "merge",
     "merge_replicas",
     "merge_rows",
+    "merged_statistics",
     "moments",
     "reduction",
     "statistics",
