@@ -37,7 +37,7 @@ from experiments.common.cells import (
 from experiments.common.idx import DataError
 from experiments.common.norms import METHODS, UNSPLIT, Method
 
-SMOKE = ("batch_norm", "group_norm")
+SMOKE = ("batch_norm", "renorm")
 RATES = (0.03, 0.1, 0.3, 1.0)  # tried by --tune
 NAMES = {"digits": "Digits", "cifar10": "CIFAR-10"}
 COLUMNS = (

@@ -371,7 +371,8 @@ def test_small_batches_smoke_shows_the_claim(small_batches):
     assert set(error) == {
         ("batch_norm", "mixed"),
         ("batch_norm", "by class"),
-        ("group_norm", "mixed"),
+        ("renorm", "mixed"),
+        ("renorm", "by class"),
     }
     assert error["batch_norm", "by class"] > error["batch_norm", "mixed"] + 0.2
     assert set(found[0]["errors"]) == {"running", "pooled", "pooled_groups", "batch"}
@@ -495,5 +496,6 @@ def test_every_normalization_can_be_trained(images, method):
     variables = jax.eval_shape(functools.partial(net.train, 0, images, batch))
     assert variables["params"]["Conv_1"]["kernel"].shape == (3, 3, 4, 8)
     kinds = {"group_norm": "GroupNorm_1", "layer_norm": "GroupNorm_1"}
+    kinds |= {"ghost": "GhostBatchNorm_1", "renorm": "BatchRenorm_1"}
     layer = variables["params"][kinds.get(method, "BatchNorm_1")]
     assert layer["scale"].shape == (8,)

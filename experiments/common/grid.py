@@ -34,6 +34,7 @@ class Row(NamedTuple):
 
 
 ORANGE, AMBER, PINK, BLUE = "#d55e00", "#e69f00", "#cc79a7", "#0072b2"
+GREEN, SKY = "#009e73", "#56b4e9"
 RUNNING = {"color": ORANGE, "lw": 2.2}
 POOLED = {"color": ORANGE, "ls": "--"}
 AS_TRAINED = {"color": ORANGE, "ls": ":"}
@@ -44,7 +45,9 @@ ROWS = (
     Row("BN, pooled, groups of 128", "batch_norm", "pooled", POOLED),
     Row("BN, pooled, as trained", "batch_norm", "pooled_groups", AS_TRAINED),
     Row("BN, by the test group", "batch_norm", "batch", {"color": AMBER}),
+    Row("ghost BN", "ghost", "running", {"color": SKY}),
     Row("BN, frozen at the end", "frozen", "running", {"color": PINK}),
+    Row("batch renorm", "renorm", "running", {"color": GREEN}),
     Row("cross-replica BN", "cross_replica", "running", REPLICAS),
     Row("group norm", "group_norm", "running", GROUP),
     Row("layer norm", "layer_norm", "running", LAYER),

@@ -7,16 +7,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike
 
 import bnjax
 
 AXIS = "devices"
-Method = Literal["batch_norm", "frozen", "cross_replica", "group_norm", "layer_norm"]
+Method = Literal[
+    "batch_norm",
+    "ghost",
+    "frozen",
+    "renorm",
+    "cross_replica",
+    "group_norm",
+    "layer_norm",
+]
 METHODS: tuple[Method, ...] = get_args(Method)
 UNSPLIT: tuple[Method, ...] = ("group_norm", "layer_norm")
 """Methods to which it is nothing how a batch is split."""
-ONE_CALL = UNSPLIT
+ONE_CALL: tuple[Method, ...] = ("ghost", *UNSPLIT)
 """Methods that are called on a whole batch, not on each of its groups."""
 
 Norm = Callable[[jax.Array, bool, ArrayLike], jax.Array]
@@ -35,6 +44,21 @@ def make_norm(name: Method, size: int, steps: int, momentum: float) -> Norm:
     def batch_norm(x: jax.Array, train: bool, step: ArrayLike) -> jax.Array:
         return bnjax.BatchNorm(not train, momentum=momentum)(x)
 
+    def ghost(x: jax.Array, train: bool, step: ArrayLike) -> jax.Array:
+        return bnjax.linen.GhostBatchNorm(
+            not train, momentum=momentum, virtual_batch_size=size
+        )(x)
+
+    def renorm(x: jax.Array, train: bool, step: ArrayLike) -> jax.Array:
+        # As in the paper, of whose 130,000 steps the first 5,000 are plain.
+        plain, r_steps, d_steps = (k * steps // 130 for k in (5, 35, 20))
+        return bnjax.linen.BatchRenorm(
+            not train,
+            momentum=momentum,
+            r_max=optax.linear_schedule(1.0, 3.0, max(r_steps, 1), plain),
+            d_max=optax.linear_schedule(0.0, 5.0, max(d_steps, 1), plain),
+        )(x, step=step)
+
     def cross_replica(x: jax.Array, train: bool, step: ArrayLike) -> jax.Array:
         return bnjax.BatchNorm(not train, momentum=momentum, axis_name=AXIS)(x)
 
@@ -47,7 +71,9 @@ def make_norm(name: Method, size: int, steps: int, momentum: float) -> Norm:
 
     return {
         "batch_norm": batch_norm,
+        "ghost": ghost,
         "frozen": batch_norm,
+        "renorm": renorm,
         "cross_replica": cross_replica,
         "group_norm": group_norm,
         "layer_norm": layer_norm,
