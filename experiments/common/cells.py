@@ -57,7 +57,7 @@ TASKS = {
         center=120.0,
         spread=64.0,
         steps=1_000,
-        rates={"batch_norm": 0.1, "group_norm": 0.1, "layer_norm": 0.1},
+        rates={"batch_norm": 0.1, "group_norm": 0.1, "layer_norm": 0.3},
     ),
 }
 
