@@ -105,8 +105,9 @@ def main(config: Config) -> int:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     for order in grid.ORDERS:
-        title = f"Test error (%), {grid.ORDERS[order]}, by their size"
-        console.print(title, grid.table(found[order], config.sizes))
+        console.print(f"Test error (%), {grid.ORDERS[order]}, by their size")
+        table = grid.table(found[order], config.sizes)
+        console.print(table, width=120, crop=False)  # so that it can be copied whole
     picture = config.out / f"small_batch_{config.data}.png"
     grid.draw(found, config.sizes, caption(config), picture)
     console.print(f"{path}\n{picture}", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullLocator
 from rich import box
 from rich.table import Table
 
@@ -22,6 +22,7 @@ ORDERS: dict[Order, str] = {
     "by class": "groups of one class, or few (not iid)",
 }
 INCHES, DPI = (9.4, 4.4), 180
+TICKS = 1, 2, 3, 5, 10, 20, 30, 50, 100  # percent
 
 
 class Row(NamedTuple):
@@ -56,7 +57,8 @@ ROWS = (
 
 def table(rows: dict[str, np.ndarray], sizes: Sequence[int]) -> Table:
     """Errors in percent, mean and standard deviation (n - 1) over the seeds."""
-    found = Table("method", box=box.MARKDOWN)
+    found = Table(box=box.MARKDOWN)
+    found.add_column("method", no_wrap=True)
     for size in sizes:
         found.add_column(f"{size}", justify="right", no_wrap=True)
     for name, errors in rows.items():
@@ -80,6 +82,8 @@ def draw(curves: Curves, sizes: Sequence[int], title: str, path: Path) -> None:
     for axes, (order, description) in zip(panels, ORDERS.items(), strict=True):
         axes.set_title(description, fontsize=9)
         _panel(axes, curves[order], sizes)
+    drawn = [100 * e for order in ORDERS for e in curves[order].values()]
+    panels[0].set_ylim(0.9 * np.nanmin(drawn), 1.1 * np.nanmax(drawn))
     panels[0].set_ylabel("test error (%)", fontsize=9)
     figure.legend(
         *panels[0].get_legend_handles_labels(),
@@ -95,12 +99,13 @@ def _panel(axes: Axes, rows: dict[str, np.ndarray], sizes: Sequence[int]) -> Non
     for row in ROWS:
         if row.name in rows:
             errors = 100 * rows[row.name]
-            style = {"lw": 1.4, "ms": 4, **row.style}
+            style = {"lw": 1.4, "marker": "o", "ms": 3, **row.style}
             axes.plot(sizes, errors.mean(0), label=row.name, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, map(str, sizes))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.set_yticks(TICKS, map(str, TICKS))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("images per normalized group, of 128 per step", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
