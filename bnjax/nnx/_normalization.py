@@ -23,7 +23,8 @@ class BatchMoments(nnx.Variable):
     `moments`, while the layer's `record_moments` is true. Linen's collection of the
     same meaning is `batch_moments`.
 
-    >>> layer = BatchNorm(6, rngs=nnx.Rngs(0))
+    >>> import bnjax
+    >>> layer = bnjax.nnx.BatchNorm(6, rngs=nnx.Rngs(0))
     >>> recording = nnx.view(layer, record_moments=True)
     >>> y = recording(jax.random.normal(jax.random.key(0), (5, 6)))
     >>> moments = nnx.pop(recording, BatchMoments)["moments"].get_value()
