@@ -1,6 +1,16 @@
 """Batch normalization for JAX, done properly."""
 
-from bnjax import convert, diagnostics, fold, linen, nnx, population, running, training
+from bnjax import (
+    convert,
+    diagnostics,
+    fold,
+    linen,
+    nnx,
+    population,
+    running,
+    training,
+    whiten,
+)
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
@@ -26,4 +36,5 @@ __all__ = [
     "remat_policy",
     "running",
     "training",
+    "whiten",
 ]

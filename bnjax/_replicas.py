@@ -95,10 +95,10 @@ def _parts(names: AxisName | None, size_of) -> int:
     return math.prod(size_of[name] for name in _names(names or ()))
 
 
-def packed_sum(values, axis_name: AxisName):
+def packed_sum(values, axis_name: AxisName | None, groups: Groups | None = None):
     """The sums of several arrays over the replicas, in one collective."""
     vector, unpack = pack(values)
-    return unpack(all_sum(vector, axis_name))
+    return unpack(all_sum(vector, axis_name, groups))
 
 
 def pack(values):

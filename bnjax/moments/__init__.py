@@ -17,18 +17,21 @@ from jax.typing import ArrayLike
 from bnjax import _checks, _dtypes
 from bnjax.moments._merge import merge_replicas, merge_rows
 from bnjax.moments._one_pass import Reduction, valid
-from bnjax.moments._statistics import NAME, reduction, statistics
-from bnjax.moments._value import Moments, beside, merge
+from bnjax.moments._statistics import NAME, named, reduction, statistics
+from bnjax.moments._value import Moments, beside, coarse, mean_of, merge
 
 __all__ = [
     "NAME",
     "Moments",
     "Reduction",
     "beside",
+    "coarse",
+    "mean_of",
     "merge",
     "merge_replicas",
     "merge_rows",
     "moments",
+    "named",
     "reduction",
     "statistics",
     "valid",

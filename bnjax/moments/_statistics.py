@@ -46,7 +46,7 @@ def statistics(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
 def _(how, primals, tangents):
     (x, mask), (dx, _) = primals, tangents
     # Named here, and not inside `statistics`: a policy does not look into its call.
-    result = Moments._make(map(_named, statistics(x, mask, how)))
+    result = Moments._make(map(named, statistics(x, mask, how)))
     deviation = valid(centred(*reread(x, result.mean, how), how), mask)
     dx = valid(dx, mask)
     sums = dx.sum(how.axes), (jnp.conj(deviation) * dx).sum(how.axes)
@@ -56,8 +56,8 @@ def _(how, primals, tangents):
     return result, Moments(jnp.zeros_like(result.count), dmean, 2 * sums[1].real)
 
 
-def _named(value: jax.Array) -> jax.Array:
+def named(value: jax.Array) -> jax.Array:
     """`value`, under the name that the checkpoint policy keeps."""
     if jnp.iscomplexobj(value):  # jax.checkpoint keeps no complex value
-        return lax.complex(_named(value.real), _named(value.imag))
+        return lax.complex(named(value.real), named(value.imag))
     return checkpoint_name(value, NAME)

@@ -31,7 +31,18 @@ from bnjax.moments import Moments, Reduction, reduction, statistics, valid
 from bnjax.normalize._affine import Affine, affine, describe, per_feature
 from bnjax.normalize._remat import keep_moments, remat_policy
 
-__all__ = ["batch_norm", "normalize", "remat_policy"]
+__all__ = [
+    "Activation",
+    "Affine",
+    "batch_norm",
+    "describe",
+    "finish",
+    "keep_moments",
+    "normalize",
+    "per_feature",
+    "remat_policy",
+    "smallest_count",
+]
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -99,7 +110,7 @@ def normalize(
     @keep_moments
     def transform(x, vectors, epsilon, residual):
         y = _by_given(x, vectors, epsilon, how)
-        return _finish(y, residual, activation, how)
+        return finish(y, residual, activation, how)
 
     return transform(x, vectors, epsilon, residual)
 
@@ -186,18 +197,18 @@ def batch_norm(
     residual = _checks.residual(residual, x.shape, how.compute)
     values = math.prod(x.shape[a] for a in over.axes)
     if mask is None:
-        _checks.warn_single_value(_smallest_count(values, over), x.shape, axis)
+        _checks.warn_single_value(smallest_count(values, over), x.shape, axis)
 
     @keep_moments
     def transform(x, vectors, epsilon, mask, residual):
         y, batch = _by_batch(x, vectors, epsilon, mask, over, how)
-        return _finish(y, residual, activation, how), batch
+        return finish(y, residual, activation, how), batch
 
     y, batch = transform(x, vectors, epsilon, mask, residual)
     return y, Moments(*map(jnp.asarray, batch))  # a constant count is no array yet
 
 
-def _smallest_count(values, over: Reduction):
+def smallest_count(values, over: Reduction):
     """The number of values per feature in the smallest group of replicas."""
     if over.axis_name is None:
         return values
@@ -230,7 +241,8 @@ def _by_batch(x, vectors, epsilon, mask, over: Reduction, how: Affine):
     return _by_given(x, (mean, var, *vectors[2:]), epsilon, how), batch
 
 
-def _finish(y, residual, activation, how: Affine):
+def finish(y, residual, activation, how: Affine):
+    """activation(y + residual), in the dtype of the output."""
     shape = y.shape
     if residual is not None:
         y = y + residual.astype(y.dtype)
