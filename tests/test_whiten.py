@@ -1,4 +1,4 @@
-"""Whitening: its statistics, roots, transform and derivatives; and scaling of inputs."""
+"""Whitening: its statistics, roots, transform, derivatives; the scaling of inputs."""
 
 import functools
 import re
@@ -240,7 +240,10 @@ def test_covariance_becomes_the_identity(method):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, 9, 8)) @ (np.eye(8) + 0.2 * rng.normal(size=(8, 8)))
     x = (x + np.arange(8)).astype(np.float32)
-    for f in (whiten.decorrelate, jax.jit(whiten.decorrelate, static_argnames="method")):
+    for f in (
+        whiten.decorrelate,
+        jax.jit(whiten.decorrelate, static_argnames="method"),
+    ):
         y, _ = f(x, epsilon=0.0, method=method)
         count, mean, m2 = oracle.co_moments(y, -1, 8)
         assert_close(jnp.asarray(m2[0] / count), np.eye(8), tol=2e-5)
@@ -271,7 +274,7 @@ def test_groups_of_one_are_batch_normalization(method, masked):
             x, scale, bias
         )
 
-    (value, y), grads = run(whiten.decorrelate, group_size=1, method=method)
+    (_, y), grads = run(whiten.decorrelate, group_size=1, method=method)
     (_, y_), grads_ = run(bnjax.batch_norm)
     assert_close(y, y_, tol=3e-6)
     assert_trees_close(grads, jax.tree.map(np.asarray, grads_), tol=1e-5)
@@ -401,7 +404,7 @@ def test_fewer_positions_than_features(method):
     mask = np.array([[True]] * 4 + [[False]])
 
     def loss(x, mask, epsilon):
-        y, batch = whiten.decorrelate(
+        y, _ = whiten.decorrelate(
             x, scale, bias, mask=mask, epsilon=epsilon, method=method
         )
         return jnp.sum(jnp.sin(y) * dy), y
@@ -491,6 +494,107 @@ def test_no_retrace():
         for epsilon in (1e-5, 1e-3):
             f(x + epsilon, scale, bias, epsilon, mask_of(), method)
     assert traced == METHODS
+
+
+# Errors
+
+X, V6 = np.ones(SHAPE, np.float32), np.ones(6, np.float32)
+C = np.stack([np.eye(3, dtype=np.float32)] * 2)
+
+
+def given(mean=V6, covariance=C, **options):
+    return lambda: whiten.whiten_by(X, mean, covariance, **options)
+
+
+def batch(x=X, **options):
+    return lambda: whiten.decorrelate(x, **options)
+
+
+ERRORS = {
+    "integers": (batch(X.astype(int)), TypeError, "x has dtype int.*floating"),
+    "complex": (batch(X + 1j), TypeError, "x has dtype complex.*real.*x.imag"),
+    "complex moments": (lambda: whiten.co_moments(X * 1j), TypeError, "x has dtype"),
+    "complex scale": (batch(scale=V6 * 1j), TypeError, "output would have dtype"),
+    "complex mean": (given(mean=V6 * 1j), TypeError, "mean has dtype complex"),
+    "several axes": (
+        batch(axis=(1, 3)),
+        ValueError,
+        r"axis=\(1, 3\) names 2 axes: expected one feature axis.*Reshape",
+    ),
+    "axis out of range": (batch(axis=4), ValueError, "axis=4 is out of range"),
+    "group size": (
+        batch(group_size=4),
+        ValueError,
+        r"group_size=4 does not divide the 6 features.*\(5, 4, 7, 6\).*Write gr",
+    ),
+    "group size of zero": (batch(group_size=0), ValueError, "group_size=0 does not"),
+    "mask by feature": (
+        batch(mask=np.ones((7, 6), bool)),
+        ValueError,
+        r"mask has shape \(7, 6\), which varies along the feature axis 3.*"
+        r"Write mask.all\(axis=3, keepdims=True\)",
+    ),
+    "mask of another shape": (batch(mask=np.ones(5)), ValueError, "mask has shape"),
+    "method": (
+        batch(method="zca"),
+        ValueError,
+        r"method='zca' is unknown: expected one of \['eigh'.*Write method='eigh'",
+    ),
+    "iterations": (batch(iterations=0), ValueError, "iterations=0.*at least one"),
+    "epsilon": (batch(epsilon=-1.0), ValueError, "epsilon=-1.0 is added"),
+    "epsilon given": (given(epsilon=-1.0), ValueError, "epsilon=-1.0 is added"),
+    "scale": (batch(scale=V6[:4]), ValueError, r"scale has shape \(4,\)"),
+    "residual": (batch(residual=X[0]), ValueError, "residual has shape"),
+    "activation": (batch(activation=3), TypeError, "activation=3 is not callable"),
+    "dtype": (batch(dtype=int), ValueError, "dtype=int"),
+    "axis name": (batch(axis_name="i"), ValueError, "axis_name='i' is not bound"),
+    "groups": (batch(axis_index_groups=[[0]]), ValueError, "without axis_name"),
+    "fallback": (
+        batch(fallback=(V6, C)),
+        ValueError,
+        r"covariance has shape \(2, 3, 3\): expected \(1, 6, 6\).*Write group_size",
+    ),
+    "mean": (given(mean=V6[:3]), ValueError, r"mean has shape \(3,\)"),
+    "covariance": (
+        given(covariance=C[0]),
+        ValueError,
+        r"covariance has shape \(3, 3\).*Write covariance\[None\]",
+    ),
+    "groups of covariance": (
+        given(covariance=C[:1]),
+        ValueError,
+        r"covariance has shape \(1, 3, 3\): expected \(2, 3, 3\)",
+    ),
+    "no squares": (
+        lambda: whiten.inverse_sqrt(X),
+        ValueError,
+        r"covariance has shape \(5, 4, 7, 6\): expected square.*jnp.diag",
+    ),
+    "range": (
+        lambda: whiten.min_max_scale(low=1.0, high=1.0),
+        ValueError,
+        "low=1.0 and high=1.0.*low < high",
+    ),
+    "epsilon of inputs": (
+        lambda: whiten.zca_whiten(epsilon=-1.0),
+        ValueError,
+        "epsilon=-1.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    run, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=f"(?s){message}"):
+        run()
+
+
+def test_one_position_warns():
+    x = np.arange(6, dtype=np.float32)[None]
+    with pytest.warns(bnjax.BatchNormWarning, match="one value per feature"):
+        y, _ = whiten.decorrelate(x, group_size=2)
+    assert (np.asarray(y) == 0).all()
 
 
 # Scaling of inputs

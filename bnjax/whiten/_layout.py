@@ -56,6 +56,8 @@ def real(name: str, x: ArrayLike) -> jax.Array:
 
 def mask(value: ArrayLike | None, x: jax.Array, axis: int) -> jax.Array | None:
     """The mask in the rank of `x`; it says which positions count, for all features."""
+    if value is None:
+        return None
     checked = _checks.mask(value, x.shape)
     if checked is not None and checked.shape[axis] != 1:
         raise ValueError(

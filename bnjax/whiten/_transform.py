@@ -63,7 +63,9 @@ def by_given(x, given, epsilon, how: Whitening):
     matrices = root(covariance, epsilon, how.method, how.iterations)
     matrices = scale.reshape(*groups, 1) * matrices
     centre = lax.stop_gradient(mean)
-    moved = _layout.whitened(matrices, mean - centre, Layout(0, *groups)).reshape(groups)
+    moved = _layout.whitened(matrices, mean - centre, Layout(0, *groups)).reshape(
+        groups
+    )
     centre, matrices, offset = _cast(x, centre, matrices, bias.reshape(groups) - moved)
     x = x.astype(how.affine.compute)
     centre, offset = (
