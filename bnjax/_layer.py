@@ -1,15 +1,96 @@
-"""One call of a layer, whichever framework keeps its variables; all pure."""
+"""One call of a layer, whichever framework keeps its variables; all pure.
 
-from collections.abc import Mapping
-from typing import Any
+A layer is a `Family` of pure functions, one family for each paper.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _dtypes, running
+from bnjax.ghost import Remainder, ghost_batch_norm
 from bnjax.moments import Moments, moments
 from bnjax.normalize import batch_norm, normalize
+from bnjax.renorm import Limit, at_step, batch_renorm
+from bnjax.split import split_batch_norm, split_moments, split_normalize
+
+
+def _batch_norm(x: jax.Array, stored: running.State, **options: Any):
+    return batch_norm(x, fallback=stored, **options)
+
+
+class Family(NamedTuple):
+    """What tells a layer from the others: pure functions.
+
+    Attributes:
+        train: (x, stored, **options of batch_norm) -> (y, Moments).
+        infer: (x, mean, var, **options of normalize) -> y.
+        measure: (x, **options of moments) -> Moments.
+        start: (x, **options of batch_norm) -> (y, Moments): the output of `init`, where
+            the batch may be a mere example of its shape.
+        leading: the axes of the statistics before those of the features.
+    """
+
+    train: Callable[..., tuple[jax.Array, Moments]] = _batch_norm
+    infer: Callable[..., jax.Array] = normalize
+    measure: Callable[..., Moments] = moments
+    start: Callable[..., tuple[jax.Array, Moments]] = batch_norm
+    leading: tuple[int, ...] = ()
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Moments:
+        """The Moments of nothing, with a count for each of the leading axes."""
+        nothing = Moments.empty(shape, dtype)
+        return nothing._replace(count=jnp.zeros(self.leading, nothing.count.dtype))
+
+
+def ghost(virtual_batch_size: int, remainder: Remainder) -> Family:
+    """The family of `GhostBatchNorm`."""
+
+    def train(x, stored, **options):
+        return ghost_batch_norm(
+            x,
+            virtual_batch_size=virtual_batch_size,
+            remainder=remainder,
+            fallback=stored,
+            **options,
+        )
+
+    return Family(train)
+
+
+def renorm(r_max: Limit, d_max: Limit, step: ArrayLike | None) -> Family:
+    """The family of `BatchRenorm`."""
+
+    def train(x, stored, **options):
+        limits = {"r_max": at_step("r_max", r_max, step)}
+        limits["d_max"] = at_step("d_max", d_max, step)
+        return batch_renorm(x, *stored, **limits, **options)
+
+    return Family(train)
+
+
+def split(num_splits: int, domain: ArrayLike | None) -> Family:
+    """The family of `SplitBatchNorm`."""
+    main = 0 if domain is None else domain
+
+    def train(x, stored, **options):
+        return split_batch_norm(
+            x, num_splits=num_splits, domain=domain, fallback=stored, **options
+        )
+
+    def start(x, **options):
+        return split_batch_norm(x, num_splits=num_splits, domain=main, **options)
+
+    def infer(x, *vectors, **options):
+        return split_normalize(x, *vectors, domain=main, **options)
+
+    def measure(x, **options):
+        return split_moments(x, num_splits=num_splits, domain=domain, **options)
+
+    return Family(train, infer, measure, start, leading=(num_splits,))
 
 
 def forward(
@@ -17,6 +98,7 @@ def forward(
     stored: running.State,
     affine: Mapping[str, Any],
     over: Mapping[str, Any],
+    family: Family,
     *,
     use_running: bool,
     measure: bool,
@@ -28,13 +110,14 @@ def forward(
         stored: the running statistics.
         affine: what `normalize` and `batch_norm` share.
         over: what `moments` and `batch_norm` share, but for the axis.
+        family: of the layer.
         use_running: whether to normalize by `stored`.
         measure: whether the Moments are needed then too; else they are None.
     """
     if not use_running:
-        return batch_norm(x, **over, **affine, fallback=stored)
-    y = normalize(x, *stored, **affine)
-    return y, moments(x, axis=affine["axis"], **over) if measure else None
+        return family.train(x, stored, **over, **affine)
+    y = family.infer(x, *stored, **affine)
+    return y, family.measure(x, axis=affine["axis"], **over) if measure else None
 
 
 def updated(

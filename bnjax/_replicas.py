@@ -80,7 +80,7 @@ def splits(x: jax.Array, axes: tuple[int, ...]) -> dict[int, int]:
     """
     sharding = jax.typeof(x).sharding
     size_of = sharding.mesh.shape
-    parts = {a: _parts(sharding.spec[a], size_of) for a in axes}
+    parts = {a: typed_parts(x, a) for a in axes}
     for name, kind in zip(sharding.mesh.axis_names, sharding.mesh.axis_types):
         if kind == AxisType.Auto and axes:
             parts[axes[0]] *= size_of[name]
@@ -91,8 +91,11 @@ def splits(x: jax.Array, axes: tuple[int, ...]) -> dict[int, int]:
     }
 
 
-def _parts(names: AxisName | None, size_of) -> int:
-    return math.prod(size_of[name] for name in _names(names or ()))
+def typed_parts(x: jax.Array, axis: int) -> int:
+    """Into how many parts Explicit mesh axes split `x` along `axis`."""
+    sharding = jax.typeof(x).sharding
+    names = _names(sharding.spec[axis] or ())
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def packed_sum(values, axis_name: AxisName | None, groups: Groups | None = None):

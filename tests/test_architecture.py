@@ -14,7 +14,6 @@ LEVELS = {
     1: ["moments"],
     2: ["_trees", "normalize", "running"],
     3: [
-        "_layer",
         "ghost",
         "renorm",
         "split",
@@ -23,7 +22,8 @@ LEVELS = {
         "diagnostics",
         "convert",
     ],
-    4: ["fold", "linen", "nnx", "training"],
+    4: ["_layer"],
+    5: ["fold", "linen", "nnx", "training"],
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
@@ -56,7 +56,7 @@ def test_imports_go_down(path):
                 f"{path.name}: {name}"
             )
         if name.split(".")[0] in ("flax", "optax"):
-            assert level == 4, f"{path.name}: {name}"
+            assert level == 5, f"{path.name}: {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -89,7 +89,7 @@ def lines_of_code(path):
 
 
 def test_library_is_small():
-    assert sum(map(lines_of_code, FILES)) <= 3650
+    assert sum(map(lines_of_code, FILES)) <= 4800
 
 
 PUBLIC = {
@@ -101,9 +101,13 @@ for room in (
     bnjax.convert,
     bnjax.diagnostics,
     bnjax.fold,
+    bnjax.ghost,
+    bnjax.linen,
     bnjax.nnx,
     bnjax.population,
+    bnjax.renorm,
     bnjax.running,
+    bnjax.split,
     bnjax.training,
     bnjax.whiten,
 ):

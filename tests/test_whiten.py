@@ -514,7 +514,8 @@ ERRORS = {
     "integers": (batch(X.astype(int)), TypeError, "x has dtype int.*floating"),
     "complex": (batch(X + 1j), TypeError, "x has dtype complex.*real.*x.imag"),
     "complex moments": (lambda: whiten.co_moments(X * 1j), TypeError, "x has dtype"),
-    "complex scale": (batch(scale=V6 * 1j), TypeError, "output would have dtype"),
+    "complex scale": (batch(scale=V6 * 1j), TypeError, "scale has dtype complex"),
+    "complex dtype": (batch(dtype="complex64"), TypeError, "dtype=complex64.*real one"),
     "complex mean": (given(mean=V6 * 1j), TypeError, "mean has dtype complex"),
     "several axes": (
         batch(axis=(1, 3)),

@@ -17,7 +17,14 @@ from jax.typing import ArrayLike
 from bnjax import _checks, _dtypes
 from bnjax.moments._merge import merge_replicas, merge_rows
 from bnjax.moments._one_pass import Reduction, valid
-from bnjax.moments._statistics import NAME, named, reduction, statistics
+from bnjax.moments._statistics import (
+    NAME,
+    exact_statistics,
+    merged_statistics,
+    named,
+    reduction,
+    statistics,
+)
 from bnjax.moments._value import Moments, beside, coarse, mean_of, merge
 
 __all__ = [
@@ -26,10 +33,12 @@ __all__ = [
     "Reduction",
     "beside",
     "coarse",
+    "exact_statistics",
     "mean_of",
     "merge",
     "merge_replicas",
     "merge_rows",
+    "merged_statistics",
     "moments",
     "named",
     "reduction",

@@ -18,14 +18,16 @@ from bnjax.moments._value import (
 GATHER_LIMIT = 64
 
 
-def merge_replicas(local: Moments, rest: jax.Array, axis_name, groups) -> Moments:
+def merge_replicas(
+    local: Moments, rest: jax.Array, axis_name, groups
+) -> tuple[Moments, jax.Array]:
     """The merge of every replica's moments: one collective, or two beyond 64."""
     values = (*local, rest)
     if groups is None and _replicas.axis_size(axis_name) > GATHER_LIMIT:
-        return _merge(values, lambda *v: _replicas.packed_sum(v, axis_name))[0]
+        return _merge(values, lambda *v: _replicas.packed_sum(v, axis_name))
     vector, unpack = _replicas.pack(values)
     rows = jax.vmap(unpack)(_replicas.gather(vector, axis_name, groups))
-    return merge_rows(*rows)[0]
+    return merge_rows(*rows)
 
 
 def merge_rows(*rows: jax.Array) -> tuple[Moments, jax.Array]:

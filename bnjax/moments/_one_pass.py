@@ -26,6 +26,7 @@ class Reduction(NamedTuple):
         axis_name: the named axis or axes to merge over, bound; or None.
         groups: a partition of the named axis, or None.
         implementation: see `_backend`.
+        whole: whether no set of values is to be cut into parts: see `_parts`.
     """
 
     axes: tuple[int, ...]
@@ -33,6 +34,7 @@ class Reduction(NamedTuple):
     axis_name: str | tuple[str, ...] | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
     implementation: str | None = None
+    whole: bool = False
 
 
 def one_pass(

@@ -21,13 +21,11 @@ def of_parts(
     x: jax.Array, mask: jax.Array | None, how: Reduction
 ) -> tuple[Moments, jax.Array]:
     """`one_pass` over each part that a device may hold, merged."""
-    parts = _replicas.splits(x, how.axes)
+    parts = {} if how.whole else _replicas.splits(x, how.axes)
     if not 1 < math.prod(parts.values()) <= _merge.GATHER_LIMIT:
         return one_pass(x, mask, how)
     local, rest = _each(x, mask, how, list(parts.items()))
-    return _merge.merge_rows(
-        *(_everywhere(rows, len(parts)) for rows in (*local, rest))
-    )
+    return _merge.merge_rows(*(everywhere(rows, len(parts)) for rows in (*local, rest)))
 
 
 def _each(x, mask, how: Reduction, parts: list[tuple[int, int]]):
@@ -48,7 +46,7 @@ def _cut(x: jax.Array, axis: int, parts: int) -> jax.Array:
     return x.reshape(*before, parts, size // parts, *after)
 
 
-def _everywhere(rows: jax.Array, leading: int) -> jax.Array:
+def everywhere(rows: jax.Array, leading: int) -> jax.Array:
     """`rows`, its leading axes as one, on every device, however jit has split them.
 
     Written as a sum, because the result of a sum is split along none of its axes.

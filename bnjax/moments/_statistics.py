@@ -8,10 +8,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import _axes, _checks, _replicas
-from bnjax.moments._merge import merge_replicas
+from bnjax.moments._merge import merge_replicas, merge_rows
 from bnjax.moments._one_pass import Reduction, centred, reread, valid
-from bnjax.moments._parts import of_parts
-from bnjax.moments._value import Moments, mean_of
+from bnjax.moments._parts import everywhere, of_parts
+from bnjax.moments._value import Moments, beside, mean_of
 
 # What a checkpoint policy keeps: see normalize.
 NAME = "bnjax_moments"
@@ -27,6 +27,11 @@ def reduction(x, axis, axis_name=None, groups=None, implementation=None) -> Redu
     return Reduction(axes, x.dtype, axis_name, groups, implementation)
 
 
+def statistics(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
+    """The moments of a widened `x`, differentiable; arguments are checked already."""
+    return exact_statistics(x, mask, how)[0]
+
+
 # The derivative. With c = x - mean, over the valid values of every replica:
 #     dmean = sum dx / n,     dm2 = 2 sum Re(conj(c) dx)
 # because the term through dmean vanishes: sum c = 0. One stacked sum, so the transpose
@@ -34,26 +39,59 @@ def reduction(x, axis, axis_name=None, groups=None, implementation=None) -> Redu
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def statistics(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
-    """The moments of a widened `x`, differentiable; arguments are checked already."""
+def exact_statistics(
+    x: jax.Array, mask: jax.Array | None, how: Reduction
+) -> tuple[Moments, jax.Array]:
+    """`statistics`, and what the rounded mean lacks: a merge to come needs it."""
     local, rest = of_parts(x, mask, how)
     if how.axis_name is None:
-        return local
+        return local, rest
     return merge_replicas(local, rest, how.axis_name, how.groups)
 
 
-@statistics.defjvp
+@exact_statistics.defjvp
 def _(how, primals, tangents):
     (x, mask), (dx, _) = primals, tangents
-    # Named here, and not inside `statistics`: a policy does not look into its call.
-    result = Moments._make(map(named, statistics(x, mask, how)))
+    # Named here, and not inside the call: a policy does not look into it.
+    result, rest = jax.tree.map(named, exact_statistics(x, mask, how))
     deviation = valid(centred(*reread(x, result.mean, how), how), mask)
     dx = valid(dx, mask)
     sums = dx.sum(how.axes), (jnp.conj(deviation) * dx).sum(how.axes)
     if how.axis_name is not None or _replicas.several(x):
         sums = _replicas.all_sum(jnp.stack(sums), how.axis_name, how.groups)
     dmean = mean_of(sums[0], result.count)
-    return result, Moments(jnp.zeros_like(result.count), dmean, 2 * sums[1].real)
+    change = Moments(jnp.zeros_like(result.count), dmean, 2 * sums[1].real)
+    return (result, rest), (change, jnp.zeros_like(rest))
+
+
+# The derivative of a merge, over the rows of every replica:
+#     dmean = sum n_i dmean_i / n
+#     dm2 = sum dm2_i + 2 n_i Re(conj(mean_i - mean) dmean_i)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def merged_statistics(rows: Moments, rests: jax.Array, axis_name, groups) -> Moments:
+    """The merge of rows of moments, differentiable, and of those of every replica."""
+    values = (*rows, rests)
+    if _replicas.split_by_jit(rests):  # one collective, not one for each sum
+        values = (everywhere(value, 1) for value in values)
+    merged, rest = merge_rows(*values)
+    if axis_name is None:
+        return merged
+    return merge_replicas(merged, rest, axis_name, groups)[0]
+
+
+@merged_statistics.defjvp
+def _(axis_name, groups, primals, tangents):
+    (rows, rests), (change, _) = primals, tangents
+    result = merged_statistics(rows, rests, axis_name, groups)
+    weighted = beside(rows.count, change.mean) * change.mean
+    deviation = jnp.conj(rows.mean - result.mean + rests)
+    sums = weighted.sum(0), (change.m2 + 2 * (deviation * weighted).real).sum(0)
+    if axis_name is not None:
+        sums = _replicas.packed_sum(sums, axis_name, groups)
+    dmean = mean_of(sums[0], result.count)
+    return result, Moments(jnp.zeros_like(result.count), dmean, sums[1])
 
 
 def named(value: jax.Array) -> jax.Array:

@@ -18,33 +18,48 @@ the sum with the residual and the activation are computed again. The checkpoint 
 outside the derivative rules because `jax_remat3` cannot transpose one inside.
 """
 
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _axes, _checks, _dtypes, _replicas
-from bnjax.moments import Moments, Reduction, reduction, statistics, valid
-from bnjax.normalize._affine import Affine, affine, describe, per_feature
+from bnjax import _checks
+from bnjax.moments import Moments
+from bnjax.normalize._affine import Affine, describe, per_feature
+from bnjax.normalize._groups import Rows, batch_axis, by_group
 from bnjax.normalize._remat import keep_moments, remat_policy
+from bnjax.normalize._transform import (
+    Activation,
+    Inputs,
+    Options,
+    Plan,
+    by_batch,
+    by_given,
+    finish,
+    train,
+    usable,
+)
 
 __all__ = [
     "Activation",
     "Affine",
+    "Inputs",
+    "Options",
+    "Plan",
+    "Rows",
+    "batch_axis",
     "batch_norm",
+    "by_given",
+    "by_group",
     "describe",
     "finish",
     "keep_moments",
     "normalize",
     "per_feature",
     "remat_policy",
-    "smallest_count",
+    "train",
+    "usable",
 ]
-
-Activation = Callable[[jax.Array], jax.Array]
 
 
 def normalize(
@@ -88,6 +103,7 @@ def normalize(
         ValueError: shapes that do not fit, an axis out of range or repeated, a
             negative epsilon, an integer dtype.
 
+    >>> import jax.numpy as jnp
     >>> x, mean, var = jnp.array([[4.0], [7.0]]), jnp.array([5.0]), jnp.array([4.0])
     >>> print(normalize(x, mean, var, epsilon=0.0).ravel())
     [-0.5  1. ]
@@ -109,7 +125,7 @@ def normalize(
 
     @keep_moments
     def transform(x, vectors, epsilon, residual):
-        y = _by_given(x, vectors, epsilon, how)
+        y = by_given(x, vectors, epsilon, how)
         return finish(y, residual, activation, how)
 
     return transform(x, vectors, epsilon, residual)
@@ -174,79 +190,23 @@ def batch_norm(
     Warns:
         BatchNormWarning: at trace time, for one value per feature.
 
+    >>> import jax.numpy as jnp
     >>> y, (count, mean, m2) = batch_norm(jnp.array([[1.0], [5.0]]), epsilon=0.0)
     >>> print(y.ravel(), mean)
     [-1.  1.] [3.]
 
     References: Ioffe & Szegedy 2015, Algorithm 1; section 3.2 for spatial axes.
     """
-    x = _checks.inexact("x", x)
-    how = describe(
-        x,
-        (scale, bias),
-        axis=axis,
-        dtype=dtype,
-        activation=activation,
-        implementation=implementation,
-    )
-    over = reduction(x, axis, axis_name, axis_index_groups, implementation)
-    mean, var = (None, None) if fallback is None else fallback
-    vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
-    _checks.epsilon(epsilon)
-    mask = _checks.mask(mask, x.shape)
-    residual = _checks.residual(residual, x.shape, how.compute)
-    values = math.prod(x.shape[a] for a in over.axes)
-    if mask is None:
-        _checks.warn_single_value(smallest_count(values, over), x.shape, axis)
-
-    @keep_moments
-    def transform(x, vectors, epsilon, mask, residual):
-        y, batch = _by_batch(x, vectors, epsilon, mask, over, how)
-        return finish(y, residual, activation, how), batch
-
-    y, batch = transform(x, vectors, epsilon, mask, residual)
-    return y, Moments(*map(jnp.asarray, batch))  # a constant count is no array yet
-
-
-def smallest_count(values, over: Reduction):
-    """The number of values per feature in the smallest group of replicas."""
-    if over.axis_name is None:
-        return values
-    if over.groups is not None:
-        return values * min(map(len, over.groups))
-    return values * _replicas.axis_size(over.axis_name)
-
-
-# Compiled apart from the activation, which may close over anything: layers of one shape
-# are traced once, and a call outside of jit runs one program.
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _by_given(x, vectors, epsilon, how: Affine):
-    mean, var, scale, bias = vectors
-    var = var + jnp.asarray(epsilon, var.dtype)
-    return affine(x.astype(how.compute), mean, var, scale, bias, how)
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _by_batch(x, vectors, epsilon, mask, over: Reduction, how: Affine):
-    if mask is not None:
-        x = valid(x, mask | jnp.isfinite(x))
-    x = x.astype(_dtypes.statistics(x.dtype))
-    batch = statistics(x, mask, over)
-    mean, var = batch.mean.astype(how.compute), batch.variance()
-    if mask is not None or 0 in (x.shape[a] for a in over.axes):  # may be empty
-        mean = _axes.where(batch.count > 0, mean, vectors[0])
-        var = _axes.where(batch.count > 0, var, vectors[1])
-    return _by_given(x, (mean, var, *vectors[2:]), epsilon, how), batch
-
-
-def finish(y, residual, activation, how: Affine):
-    """activation(y + residual), in the dtype of the output."""
-    shape = y.shape
-    if residual is not None:
-        y = y + residual.astype(y.dtype)
-    if activation is not None:
-        y = activation(y)
-        _checks.elementwise(activation, shape, y)
-    return y.astype(how.output)
+    options: Options = {
+        "axis": axis,
+        "epsilon": epsilon,
+        "mask": mask,
+        "axis_name": axis_name,
+        "axis_index_groups": axis_index_groups,
+        "residual": residual,
+        "activation": activation,
+        "dtype": dtype,
+        "implementation": implementation,
+        "fallback": fallback,
+    }
+    return train(by_batch, x, scale, bias, options)

@@ -45,9 +45,14 @@ def describe(x, parameters, *, axis, dtype, activation, implementation) -> Affin
     return Affine(axes, x.dtype, compute, output, cotangent, implementation)
 
 
-def per_feature(x, axis, how: Affine, **given) -> tuple[jax.Array, ...]:
-    """mean, var, scale and bias, checked; (0, 1, 1, 0) for those that are None."""
-    shape = _axes.sizes(x.shape, how.feature_axes)
+def per_feature(
+    x, axis, how: Affine, leading: tuple[int, ...] = (), **given
+) -> tuple[jax.Array, ...]:
+    """mean, var, scale and bias, checked; (0, 1, 1, 0) for those that are None.
+
+    Each is of shape (*leading, feature).
+    """
+    shape = leading + _axes.sizes(x.shape, how.feature_axes)
     default = {"mean": 0, "var": 1, "scale": 1, "bias": 0}
     vectors = []
     for name, start in default.items():

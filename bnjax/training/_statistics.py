@@ -112,6 +112,6 @@ def _merge(stats, counts, axis_name, path: str) -> tuple[jax.Array, ...]:
     if axis_name is None:
         merged, _ = merge_rows(*local, rest)
     else:
-        merged = merge_replicas(local, rest, axis_name, None)
+        merged, _ = merge_replicas(local, rest, axis_name, None)
     new = merged.mean, jnp.where(merged.count > 0, merged.variance(), 1)
     return tuple(v.astype(old.dtype) for v, old in zip(new, given))

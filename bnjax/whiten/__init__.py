@@ -11,7 +11,6 @@ the covariance, by name.
 Also the scaling of inputs, fitted once: `standardize`, `min_max_scale`, `zca_whiten`.
 """
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -19,12 +18,20 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _checks
-from bnjax.normalize import Activation, finish, keep_moments, smallest_count
+from bnjax.normalize import (
+    Activation,
+    Options,
+    describe,
+    finish,
+    keep_moments,
+    per_feature,
+    train,
+)
 from bnjax.whiten import _layout
-from bnjax.whiten._roots import inverse_sqrt
+from bnjax.whiten._roots import check_method, inverse_sqrt
 from bnjax.whiten._scaling import Scaler, min_max_scale, standardize, zca_whiten
-from bnjax.whiten._statistics import co_moments, co_reduction
-from bnjax.whiten._transform import by_batch, by_given, described, statistics_of
+from bnjax.whiten._statistics import co_moments
+from bnjax.whiten._transform import Whitening, by_given
 from bnjax.whiten._value import CoMoments, merge
 
 __all__ = [
@@ -94,23 +101,29 @@ def whiten_by(
     """
     x = _layout.real("x", x)
     covariance = _layout.real("covariance", covariance)
-    how = described(
+    layout = _layout.layout(x, axis, _layout.size_of(covariance))
+    _layout.real_result(dtype, scale=scale, bias=bias)
+    whitening = Whitening(layout, *check_method(method, iterations))
+    covariance = _layout.covariances(covariance, layout)
+    how = describe(
         x,
         (scale, bias),
-        _layout.layout(x, axis, _layout.size_of(covariance)),
-        {"dtype": dtype, "activation": activation},
-        (method, iterations),
+        axis=axis,
+        dtype=dtype,
+        activation=activation,
+        implementation=None,
     )
-    given = statistics_of(x, how, mean, covariance, scale, bias)
+    given = {"mean": mean, "var": None, "scale": scale, "bias": bias}
+    mean, _, scale, bias = per_feature(x, axis, how, **given)
     _checks.epsilon(epsilon)
-    residual = _checks.residual(residual, x.shape, how.affine.compute)
+    residual = _checks.residual(residual, x.shape, how.compute)
 
     @keep_moments
-    def transform(x, given, epsilon, residual):
-        y = by_given(x, given, epsilon, how)
-        return finish(y, residual, activation, how.affine)
+    def transform(x, covariance, vectors, epsilon, residual):
+        y = by_given(x, covariance, vectors, epsilon, whitening, how)
+        return finish(y, residual, activation, how)
 
-    return transform(x, given, epsilon, residual)
+    return transform(x, covariance, (mean, scale, bias), epsilon, residual)
 
 
 def decorrelate(
@@ -191,26 +204,21 @@ def decorrelate(
     Huang et al. 2019 (IterNorm), Algorithm 1.
     """
     x = _layout.real("x", x)
-    over = co_reduction(x, axis, group_size, axis_name, axis_index_groups)
-    how = described(
-        x,
-        (scale, bias),
-        over.layout,
-        {"dtype": dtype, "activation": activation},
-        (method, iterations),
-    )
-    given = statistics_of(x, how, *(fallback or (None, None)), scale, bias)
-    _checks.epsilon(epsilon)
-    mask = _layout.mask(mask, x, over.layout.axis)
-    residual = _checks.residual(residual, x.shape, how.affine.compute)
-    if mask is None:
-        values = math.prod(x.shape[a] for a in over.over.axes)
-        _checks.warn_single_value(smallest_count(values, over.over), x.shape, axis)
-
-    @keep_moments
-    def transform(x, given, epsilon, mask, residual):
-        y, batch = by_batch(x, given, epsilon, mask, over, how)
-        return finish(y, residual, activation, how.affine), batch
-
-    y, batch = transform(x, given, epsilon, mask, residual)
-    return y, CoMoments(*map(jnp.asarray, batch))  # a constant count is no array yet
+    layout = _layout.layout(x, axis, group_size)
+    _layout.real_result(dtype, scale=scale, bias=bias)
+    whitening = Whitening(layout, *check_method(method, iterations))
+    mean, covariance = fallback or (None, None)
+    covariance = _layout.covariances(covariance, layout)
+    options: Options = {
+        "axis": axis,
+        "epsilon": epsilon,
+        "mask": _layout.mask(mask, x, layout.axis),
+        "axis_name": axis_name,
+        "axis_index_groups": axis_index_groups,
+        "residual": residual,
+        "activation": activation,
+        "dtype": dtype,
+    }
+    if mean is not None:
+        options["fallback"] = mean, jnp.ones_like(mean)
+    return train(whitening, x, scale, bias, options, covariance)

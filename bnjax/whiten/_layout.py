@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _axes, _checks
 
@@ -48,10 +48,22 @@ def real(name: str, x: ArrayLike) -> jax.Array:
     if jnp.iscomplexobj(x):
         raise TypeError(
             f"{name} has dtype {x.dtype}: expected a real floating dtype, for complex "
-            "features are not whitened here. Stack "
-            f"{name}.real and {name}.imag as two features."
+            "values are not whitened here. Write "
+            f"{name}.real, or stack {name}.real and {name}.imag as two features."
         )
     return x
+
+
+def real_result(dtype: DTypeLike | None, **parameters: ArrayLike | None) -> None:
+    """Raises where the output would be complex."""
+    for name, value in parameters.items():
+        if jnp.iscomplexobj(value):
+            real(name, jnp.asarray(value))
+    if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"dtype={jnp.dtype(dtype).name} is the dtype of the output: expected a "
+            "real one. Write dtype=None to infer it from the input."
+        )
 
 
 def mask(value: ArrayLike | None, x: jax.Array, axis: int) -> jax.Array | None:
@@ -69,18 +81,19 @@ def mask(value: ArrayLike | None, x: jax.Array, axis: int) -> jax.Array | None:
     return checked
 
 
-def covariances(name: str, value: ArrayLike, how: Layout, dtype) -> jax.Array:
-    """`value` with one (size, size) matrix for each group."""
-    value = jnp.asarray(value)
-    expected = (how.groups, how.size, how.size)
-    if value.shape != expected:
+def covariances(value: ArrayLike | None, how: Layout) -> jax.Array:
+    """A real (size, size) matrix for each group; the identity where `value` is None."""
+    shape = (how.groups, how.size, how.size)
+    if value is None:
+        return jnp.broadcast_to(jnp.eye(how.size), shape)
+    value = real("covariance", value)
+    if value.shape != shape:
         raise ValueError(
-            f"{name} has shape {value.shape}: expected {expected}, a matrix for each "
+            f"covariance has shape {value.shape}: expected {shape}, a matrix for each "
             f"group of {how.size} features. Write group_size=... as in the "
             "statistics, or covariance[None] for a single group."
         )
-    _checks.not_complex(name, value, dtype)
-    return value.astype(dtype)
+    return value
 
 
 def size_of(covariance: jax.Array) -> int:

@@ -71,14 +71,14 @@ def inverse_sqrt(
             f"covariance has shape {covariance.shape}: expected square matrices, "
             "(..., feature, feature). Write jnp.diag(var) for a vector of variances."
         )
-    iterations = check_method(method, iterations)
+    method, iterations = check_method(method, iterations)
     _checks.epsilon(epsilon)
     covariance = covariance.astype(_dtypes.statistics(covariance.dtype))
     return root(covariance, epsilon, method, iterations)
 
 
-def check_method(method: str, iterations: int) -> int:
-    """The iterations as an integer; raises on what does not exist."""
+def check_method(method: str, iterations: int) -> tuple[str, int]:
+    """The method and its iterations; raises on what does not exist."""
     if method not in METHODS:
         raise ValueError(
             f"method={method!r} is unknown: expected one of {list(METHODS)}. Write "
@@ -90,7 +90,7 @@ def check_method(method: str, iterations: int) -> int:
             f"iterations={iterations} of Newton and Schulz: expected at least one. "
             "Write iterations=5."
         )
-    return iterations
+    return method, iterations
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

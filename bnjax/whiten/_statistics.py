@@ -76,15 +76,10 @@ def co_moments(
     References: Chan, Golub & LeVeque 1979; Huang et al. 2018, eq. 3.
     """
     x = _layout.real("x", x)
-    how = co_reduction(x, axis, group_size, axis_name, axis_index_groups)
-    mask = _layout.mask(mask, x, how.layout.axis)
-    return _co_moments(x, mask, how)
-
-
-def co_reduction(x, axis, group_size, axis_name, groups) -> CoReduction:
-    """The static description of a reduction of `x`, checked."""
     layout = _layout.layout(x, axis, group_size)
-    return CoReduction(reduction(x, axis, axis_name, groups), layout)
+    mask = _layout.mask(mask, x, layout.axis)
+    how = CoReduction(reduction(x, axis, axis_name, axis_index_groups), layout)
+    return _co_moments(x, mask, how)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -4,74 +4,58 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _axes, _dtypes, _replicas
-from bnjax.moments import valid
-from bnjax.normalize import Affine, describe, per_feature
+from bnjax import _axes, _replicas
+from bnjax.normalize import Affine, Inputs, Plan
 from bnjax.whiten import _layout
 from bnjax.whiten._layout import Layout
-from bnjax.whiten._roots import check_method, root
+from bnjax.whiten._roots import root
 from bnjax.whiten._statistics import CoReduction, co_statistics
+from bnjax.whiten._value import CoMoments
 
 
 class Whitening(NamedTuple):
-    """What is done to each group of features; static."""
+    """A transform of `normalize.train`; equal where its fields are, so static."""
 
-    affine: Affine
     layout: Layout
     method: str
     iterations: int
 
-
-def described(x, parameters, layout: Layout, options, method) -> Whitening:
-    """The checked static description of the whitening of `x`."""
-    affine = describe(x, parameters, axis=layout.axis, implementation=None, **options)
-    if jnp.issubdtype(affine.compute, jnp.complexfloating):
-        raise TypeError(
-            f"the output would have dtype {affine.output}: expected a real one. Pass "
-            "real parameters, and write dtype=None."
-        )
-    return Whitening(affine, layout, method[0], check_method(*method))
-
-
-def statistics_of(x, how: Whitening, mean, covariance, scale, bias):
-    """mean, covariance, scale and bias, checked; (0, I, 1, 0) where they are None."""
-    layout, dtype = how.layout, how.affine.compute
-    vectors = {"mean": mean, "var": None, "scale": scale, "bias": bias}
-    mean, _, scale, bias = per_feature(x, layout.axis, how.affine, **vectors)
-    if covariance is None:
-        eye = jnp.eye(layout.size, dtype=dtype)
-        covariance = jnp.broadcast_to(eye, (layout.groups, *eye.shape))
-    covariance = _layout.covariances("covariance", covariance, layout, dtype)
-    return mean, covariance, scale, bias
+    def __call__(
+        self, given: Inputs, plan: Plan, covariance: jax.Array
+    ) -> tuple[jax.Array, CoMoments]:
+        """The whitened x and its co-moments; `covariance` is that of an empty batch."""
+        over = CoReduction(plan.over, self.layout)
+        batch = co_statistics(given.x, given.mask, over)
+        compute = plan.affine.compute
+        mean, own = batch.mean.astype(compute), batch.covariance().astype(compute)
+        if given.mask is not None or 0 in (given.x.shape[a] for a in plan.over.axes):
+            seen = batch.count > 0
+            mean = _axes.where(seen, mean, given.mean)
+            own = _axes.where(seen, own, covariance.astype(compute))
+        vectors = mean, given.scale, given.bias
+        return by_given(given.x, own, vectors, given.epsilon, self, plan.affine), batch
 
 
-# Compiled apart from the activation, which may close over anything.
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def by_given(x, given, epsilon, how: Whitening):
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def by_given(x, covariance, vectors, epsilon, whitening: Whitening, how: Affine):
     """(x - mean) M + b, as (x - c) M + (b - (mean - c) M) for a constant c = mean.
 
     The value is the same, and so is every derivative; but that by the mean is taken
     of a vector, and not of an array as large as `x`.
     """
-    mean, covariance, scale, bias = given
-    groups = how.layout.groups, how.layout.size
-    matrices = root(covariance, epsilon, how.method, how.iterations)
+    layout, *method = whitening
+    mean, scale, bias = vectors
+    groups = layout.groups, layout.size
+    matrices = root(covariance.astype(how.compute), epsilon, *method)
     matrices = scale.reshape(*groups, 1) * matrices
     centre = lax.stop_gradient(mean)
-    moved = _layout.whitened(matrices, mean - centre, Layout(0, *groups)).reshape(
-        groups
-    )
-    centre, matrices, offset = _cast(x, centre, matrices, bias.reshape(groups) - moved)
-    x = x.astype(how.affine.compute)
-    centre, offset = (
-        _axes.expand(v.ravel(), (how.layout.axis,), x.ndim) for v in (centre, offset)
-    )
-    return _layout.whitened(matrices, x - centre, how.layout) + offset
+    offset = bias - _layout.whitened(matrices, mean - centre, Layout(0, *groups))
+    centre, matrices, offset = _cast(x, centre, matrices, offset)
+    x = x.astype(how.compute)
+    centre, offset = (_axes.expand(v, (layout.axis,), x.ndim) for v in (centre, offset))
+    return _layout.whitened(matrices, x - centre, layout) + offset
 
 
 def _cast(x: jax.Array, *values: jax.Array):
@@ -80,19 +64,3 @@ def _cast(x: jax.Array, *values: jax.Array):
         return values
     vector, unpack = _replicas.pack(values)
     return unpack(_replicas.cast_like(x, vector))
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def by_batch(x, given, epsilon, mask, over: CoReduction, how: Whitening):
-    """The whitened `x` and its co-moments; `given` is for an empty batch."""
-    if mask is not None:
-        x = valid(x, mask | jnp.isfinite(x))
-    x = x.astype(_dtypes.statistics(x.dtype))
-    batch = co_statistics(x, mask, over)
-    mean = batch.mean.astype(how.affine.compute)
-    covariance = batch.covariance().astype(how.affine.compute)
-    if mask is not None or 0 in (x.shape[a] for a in over.over.axes):  # may be empty
-        seen = batch.count > 0
-        mean = _axes.where(seen, mean, given[0])
-        covariance = _axes.where(seen, covariance, given[1])
-    return by_given(x, (mean, covariance, *given[2:]), epsilon, how), batch

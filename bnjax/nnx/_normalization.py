@@ -1,12 +1,8 @@
-"""NNX layers: variables around the pure functions, and no arithmetic.
-
-`BatchNorm` has the name, the arguments, the variables and the views of
-`flax.nnx.BatchNorm`, and the outputs of `bnjax.linen.BatchNorm`, to the bit.
-"""
+"""What every NNX layer has: its variables, its views, and one call."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +13,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _checks, _dtypes, _layer, running
 from bnjax.moments import Moments, merge
-
-__all__ = ["BatchMoments", "BatchNorm"]
 
 
 @nnx.register_variable_name("batch_moments", overwrite=True)
@@ -38,71 +32,39 @@ class BatchMoments(nnx.Variable):
     """
 
 
-class BatchNorm(nnx.Module):
-    """Batch normalization, a drop-in replacement of `flax.nnx.BatchNorm`.
+class Settings(TypedDict, total=False):
+    """The arguments that every variant shares with `BatchNorm`."""
 
-        y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
+    use_running_average: bool | None
+    axis: int
+    momentum: float
+    epsilon: float
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    use_bias: bool
+    use_scale: bool
+    bias_init: Callable[..., Any]
+    scale_init: Callable[..., Any]
+    axis_name: str | Sequence[str] | None
+    axis_index_groups: Any
+    promote_dtype: Callable[..., Any]
+    bias_metadata: Mapping[str, Any]
+    scale_metadata: Mapping[str, Any]
+    unbiased: bool
+    update_stats: bool | None
+    skip_nonfinite_updates: bool
+    activation: Callable[[jax.Array], jax.Array] | None
 
-    Variables: `scale` and `bias` (nnx.Param), `mean` and `var` (nnx.BatchStat,
-    float32). Two switches are independent: where the statistics come from
-    (`use_running_average`; `train()` and `eval()` set it), and whether the running
-    statistics are written (`update_stats`). Where `record_moments` is true, each call
-    merges the Moments of its input into `moments`, a BatchMoments variable that starts
-    empty whenever `record_moments=True` is set: by `nnx.view(model,
-    record_moments=True)` in the view alone, by `model.set_attributes(
-    record_moments=True)` in the model. False removes it, and so does `nnx.pop`.
 
-    One difference to Flax is meant. Flax casts the input and all variables to `dtype`
-    before it computes, which in evaluation leaves of (x - mean) / sqrt(var + epsilon)
-    what bfloat16 can tell apart, often 0. Here the statistics stay float32, in
-    evaluation too, the arithmetic is in at least float32, and `dtype` is that of the
-    result. What is written to variables has no gradient, as in Flax.
+class Normalization(nnx.Module):
+    """The layers' common part; each layer declares itself by `_declare`."""
 
-    Args:
-        num_features: the size of the feature axis.
-        use_running_average: whether to normalize by the running statistics. The call
-            takes precedence; None leaves it to the call.
-        axis: the feature axis; all others are reduced.
-        momentum: the weight of the old running value (PyTorch's is one minus this).
-        epsilon: added to the variance.
-        dtype: of the output; None for what `promote_dtype` makes of x, scale and bias.
-        param_dtype: of the parameters.
-        use_bias: whether to add a bias (beta).
-        use_scale: whether to multiply by a scale (gamma).
-        bias_init: initializer of the bias.
-        scale_init: initializer of the scale.
-        axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
-            over. Not needed under jit.
-        axis_index_groups: a partition of that axis; groups may differ in size.
-        use_fast_variance: accepted and without effect: one pass is as accurate as two.
-        promote_dtype: (x, mean, var, scale, bias) -> the same, promoted. Asked for
-            dtypes only: where `dtype` is None, the result has the dtype of the promoted
-            x, scale and bias. Flax's default includes the float32 statistics.
-        rngs: one key of `rngs.params` is drawn for the scale, then one for the bias.
-        bias_metadata: of the variable `bias`.
-        scale_metadata: of the variable `scale`.
-        unbiased: whether the running variance divides by n - 1, as PyTorch's does. The
-            batch is always normalized by the biased variance.
-        update_stats: whether the running statistics are written. None: as Flax, when
-            batch statistics are used. False: never. True: always, also when normalizing
-            by the running statistics (those from before the update).
-        skip_nonfinite_updates: whether a batch whose moments hold a NaN or an infinity
-            leaves the running statistics as they were.
-        activation: an elementwise function; its input is not stored for the backward
-            pass.
-
-    >>> layer = BatchNorm(6, rngs=nnx.Rngs(0))
-    >>> y = layer(jax.random.normal(jax.random.key(0), (5, 6)))
-    >>> print(sorted(nnx.state(layer, nnx.BatchStat)))
-    ['mean', 'var']
-
-    References: Ioffe & Szegedy 2015.
-    """
-
-    def __init__(
+    def _declare(
         self,
-        num_features: int,
+        shape: tuple[int, ...],
+        rngs: nnx.Rngs,
         *,
+        affine_shape: tuple[int, ...] | None = None,
         use_running_average: bool | None = False,
         axis: int = -1,
         momentum: float = 0.99,
@@ -115,29 +77,29 @@ class BatchNorm(nnx.Module):
         scale_init: Callable[..., Any] = initializers.ones,
         axis_name: str | Sequence[str] | None = None,
         axis_index_groups: Any = None,
-        use_fast_variance: bool = True,
         promote_dtype: Callable[..., Any] = flax_promote_dtype,
-        rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         unbiased: bool = False,
         update_stats: bool | None = None,
         skip_nonfinite_updates: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
-    ):
-        shape = (num_features,)
+    ) -> None:
+        """Sets the variables, of shape (*leading, feature), and the arguments."""
         start = running.ema().init(shape)
         self.mean = nnx.BatchStat(start.mean)
         self.var = nnx.BatchStat(start.var)
+        of_affine = shape if affine_shape is None else affine_shape
 
         def parameter(wanted, init, metadata):
             if not wanted:
                 return nnx.data(None)
-            return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
+            return nnx.Param(init(rngs.params(), of_affine, param_dtype), **metadata)
 
         self.scale = parameter(use_scale, scale_init, scale_metadata)
         self.bias = parameter(use_bias, bias_init, bias_metadata)
-        self.num_features = num_features
+        *leading, self.num_features = shape
+        self.leading = tuple(leading)
         self.use_running_average = use_running_average
         self.axis = axis
         self.momentum = momentum
@@ -148,7 +110,6 @@ class BatchNorm(nnx.Module):
         self.use_scale = use_scale
         self.axis_name = axis_name
         self.axis_index_groups = axis_index_groups
-        self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
         self.unbiased = unbiased
         self.update_stats = update_stats
@@ -156,31 +117,17 @@ class BatchNorm(nnx.Module):
         self.activation = activation
         self.record_moments = False
 
-    def __call__(
+    def _normalize(
         self,
         x: ArrayLike,
-        use_running_average: bool | None = None,
+        family: _layer.Family,
         *,
-        mask: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
+        use_running_average: bool | None,
+        mask: ArrayLike | None,
+        residual: ArrayLike | None,
+        update_stats: bool | None,
     ) -> jax.Array:
-        """Normalizes `x` and, in training, updates the running statistics.
-
-        Args:
-            x: (batch, *spatial, feature), floating or complex.
-            use_running_average: takes precedence over the attribute.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: takes precedence over the attribute.
-
-        Returns:
-            An array of the shape of `x`.
-
-        Raises:
-            ValueError: `use_running_average` given nowhere, and whatever
-                `bnjax.batch_norm` raises.
-        """
+        """Normalizes `x` and writes what is to be written: see `BatchNorm.__call__`."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         use_running = _checks.chosen(use_running_average)
@@ -199,6 +146,7 @@ class BatchNorm(nnx.Module):
             stored,
             {**self._affine(x, stored), "residual": residual},
             over,
+            family,
             use_running=use_running,
             measure=bool(update or self.record_moments),
         )
@@ -221,8 +169,10 @@ class BatchNorm(nnx.Module):
         if self.record_moments:
             del self.moments
         if on:
-            *stacked, features = self.mean.shape
-            empty = Moments.empty((features,), _dtypes.statistics(self.mean.dtype))
+            own = (*self.leading, self.num_features)
+            stacked = self.mean.shape[: self.mean.ndim - len(own)]
+            family = _layer.Family(leading=self.leading)
+            empty = family.empty(own, _dtypes.statistics(self.mean.dtype))
             self.moments = BatchMoments(
                 jax.tree.map(lambda v: jnp.broadcast_to(v, (*stacked, *v.shape)), empty)
             )

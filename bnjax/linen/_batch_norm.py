@@ -1,27 +1,16 @@
-"""Linen layers: variables around the pure functions, and no arithmetic.
+"""Batch normalization with the name, fields and variables of `flax.linen.BatchNorm`."""
 
-`BatchNorm` has the name, the fields, the variables and the errors of
-`flax.linen.BatchNorm`, so that it loads Flax's checkpoints and Flax loads its own.
-"""
-
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _axes, _checks, _dtypes, _layer, running
-from bnjax.moments import Moments, merge
-from bnjax.normalize import batch_norm, normalize
-
-__all__ = ["BatchNorm"]
-
-Shape = tuple[int, ...]
+from bnjax import _layer
+from bnjax.linen._call import call
 
 
 class BatchNorm(nn.Module):
@@ -122,99 +111,12 @@ class BatchNorm(nn.Module):
             flax.errors.ModifyScopeVariableError: the running statistics are to be
                 written, but `batch_stats` is not mutable.
         """
-        use_running = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
+        return call(
+            self,
+            x,
+            _layer.Family(),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
         )
-        _checks.weight("momentum", self.momentum)
-        update = self.update_stats if update_stats is None else update_stats
-        x = _checks.inexact("x", x)
-        shape = _axes.sizes(x.shape, _axes.canonical(self.axis, x.ndim))
-        stats = _running_statistics(self, shape)
-        stored = running.State._make(variable.value for variable in stats)
-        affine = {**_parameters(self, shape), "residual": residual}
-        over: dict[str, Any] = {"mask": mask}
-        if self.is_initializing():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", _checks.BatchNormWarning)
-                if use_running:
-                    return normalize(x, *stored, **affine)
-                return batch_norm(x, **over, **affine)[0]
-
-        over["axis_name"] = self.axis_name
-        over["axis_index_groups"] = self.axis_index_groups
-        update = not use_running if update is None else update
-        pools = _asks_for_moments(self)
-        measure = bool(update or pools)
-        y, batch = _layer.forward(
-            x, stored, affine, over, use_running=use_running, measure=measure
-        )
-        if batch is None:
-            return y
-        if update:
-            _update(self, stats, stored, batch, x)
-        if pools:
-            pool = self.variable("batch_moments", "moments", Moments.empty, shape)
-            pool.value = merge(pool.value, batch)
-        return y
-
-
-# Functions, not methods: Flax wraps methods, and summaries list their calls.
-
-
-def _running_statistics(layer: BatchNorm, shape: Shape) -> list[nn.Variable]:
-    """The variables of the running statistics: mean, var."""
-    dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
-    start = running.ema().init(shape, dtype)
-    stats = []
-    for name, value in start._asdict().items():
-        stored = layer.variable("batch_stats", name, lambda value=value: value)
-        _checks.feature_shape(f"batch_stats/{name}", stored.value, shape, layer.axis)
-        stats.append(stored)
-    return stats
-
-
-def _parameters(layer: BatchNorm, shape: Shape) -> dict[str, Any]:
-    """The arguments that `normalize` and `batch_norm` share; declares the params."""
-    shared: dict[str, Any] = {}
-    if layer.use_scale:
-        shared["scale"] = layer.param(
-            "scale", layer.scale_init, shape, layer.param_dtype
-        )
-    if layer.use_bias:
-        shared["bias"] = layer.param("bias", layer.bias_init, shape, layer.param_dtype)
-    shared.update(axis=layer.axis, epsilon=layer.epsilon, dtype=layer.dtype)
-    shared.update(activation=layer.activation)
-    return shared
-
-
-def _asks_for_moments(layer: BatchNorm) -> bool:
-    """Whether `batch_moments` is mutable by name.
-
-    `mutable=True` and DenyList, which summaries and careless callers pass, would leave
-    Flax's users with a collection, and in evaluation with work, that Flax has not.
-    """
-    everything = layer.scope is None or isinstance(
-        layer.scope.mutable, (bool, flax.core.DenyList)
-    )
-    return not everything and layer.is_mutable_collection("batch_moments")
-
-
-def _update(
-    layer: BatchNorm,
-    stats: list[nn.Variable],
-    stored: running.State,
-    batch: Moments,
-    x: jax.Array,
-) -> None:
-    """Writes the running statistics after one batch, in the dtypes of Flax's."""
-    new = _layer.updated(
-        stored,
-        batch,
-        momentum=layer.momentum,
-        unbiased=layer.unbiased,
-        skip_nonfinite=layer.skip_nonfinite_updates,
-        batch_dtype=_dtypes.statistics(x.dtype if layer.dtype is None else layer.dtype),
-        keep_dtype=not layer.force_float32_reductions,
-    )
-    for variable, value in zip(stats, new):
-        variable.value = value

@@ -1,0 +1,162 @@
+"""Ghost batch normalization: small batches inside a large one.
+
+    mean_g = sum_{i in g} x_i / m,   var_g = sum_{i in g} |x_i - mean_g|^2 / m
+    y_i = (x_i - mean_g) / sqrt(var_g + epsilon) * scale + bias,     i in group g
+
+The batch is cut into groups of `virtual_batch_size` examples, each normalized by its
+own statistics. Its gradients are those of gradient accumulation over the groups, and of
+replicas that do not share statistics: what keeps the accuracy of small batches where
+the batch is large.
+
+Two deviations from the paper. The running statistics are those of the whole batch (the
+groups' Moments, merged): they hold the variance between the groups' means, which the
+paper's rule, a moving average over the groups in turn, leaves out, as if inference saw
+but one group. And one step moves them once, not once per group.
+
+References: Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", section 4.
+"""
+
+from typing import Literal, Unpack
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from bnjax import _checks
+from bnjax.moments import Moments, beside, merged_statistics, reduction
+from bnjax.normalize import Options, Rows, batch_axis, by_group
+
+__all__ = ["ghost_batch_norm"]
+
+Remainder = Literal["error", "smaller"]
+
+_SIZE = (
+    "virtual_batch_size={size!r}: expected a positive integer, the number of examples "
+    "that are normalized together. Write virtual_batch_size=32."
+)
+
+_REMAINDER = (
+    "a batch of {batch} (axis {axis} of {shape}) is not divisible by "
+    "virtual_batch_size={size}: expected a multiple. Choose one that divides it, drop "
+    "the last examples, or write remainder='smaller' for a last group of {rest}."
+)
+
+_POLICY = (
+    "remainder={remainder!r} is unknown: expected 'error', or 'smaller' for a smaller "
+    "last group. Write remainder='error'."
+)
+
+
+def ghost_batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    virtual_batch_size: int,
+    remainder: Remainder = "error",
+    **options: Unpack[Options],
+) -> tuple[jax.Array, Moments]:
+    """Normalizes each group of `virtual_batch_size` examples by its own statistics.
+
+        y_i = (x_i - mean_g) / sqrt(var_g + epsilon) * scale + bias,   i in group g
+
+    By a reshape, in one pass over all groups. Under jit, where a group lies on one
+    device the normalization needs no collective, and the returned Moments one. Explicit
+    mesh axes on which a group would lie on several devices are an error; Auto ones
+    cannot be seen, and the statistics of such groups are communicated.
+
+    Args:
+        x: (batch, *spatial, feature).
+        scale: (feature,), gamma; None for 1.
+        bias: (feature,), beta; None for 0.
+        virtual_batch_size: how many examples are normalized together; the batch axis is
+            the first that is no feature axis.
+        remainder: what to do with a batch that is not divisible: "error", or "smaller"
+            for a smaller last group.
+        **options: those of `batch_norm`. Over `axis_name` the returned Moments are
+            merged; the groups stay within their replica. `fallback` normalizes groups
+            without a valid value.
+
+    Returns:
+        y, of the shape of `x`, and the Moments of the whole batch.
+
+    Raises:
+        ValueError: a batch that is not divisible, a `virtual_batch_size` below 1, and
+            whatever `batch_norm` raises.
+
+    Warns:
+        BatchNormWarning: at trace time, for one value per feature and group.
+
+    >>> x = jnp.array([[1.0], [3.0], [5.0], [9.0]])
+    >>> y, moments = ghost_batch_norm(x, virtual_batch_size=2, epsilon=0.0)
+    >>> print(y.ravel(), moments.variance())
+    [-1.  1. -1.  1.] [8.75]
+
+    References: Hoffer, Hubara & Soudry 2017, section 4, Algorithm 1.
+    """
+    x = _checks.inexact("x", x)
+    over = reduction(
+        x,
+        options.get("axis", -1),
+        options.pop("axis_name", None),
+        options.pop("axis_index_groups", None),
+    )
+    mean, var = options.pop("fallback", None) or (None, None)
+    vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    batch = batch_axis(x, options)
+    runs = _runs(x.shape, batch, virtual_batch_size, remainder)
+    pieces = [
+        by_group(*_run(x, options, batch, start, stop), vectors, groups)
+        for start, stop, groups in runs
+    ]
+    y, rows = pieces[0] if len(pieces) == 1 else _joined(pieces, batch)
+    return y, merged_statistics(*rows, over.axis_name, over.groups)
+
+
+def _runs(shape, batch: int, size: int, remainder: str) -> list[tuple[int, int, int]]:
+    """(start, stop, groups) of each run of equal groups."""
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(_SIZE.format(size=size))
+    if remainder not in ("error", "smaller"):
+        raise ValueError(_POLICY.format(remainder=remainder))
+    total = shape[batch]
+    whole, rest = total - total % size, total % size
+    if rest and remainder == "error":
+        raise ValueError(
+            _REMAINDER.format(
+                batch=total, axis=batch, shape=tuple(shape), size=size, rest=rest
+            )
+        )
+    runs = [(0, whole, whole // size)] if whole or not rest else []
+    return runs + ([(whole, total, 1)] if rest else [])
+
+
+def _run(
+    x: jax.Array, options: Options, batch: int, start: int, stop: int
+) -> tuple[jax.Array, Options]:
+    """`x` and the options, for the examples from `start` to `stop`."""
+    if stop - start == x.shape[batch]:
+        return x, options
+
+    def cut(value: jax.Array) -> jax.Array:
+        if value.shape[batch] == 1:
+            return value
+        return lax.slice_in_dim(value, start, stop, axis=batch)
+
+    mask = _checks.mask(options.get("mask"), x.shape)
+    residual = _checks.residual(options.get("residual"), x.shape, jnp.complex64)
+    own: Options = {**options}
+    own["mask"] = None if mask is None else cut(mask)
+    own["residual"] = None if residual is None else cut(residual)
+    return cut(x), own
+
+
+def _joined(pieces: list[tuple[jax.Array, Rows]], batch: int):
+    """The outputs along the batch axis, and all rows."""
+    y = jnp.concatenate([y for y, _ in pieces], batch)
+    rows = []
+    for _, ((count, mean, m2), rests) in pieces:
+        count = jnp.broadcast_to(beside(count, m2), m2.shape)
+        rows.append(Rows(Moments(count, mean, m2), rests))
+    return y, jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)

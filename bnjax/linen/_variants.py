@@ -1,0 +1,263 @@
+"""The variants of batch normalization, one paper each."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+from jax.typing import ArrayLike, DTypeLike
+
+from bnjax import _layer
+from bnjax.ghost import Remainder
+from bnjax.linen._call import call
+from bnjax.renorm import Limit
+
+
+class _Variant(nn.Module):
+    """The fields that every variant shares with `BatchNorm`, and their meaning."""
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Callable[..., Any] = initializers.zeros
+    scale_init: Callable[..., Any] = initializers.ones
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    unbiased: bool = False
+    update_stats: bool | None = None
+    skip_nonfinite_updates: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
+
+    force_float32_reductions = True  # no field: only Flax's own layer has the choice
+
+
+class GhostBatchNorm(_Variant):
+    """Ghost batch normalization: small batches inside a large one.
+
+        y_i = (x_i - mean_g) / sqrt(var_g + epsilon) * scale + bias,   i in group g
+
+    Each group of `virtual_batch_size` examples is normalized by its own statistics; the
+    running statistics are those of the whole batch, and inference is `BatchNorm`'s.
+    Variables as `BatchNorm`'s. `init` takes a batch of any size.
+
+    Over `axis_name` only the running statistics are shared: groups stay within their
+    replica.
+
+    Attributes:
+        virtual_batch_size: how many examples are normalized together.
+        remainder: what to do with a batch that is not divisible: "error", or "smaller"
+            for a smaller last group.
+
+    All others are those of `BatchNorm`.
+
+    >>> layer = GhostBatchNorm(virtual_batch_size=4, use_running_average=False)
+    >>> x = jax.random.normal(jax.random.key(0), (12, 6))
+    >>> variables = layer.init(jax.random.key(1), x[:1])
+    >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+
+    References: Hoffer, Hubara & Soudry 2017, section 4.
+    """
+
+    virtual_batch_size: int = dataclasses.field(kw_only=True)
+    remainder: Remainder = "error"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), floating or complex.
+            use_running_average: see `BatchNorm`; exactly one of the two is given.
+            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: see `BatchNorm`.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: a batch that is not divisible, and as `BatchNorm`.
+        """
+        return call(
+            self,
+            x,
+            _layer.ghost(self.virtual_batch_size, self.remainder),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )
+
+
+class BatchRenorm(_Variant):
+    """Batch renormalization: trains on what it will infer with.
+
+        r = clip(sigma_B / sigma, 1/r_max, r_max)
+        d = clip((mu_B - mu) / sigma, -d_max, d_max)
+        y = ((x - mu_B) / sigma_B * r + d) * scale + bias
+
+    mu and sigma are the running statistics from before the update. For small batches
+    and for batches that are not iid. Variables and inference as `BatchNorm`'s. Start
+    with r_max = 1, d_max = 0 (batch normalization) until the running statistics are
+    worth something, then relax: `r_max=optax.linear_schedule(1, 3, 35_000, 5_000)`.
+
+    Attributes:
+        r_max: the largest factor between the standard deviations, >= 1; a number or a
+            function of the step.
+        d_max: the largest distance between the means, in running standard deviations,
+            >= 0; a number or a function of the step.
+
+    All others are those of `BatchNorm`.
+
+    A critic that sees the batches of (s, a) and (s', a') as one, so that both are
+    normalized alike (CrossQ, Bhatt et al. 2024):
+
+    >>> class Critic(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, observation, action, step, train):
+    ...         x = jnp.concatenate([observation, action], -1)
+    ...         for features in (64, 64):
+    ...             norm = BatchRenorm(not train, activation=nn.relu)
+    ...             x = norm(nn.Dense(features, use_bias=False)(x), step=step)
+    ...         return nn.Dense(1)(x)[..., 0]
+    >>> observations, actions = jnp.zeros((2, 5, 3)), jnp.zeros((2, 5, 1))  # now, next
+    >>> both = observations.reshape(10, 3), actions.reshape(10, 1)
+    >>> critic = Critic()
+    >>> variables = critic.init(jax.random.key(0), *both, 0, True)
+    >>> q, updates = critic.apply(variables, *both, 0, True, mutable=["batch_stats"])
+    >>> q_now, q_next = jnp.split(q, 2)
+
+    References: Ioffe 2017, Algorithm 1.
+    """
+
+    r_max: Limit = 3.0
+    d_max: Limit = 5.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        step: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), real.
+            use_running_average: see `BatchNorm`; exactly one of the two is given.
+            step: (), integer: the training step, for schedules.
+            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: see `BatchNorm`.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            TypeError: `x` is complex.
+            ValueError: a schedule without a step, and as `BatchNorm`.
+        """
+        return call(
+            self,
+            x,
+            _layer.renorm(self.r_max, self.d_max, step),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )
+
+
+class SplitBatchNorm(_Variant):
+    """Split batch normalization: statistics of its own for each domain of the batch.
+
+        y_i = (x_i - mean_d) / sqrt(var_d + epsilon) * scale_d + bias_d
+
+    Variables: `params/{scale,bias}` and `batch_stats/{mean,var}`, each
+    (num_splits, feature). Domain 0 is the main one, by which inference normalizes
+    unless the call names another.
+
+    Attributes:
+        num_splits: the number of domains.
+        shared_affine: whether all domains share one scale and bias, (feature,).
+
+    All others are those of `BatchNorm`. Initializers see the shape of the parameters,
+    with the axis of the domains.
+
+    >>> layer = SplitBatchNorm(num_splits=2, use_running_average=False)
+    >>> x = jax.random.normal(jax.random.key(0), (10, 6))
+    >>> variables = layer.init(jax.random.key(1), x)
+    >>> print(variables["batch_stats"]["mean"].shape)
+    (2, 6)
+    >>> clean_and_adversarial = jnp.concatenate([x, x + 1])
+    >>> y, updates = layer.apply(
+    ...     variables, clean_and_adversarial, mutable=["batch_stats"]
+    ... )
+
+    References: Xie et al. 2019, section 3.3 (AdvProp); Wu & Johnson 2021, section 5.2.
+    """
+
+    num_splits: int = dataclasses.field(kw_only=True)
+    shared_affine: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        domain: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), floating or complex.
+            use_running_average: see `BatchNorm`; exactly one of the two is given.
+            domain: integers: () for the whole batch, (batch,) by example. None: in
+                training the batch is `num_splits` equal parts in turn, in inference
+                all of it belongs to domain 0.
+            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: see `BatchNorm`.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            TypeError: `domain` is not integer.
+            ValueError: a batch that does not fall into equal parts, a `domain` that is
+                known to be out of range, and as `BatchNorm`.
+        """
+        return call(
+            self,
+            x,
+            _layer.split(self.num_splits, domain),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+            shared_affine=self.shared_affine,
+        )

@@ -1,0 +1,18 @@
+"""NNX layers: variables around the pure functions, and no arithmetic.
+
+`BatchNorm` has the name, the arguments, the variables and the views of
+`flax.nnx.BatchNorm`, and every layer the outputs of its namesake in `bnjax.linen`, to
+the bit.
+"""
+
+from bnjax.nnx._batch_norm import BatchNorm
+from bnjax.nnx._normalization import BatchMoments
+from bnjax.nnx._variants import BatchRenorm, GhostBatchNorm, SplitBatchNorm
+
+__all__ = [
+    "BatchMoments",
+    "BatchNorm",
+    "BatchRenorm",
+    "GhostBatchNorm",
+    "SplitBatchNorm",
+]

@@ -1,0 +1,243 @@
+"""The variants of batch normalization, one paper each."""
+
+from typing import Unpack
+
+import jax
+from flax import nnx
+from jax.typing import ArrayLike
+
+from bnjax import _layer
+from bnjax.ghost import Remainder
+from bnjax.nnx._normalization import Normalization, Settings
+from bnjax.renorm import Limit
+
+
+class GhostBatchNorm(Normalization):
+    """Ghost batch normalization: small batches inside a large one.
+
+        y_i = (x_i - mean_g) / sqrt(var_g + epsilon) * scale + bias,   i in group g
+
+    Each group of `virtual_batch_size` examples is normalized by its own statistics; the
+    running statistics are those of the whole batch, and inference is `BatchNorm`'s.
+    Variables and views as `BatchNorm`'s.
+
+    Over `axis_name` only the running statistics are shared: groups stay within their
+    replica.
+
+    Args:
+        num_features: the size of the feature axis.
+        virtual_batch_size: how many examples are normalized together.
+        remainder: what to do with a batch that is not divisible: "error", or "smaller"
+            for a smaller last group.
+        rngs: as `BatchNorm`'s.
+        **settings: the other arguments of `BatchNorm`, but for `use_fast_variance`.
+
+    >>> layer = GhostBatchNorm(6, virtual_batch_size=4, rngs=nnx.Rngs(0))
+    >>> print(layer(jax.random.normal(jax.random.key(0), (12, 6))).shape)
+    (12, 6)
+
+    References: Hoffer, Hubara & Soudry 2017, section 4.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        virtual_batch_size: int,
+        remainder: Remainder = "error",
+        rngs: nnx.Rngs,
+        **settings: Unpack[Settings],
+    ):
+        self._declare((num_features,), rngs, **settings)
+        self.virtual_batch_size = virtual_batch_size
+        self.remainder: Remainder = remainder
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), floating or complex.
+            use_running_average: takes precedence over the attribute.
+            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: takes precedence over the attribute.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: a batch that is not divisible, and as `BatchNorm`.
+        """
+        return self._normalize(
+            x,
+            _layer.ghost(self.virtual_batch_size, self.remainder),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )
+
+
+class BatchRenorm(Normalization):
+    """Batch renormalization: trains on what it will infer with.
+
+        r = clip(sigma_B / sigma, 1/r_max, r_max)
+        d = clip((mu_B - mu) / sigma, -d_max, d_max)
+        y = ((x - mu_B) / sigma_B * r + d) * scale + bias
+
+    mu and sigma are the running statistics from before the update. For small batches
+    and for batches that are not iid. Variables, views and inference as `BatchNorm`'s.
+    Start with r_max = 1, d_max = 0 (batch normalization) until the running statistics
+    are worth something, then relax: `r_max=optax.linear_schedule(1, 3, 35_000, 5_000)`.
+    `bnjax.linen.BatchRenorm` shows a critic with joint batches.
+
+    Args:
+        num_features: the size of the feature axis.
+        r_max: the largest factor between the standard deviations, >= 1; a number or a
+            function of the step.
+        d_max: the largest distance between the means, in running standard deviations,
+            >= 0; a number or a function of the step.
+        rngs: as `BatchNorm`'s.
+        **settings: the other arguments of `BatchNorm`, but for `use_fast_variance`.
+
+    >>> layer = BatchRenorm(6, r_max=lambda step: 1 + step / 100, rngs=nnx.Rngs(0))
+    >>> y = layer(jax.random.normal(jax.random.key(0), (5, 6)), step=50)
+
+    References: Ioffe 2017, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        r_max: Limit = 3.0,
+        d_max: Limit = 5.0,
+        rngs: nnx.Rngs,
+        **settings: Unpack[Settings],
+    ):
+        self._declare((num_features,), rngs, **settings)
+        self.r_max = r_max
+        self.d_max = d_max
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        step: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), real.
+            use_running_average: takes precedence over the attribute.
+            step: (), integer: the training step, for schedules.
+            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: takes precedence over the attribute.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            TypeError: `x` is complex.
+            ValueError: a schedule without a step, and as `BatchNorm`.
+        """
+        return self._normalize(
+            x,
+            _layer.renorm(self.r_max, self.d_max, step),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )
+
+
+class SplitBatchNorm(Normalization):
+    """Split batch normalization: statistics of its own for each domain of the batch.
+
+        y_i = (x_i - mean_d) / sqrt(var_d + epsilon) * scale_d + bias_d
+
+    Variables as `BatchNorm`'s, but (num_splits, feature). Domain 0 is the main one, by
+    which inference normalizes unless the call names another.
+
+    Args:
+        num_features: the size of the feature axis.
+        num_splits: the number of domains.
+        shared_affine: whether all domains share one scale and bias, (feature,).
+        rngs: as `BatchNorm`'s.
+        **settings: the other arguments of `BatchNorm`, but for `use_fast_variance`.
+
+    >>> layer = SplitBatchNorm(6, num_splits=2, rngs=nnx.Rngs(0))
+    >>> clean = jax.random.normal(jax.random.key(0), (5, 6))
+    >>> y = layer(jax.numpy.concatenate([clean, clean + 1]))
+    >>> print(layer.mean.shape)
+    (2, 6)
+
+    References: Xie et al. 2019, section 3.3 (AdvProp); Wu & Johnson 2021, section 5.2.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        num_splits: int,
+        shared_affine: bool = False,
+        rngs: nnx.Rngs,
+        **settings: Unpack[Settings],
+    ):
+        shape = (num_splits, num_features)
+        affine_shape = shape[1:] if shared_affine else shape
+        self._declare(shape, rngs, affine_shape=affine_shape, **settings)
+        self.num_splits = num_splits
+        self.shared_affine = shared_affine
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        domain: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), floating or complex.
+            use_running_average: takes precedence over the attribute.
+            domain: integers: () for the whole batch, (batch,) by example. None: in
+                training the batch is `num_splits` equal parts in turn, in inference
+                all of it belongs to domain 0.
+            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: takes precedence over the attribute.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            TypeError: `domain` is not integer.
+            ValueError: a batch that does not fall into equal parts, a `domain` that is
+                known to be out of range, and as `BatchNorm`.
+        """
+        return self._normalize(
+            x,
+            _layer.split(self.num_splits, domain),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )

@@ -1,0 +1,123 @@
+"""Groups of examples, each normalized by itself: the batch axis as two."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from bnjax import _axes, _checks, _replicas
+from bnjax.moments import Moments, exact_statistics
+from bnjax.normalize._transform import Inputs, Options, Plan, by_given, train, usable
+
+_NO_BATCH = (
+    "axis={axis!r} names every axis of the input of shape {shape} as a feature axis: "
+    "expected a batch axis to split into groups. Name only the features: axis=-1."
+)
+
+_ASTRAY = (
+    "{groups} group(s) of the batch axis (axis {axis} of {shape}), which is split over "
+    "{devices} devices: expected a number of groups that the devices divide, so that "
+    "no group lies on several. Change the size of the groups, or replicate the batch "
+    "axis first (jax.reshard)."
+)
+
+
+class Rows(NamedTuple):
+    """The Moments of each group, its axis leading, and what the rounded means lack."""
+
+    moments: Moments
+    rests: jax.Array
+
+
+def by_group(
+    x: jax.Array,
+    options: Options,
+    vectors: Mapping[str, ArrayLike | None],
+    groups: int,
+) -> tuple[jax.Array, Rows]:
+    """Batch normalization of each of `groups` equal, adjacent parts of the batch.
+
+        (batch, *spatial, feature) = (groups x size, *spatial, feature)
+
+    Written as one call for (group, feature) features: one read, no collective where
+    no group lies on several devices, and the derivative of `batch_norm`.
+
+    Args:
+        x: (batch, *spatial, feature).
+        options: of `batch_norm`, but for `axis_name` and `fallback`.
+        vectors: mean, var (of groups without a valid value), scale and bias; each None,
+            (feature,), or (groups, feature).
+        groups: their number, which divides the batch.
+    """
+    axes = _axes.canonical(options.get("axis", -1), x.ndim)
+    batch = batch_axis(x, options)
+    _check_devices(x, batch, groups)
+    before = sum(a < batch for a in axes)  # the features before the group's axis
+
+    def cut(value: jax.Array) -> jax.Array:
+        sizes = (1, 1) if value.shape[batch] == 1 else (groups, -1)
+        if 0 in value.shape:
+            sizes = (groups, value.shape[batch] // max(groups, 1))
+        return value.reshape(*value.shape[:batch], *sizes, *value.shape[batch + 1 :])
+
+    def repeated(value: ArrayLike | None) -> jax.Array | None:
+        if value is None:
+            return None
+        value = jnp.asarray(value)
+        if value.ndim == len(axes):
+            value = jnp.broadcast_to(value, (groups, *value.shape))
+        return jnp.moveaxis(value, 0, before)
+
+    mask = _checks.mask(options.get("mask"), x.shape)
+    residual = _checks.residual(options.get("residual"), x.shape, jnp.complex64)
+    mean, var, scale, bias = (
+        repeated(vectors[name]) for name in ("mean", "var", "scale", "bias")
+    )
+    inner: Options = {**options, "axis": _with(axes, batch)}
+    inner["mask"] = None if mask is None else cut(mask)
+    inner["residual"] = None if residual is None else cut(residual)
+    if mean is not None and var is not None:
+        inner["fallback"] = mean, var
+    y, rows = train(_each_group, cut(x), scale, bias, inner)
+
+    def leading(value: jax.Array) -> jax.Array:
+        return value if value.ndim == 0 else jnp.moveaxis(value, before, 0)
+
+    rows = jax.tree.map(leading, rows)
+    count = rows.moments.count
+    if count.ndim == 0:
+        count = jnp.broadcast_to(count, (groups,))
+    return y.reshape(x.shape), rows._replace(moments=rows.moments._replace(count=count))
+
+
+def batch_axis(x: jax.Array, options: Options) -> int:
+    """The first axis that is no feature axis."""
+    axis = options.get("axis", -1)
+    reduced = _axes.complement(_axes.canonical(axis, x.ndim), x.ndim)
+    if not reduced:
+        raise ValueError(_NO_BATCH.format(axis=axis, shape=x.shape))
+    return reduced[0]
+
+
+def _each_group(given: Inputs, plan: Plan) -> tuple[jax.Array, Rows]:
+    over = plan.over._replace(whole=True)
+    batch, rests = exact_statistics(given.x, given.mask, over)
+    vectors = *usable(batch, given, plan), given.scale, given.bias
+    y = by_given(given.x, vectors, given.epsilon, plan.affine)
+    return y, Rows(batch, rests)
+
+
+def _with(axes: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    """The feature axes, and that of the groups, after the batch axis became two."""
+    return (*(a + (a > batch) for a in axes), batch)
+
+
+def _check_devices(x: jax.Array, batch: int, groups: int) -> None:
+    """Raises where Explicit mesh axes tell that a group lies on several devices."""
+    devices = _replicas.typed_parts(x, batch)
+    if groups % devices:
+        raise ValueError(
+            _ASTRAY.format(groups=groups, axis=batch, shape=x.shape, devices=devices)
+        )
