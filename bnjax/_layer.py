@@ -10,16 +10,23 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _dtypes, running
+from bnjax import _dtypes, running, whiten
 from bnjax.ghost import Remainder, ghost_batch_norm
-from bnjax.moments import Moments, moments
+from bnjax.moments import Moments, merge, moments
 from bnjax.normalize import batch_norm, normalize
 from bnjax.renorm import Limit, at_step, batch_renorm
 from bnjax.split import split_batch_norm, split_moments, split_normalize
 
 
+Shape = tuple[int, ...]
+
+
 def _batch_norm(x: jax.Array, stored: running.State, **options: Any):
     return batch_norm(x, fallback=stored, **options)
+
+
+def _zero_and_one(shape: Shape, dtype: DTypeLike) -> dict[str, jax.Array]:
+    return running.ema().init(shape, dtype)._asdict()
 
 
 class Family(NamedTuple):
@@ -31,19 +38,20 @@ class Family(NamedTuple):
         measure: (x, **options of moments) -> Moments.
         start: (x, **options of batch_norm) -> (y, Moments): the output of `init`, where
             the batch may be a mere example of its shape.
+        begin: (shape, dtype) -> the running statistics at the start, by name.
+        empty: (shape, dtype) -> the Moments of nothing.
+        merge: of two Moments.
         leading: the axes of the statistics before those of the features.
     """
 
-    train: Callable[..., tuple[jax.Array, Moments]] = _batch_norm
+    train: Callable[..., tuple[jax.Array, Any]] = _batch_norm
     infer: Callable[..., jax.Array] = normalize
-    measure: Callable[..., Moments] = moments
-    start: Callable[..., tuple[jax.Array, Moments]] = batch_norm
+    measure: Callable[..., Any] = moments
+    start: Callable[..., tuple[jax.Array, Any]] = batch_norm
+    begin: Callable[..., dict[str, jax.Array]] = _zero_and_one
+    empty: Callable[..., Any] = Moments.empty
+    merge: Callable[..., Any] = merge
     leading: tuple[int, ...] = ()
-
-    def empty(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Moments:
-        """The Moments of nothing, with a count for each of the leading axes."""
-        nothing = Moments.empty(shape, dtype)
-        return nothing._replace(count=jnp.zeros(self.leading, nothing.count.dtype))
 
 
 def ghost(virtual_batch_size: int, remainder: Remainder) -> Family:
@@ -90,7 +98,45 @@ def split(num_splits: int, domain: ArrayLike | None) -> Family:
     def measure(x, **options):
         return split_moments(x, num_splits=num_splits, domain=domain, **options)
 
-    return Family(train, infer, measure, start, leading=(num_splits,))
+    def empty(shape: Shape, dtype: DTypeLike = jnp.float32) -> Moments:
+        nothing = Moments.empty(shape, dtype)
+        return nothing._replace(count=jnp.zeros(num_splits, nothing.count.dtype))
+
+    leading = (num_splits,)
+    return Family(train, infer, measure, start, empty=empty, leading=leading)
+
+
+def decorrelated(group_size: int | None, method: str, iterations: int) -> Family:
+    """The family of `DecorrelatedBatchNorm`."""
+    by = {"method": method, "iterations": iterations}
+
+    def train(x, stored, **options):
+        return whiten.decorrelate(
+            x, group_size=group_size, fallback=stored, **by, **options
+        )
+
+    def infer(x, *vectors, **options):
+        return whiten.whiten_by(x, *vectors, **by, **options)
+
+    def measure(x, **options):
+        return whiten.co_moments(x, group_size=group_size, **options)
+
+    def start(x, **options):
+        return whiten.decorrelate(x, group_size=group_size, **by, **options)
+
+    def grouped(shape: Shape) -> tuple[int, int]:  # `decorrelate` checks the size
+        size = max(group_size or shape[-1], 1)
+        return shape[-1] // size, size
+
+    def begin(shape: Shape, dtype: DTypeLike) -> dict[str, jax.Array]:
+        groups, size = grouped(shape)
+        identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (groups, size, size))
+        return {"mean": jnp.zeros(shape, dtype), "cov": identity}
+
+    def empty(shape: Shape, dtype: DTypeLike = jnp.float32) -> whiten.CoMoments:
+        return whiten.CoMoments.empty(*grouped(shape), dtype)
+
+    return Family(train, infer, measure, start, begin, empty, whiten.merge)
 
 
 def forward(
@@ -102,7 +148,7 @@ def forward(
     *,
     use_running: bool,
     measure: bool,
-) -> tuple[jax.Array, Moments | None]:
+) -> tuple[jax.Array, Any]:
     """The output and the Moments of the batch.
 
     Args:
@@ -122,7 +168,7 @@ def forward(
 
 def updated(
     stored: running.State,
-    batch: Moments,
+    batch: Moments | whiten.CoMoments,
     *,
     momentum: float,
     unbiased: bool,
@@ -134,7 +180,7 @@ def updated(
 
     Args:
         stored: those before.
-        batch: its Moments.
+        batch: its Moments; a covariance is averaged as a variance is.
         momentum: the weight of `stored`.
         unbiased: whether the running variance divides by n - 1.
         skip_nonfinite: whether a batch that is not finite changes nothing.
@@ -144,7 +190,7 @@ def updated(
     """
     rule = running.ema(momentum, ddof=int(unbiased), skip_nonfinite=skip_nonfinite)
     values = []
-    for old, new in zip(stored, rule.update(stored, batch)):
+    for old, new in zip(stored, rule.update(stored, Moments(*batch))):
         dtype = _dtypes.promote(old, batch_dtype)
         if not jnp.iscomplexobj(new):
             dtype = old.dtype if keep_dtype else _dtypes.real(dtype)

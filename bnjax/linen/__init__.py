@@ -6,6 +6,17 @@ variants share all of it but what their papers change.
 """
 
 from bnjax.linen._batch_norm import BatchNorm
-from bnjax.linen._variants import BatchRenorm, GhostBatchNorm, SplitBatchNorm
+from bnjax.linen._variants import (
+    BatchRenorm,
+    DecorrelatedBatchNorm,
+    GhostBatchNorm,
+    SplitBatchNorm,
+)
 
-__all__ = ["BatchNorm", "BatchRenorm", "GhostBatchNorm", "SplitBatchNorm"]
+__all__ = [
+    "BatchNorm",
+    "BatchRenorm",
+    "DecorrelatedBatchNorm",
+    "GhostBatchNorm",
+    "SplitBatchNorm",
+]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _checks, _dtypes, _layer, running
-from bnjax.moments import Moments, merge
+from bnjax.moments import Moments
 
 Shape = tuple[int, ...]
 
@@ -38,7 +38,7 @@ def call(
     x = _checks.inexact("x", x)
     features = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
     shape = family.leading + features
-    stats = _running_statistics(layer, shape)
+    stats = _running_statistics(layer, family, shape)
     stored = running.State._make(variable.value for variable in stats)
     affine = {
         **parameters(layer, features if shared_affine else shape),
@@ -71,18 +71,20 @@ def call(
         _update(layer, stats, stored, batch, x)
     if pools:
         pool = layer.variable("batch_moments", "moments", family.empty, shape)
-        pool.value = merge(pool.value, batch)
+        pool.value = family.merge(pool.value, batch)
     return y
 
 
-def _running_statistics(layer: Any, shape: Shape) -> list[nn.Variable]:
+def _running_statistics(
+    layer: Any, family: _layer.Family, shape: Shape
+) -> list[nn.Variable]:
     """The variables of the running statistics: mean, var."""
     dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
-    start = running.ema().init(shape, dtype)
     stats = []
-    for name, value in start._asdict().items():
+    for name, value in family.begin(shape, dtype).items():
         stored = layer.variable("batch_stats", name, lambda value=value: value)
-        _checks.feature_shape(f"batch_stats/{name}", stored.value, shape, layer.axis)
+        path = f"batch_stats/{name}"
+        _checks.feature_shape(path, stored.value, value.shape, layer.axis)
         stats.append(stored)
     return stats
 

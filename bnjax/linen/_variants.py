@@ -261,3 +261,79 @@ class SplitBatchNorm(_Variant):
             update_stats=update_stats,
             shared_affine=self.shared_affine,
         )
+
+
+class DecorrelatedBatchNorm(_Variant):
+    """Decorrelated batch normalization: whitening by the covariance of the batch.
+
+        y = activation(W (x - mean) * scale + bias + residual)
+        W = (covariance + epsilon I)^(-1/2)
+
+    Within groups of adjacent features. Variables: `params/{scale,bias}` and
+    `batch_stats/{mean,cov}`, cov (groups, size, size), which starts as the identity.
+    Inference takes the root of the running covariance at each call; `bnjax.whiten` has
+    the pure functions, to do it once.
+
+    Attributes:
+        group_size: the features of a group, adjacent, which are whitened together;
+            None for one group of all. A batch should hold several times as many
+            positions.
+        method: "eigh" (exact, ZCA), "newton_schulz" (IterNorm: products alone, stops
+            early) or "cholesky" (exact, not ZCA); see `bnjax.whiten.inverse_sqrt`.
+        iterations: of "newton_schulz".
+
+    All others are those of `BatchNorm`; `axis` is one axis. Masks are alike for all
+    features.
+
+    >>> layer = DecorrelatedBatchNorm(group_size=3, use_running_average=False)
+    >>> x = jax.random.normal(jax.random.key(0), (20, 6))
+    >>> variables = layer.init(jax.random.key(1), x)
+    >>> print(jax.tree.map(jnp.shape, variables["batch_stats"]))
+    {'cov': (2, 3, 3), 'mean': (6,)}
+    >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+
+    References: Huang et al. 2018 (decorrelated batch normalization); Huang et al. 2019
+    (IterNorm).
+    """
+
+    group_size: int | None = None
+    method: str = "eigh"
+    iterations: int = 5
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Whitens `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), real.
+            use_running_average: see `BatchNorm`; exactly one of the two is given.
+            mask: boolean, broadcastable to `x`, of size 1 along the feature axis; True
+                = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: see `BatchNorm`.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            TypeError: `x` is complex.
+            ValueError: a group size that does not divide the features, and as
+                `BatchNorm`.
+        """
+        return call(
+            self,
+            x,
+            _layer.decorrelated(self.group_size, self.method, self.iterations),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )

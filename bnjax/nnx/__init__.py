@@ -7,12 +7,18 @@ the bit.
 
 from bnjax.nnx._batch_norm import BatchNorm
 from bnjax.nnx._normalization import BatchMoments
-from bnjax.nnx._variants import BatchRenorm, GhostBatchNorm, SplitBatchNorm
+from bnjax.nnx._variants import (
+    BatchRenorm,
+    DecorrelatedBatchNorm,
+    GhostBatchNorm,
+    SplitBatchNorm,
+)
 
 __all__ = [
     "BatchMoments",
     "BatchNorm",
     "BatchRenorm",
+    "DecorrelatedBatchNorm",
     "GhostBatchNorm",
     "SplitBatchNorm",
 ]

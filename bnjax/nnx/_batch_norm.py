@@ -103,7 +103,7 @@ class BatchNorm(Normalization):
         activation: Callable[[jax.Array], jax.Array] | None = None,
     ):
         self._declare(
-            (num_features,),
+            num_features,
             rngs,
             use_running_average=use_running_average,
             axis=axis,
@@ -126,6 +126,9 @@ class BatchNorm(Normalization):
             activation=activation,
         )
         self.use_fast_variance = use_fast_variance
+
+    def _family(self) -> _layer.Family:
+        return _layer.Family()
 
     def __call__(
         self,
@@ -154,7 +157,7 @@ class BatchNorm(Normalization):
         """
         return self._normalize(
             x,
-            _layer.Family(),
+            self._family(),
             use_running_average=use_running_average,
             mask=mask,
             residual=residual,

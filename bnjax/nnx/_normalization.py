@@ -12,7 +12,6 @@ from jax.nn import initializers
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _checks, _dtypes, _layer, running
-from bnjax.moments import Moments, merge
 
 
 @nnx.register_variable_name("batch_moments", overwrite=True)
@@ -23,7 +22,8 @@ class BatchMoments(nnx.Variable):
     `moments`, while the layer's `record_moments` is true. Linen's collection of the
     same meaning is `batch_moments`.
 
-    >>> layer = BatchNorm(6, rngs=nnx.Rngs(0))
+    >>> import bnjax
+    >>> layer = bnjax.nnx.BatchNorm(6, rngs=nnx.Rngs(0))
     >>> recording = nnx.view(layer, record_moments=True)
     >>> y = recording(jax.random.normal(jax.random.key(0), (5, 6)))
     >>> moments = nnx.pop(recording, BatchMoments)["moments"].get_value()
@@ -57,14 +57,17 @@ class Settings(TypedDict, total=False):
 
 
 class Normalization(nnx.Module):
-    """The layers' common part; each layer declares itself by `_declare`."""
+    """The layers' common part; what tells a layer from the others is its family."""
+
+    def _family(self) -> _layer.Family:
+        raise NotImplementedError
 
     def _declare(
         self,
-        shape: tuple[int, ...],
+        num_features: int,
         rngs: nnx.Rngs,
         *,
-        affine_shape: tuple[int, ...] | None = None,
+        shared_affine: bool = False,
         use_running_average: bool | None = False,
         axis: int = -1,
         momentum: float = 0.99,
@@ -85,11 +88,14 @@ class Normalization(nnx.Module):
         skip_nonfinite_updates: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
     ) -> None:
-        """Sets the variables, of shape (*leading, feature), and the arguments."""
-        start = running.ema().init(shape)
-        self.mean = nnx.BatchStat(start.mean)
-        self.var = nnx.BatchStat(start.var)
-        of_affine = shape if affine_shape is None else affine_shape
+        """Sets the variables and the arguments; what `_family` reads is set before."""
+        family = self._family()
+        shape = (*family.leading, num_features)
+        start = family.begin(shape, jnp.float32)
+        for name, value in start.items():
+            setattr(self, name, nnx.BatchStat(value))
+        self.statistics = tuple(start)  # their names
+        of_affine = (num_features,) if shared_affine else shape
 
         def parameter(wanted, init, metadata):
             if not wanted:
@@ -98,8 +104,7 @@ class Normalization(nnx.Module):
 
         self.scale = parameter(use_scale, scale_init, scale_metadata)
         self.bias = parameter(use_bias, bias_init, bias_metadata)
-        *leading, self.num_features = shape
-        self.leading = tuple(leading)
+        self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
         self.momentum = momentum
@@ -135,7 +140,8 @@ class Normalization(nnx.Module):
         update = self.update_stats if update_stats is None else update_stats
         update = not use_running if update is None else update
         x = _checks.inexact("x", x)
-        stored = running.State(self.mean[...], self.var[...])
+        variables = [getattr(self, name) for name in self.statistics]
+        stored = running.State._make(variable[...] for variable in variables)
         over = {
             "mask": mask,
             "axis_name": self.axis_name,
@@ -156,7 +162,7 @@ class Normalization(nnx.Module):
         if update:
             self._update(stored, batch, x)
         if self.record_moments:
-            self.moments.set_value(merge(self.moments.get_value(), batch))
+            self.moments.set_value(family.merge(self.moments.get_value(), batch))
         return y
 
     @property
@@ -169,9 +175,9 @@ class Normalization(nnx.Module):
         if self.record_moments:
             del self.moments
         if on:
-            own = (*self.leading, self.num_features)
+            family = self._family()
+            own = (*family.leading, self.num_features)
             stacked = self.mean.shape[: self.mean.ndim - len(own)]
-            family = _layer.Family(leading=self.leading)
             empty = family.empty(own, _dtypes.statistics(self.mean.dtype))
             self.moments = BatchMoments(
                 jax.tree.map(lambda v: jnp.broadcast_to(v, (*stacked, *v.shape)), empty)
@@ -217,7 +223,7 @@ class Normalization(nnx.Module):
             "activation": self.activation,
         }
 
-    def _update(self, stored: running.State, batch: Moments, x: jax.Array) -> None:
+    def _update(self, stored: running.State, batch: Any, x: jax.Array) -> None:
         """Writes the running statistics after one batch; real ones keep their dtype."""
         new = _layer.updated(
             stored,
@@ -228,5 +234,5 @@ class Normalization(nnx.Module):
             batch_dtype=_dtypes.statistics(x.dtype),
             keep_dtype=True,
         )
-        self.mean.set_value(new.mean)
-        self.var.set_value(new.var)
+        for name, value in zip(self.statistics, new, strict=True):
+            getattr(self, name).set_value(value)

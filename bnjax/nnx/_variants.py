@@ -48,9 +48,12 @@ class GhostBatchNorm(Normalization):
         rngs: nnx.Rngs,
         **settings: Unpack[Settings],
     ):
-        self._declare((num_features,), rngs, **settings)
         self.virtual_batch_size = virtual_batch_size
         self.remainder: Remainder = remainder
+        self._declare(num_features, rngs, **settings)
+
+    def _family(self) -> _layer.Family:
+        return _layer.ghost(self.virtual_batch_size, self.remainder)
 
     def __call__(
         self,
@@ -78,7 +81,7 @@ class GhostBatchNorm(Normalization):
         """
         return self._normalize(
             x,
-            _layer.ghost(self.virtual_batch_size, self.remainder),
+            self._family(),
             use_running_average=use_running_average,
             mask=mask,
             residual=residual,
@@ -123,9 +126,12 @@ class BatchRenorm(Normalization):
         rngs: nnx.Rngs,
         **settings: Unpack[Settings],
     ):
-        self._declare((num_features,), rngs, **settings)
         self.r_max = r_max
         self.d_max = d_max
+        self._declare(num_features, rngs, **settings)
+
+    def _family(self, step: ArrayLike | None = None) -> _layer.Family:
+        return _layer.renorm(self.r_max, self.d_max, step)
 
     def __call__(
         self,
@@ -156,7 +162,7 @@ class BatchRenorm(Normalization):
         """
         return self._normalize(
             x,
-            _layer.renorm(self.r_max, self.d_max, step),
+            self._family(step),
             use_running_average=use_running_average,
             mask=mask,
             residual=residual,
@@ -197,11 +203,12 @@ class SplitBatchNorm(Normalization):
         rngs: nnx.Rngs,
         **settings: Unpack[Settings],
     ):
-        shape = (num_splits, num_features)
-        affine_shape = shape[1:] if shared_affine else shape
-        self._declare(shape, rngs, affine_shape=affine_shape, **settings)
         self.num_splits = num_splits
         self.shared_affine = shared_affine
+        self._declare(num_features, rngs, shared_affine=shared_affine, **settings)
+
+    def _family(self, domain: ArrayLike | None = None) -> _layer.Family:
+        return _layer.split(self.num_splits, domain)
 
     def __call__(
         self,
@@ -235,7 +242,93 @@ class SplitBatchNorm(Normalization):
         """
         return self._normalize(
             x,
-            _layer.split(self.num_splits, domain),
+            self._family(domain),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )
+
+
+class DecorrelatedBatchNorm(Normalization):
+    """Decorrelated batch normalization: whitening by the covariance of the batch.
+
+        y = activation(W (x - mean) * scale + bias + residual)
+        W = (covariance + epsilon I)^(-1/2)
+
+    Within groups of adjacent features. Variables: `scale`, `bias` (nnx.Param), `mean`
+    and `cov` (nnx.BatchStat), cov (groups, size, size), which starts as the identity.
+    Inference takes the root of the running covariance at each call; `bnjax.whiten` has
+    the pure functions, to do it once.
+
+    Args:
+        num_features: the size of the feature axis.
+        group_size: the features of a group, adjacent, which are whitened together;
+            None for one group of all. A batch should hold several times as many
+            positions.
+        method: "eigh" (exact, ZCA), "newton_schulz" (IterNorm: products alone, stops
+            early) or "cholesky" (exact, not ZCA); see `bnjax.whiten.inverse_sqrt`.
+        iterations: of "newton_schulz".
+        rngs: as `BatchNorm`'s.
+        **settings: the other arguments of `BatchNorm`, but for `use_fast_variance`.
+
+    >>> layer = DecorrelatedBatchNorm(6, group_size=3, rngs=nnx.Rngs(0))
+    >>> y = layer(jax.random.normal(jax.random.key(0), (20, 6)))
+    >>> print(layer.cov.shape)
+    (2, 3, 3)
+
+    References: Huang et al. 2018 (decorrelated batch normalization); Huang et al. 2019
+    (IterNorm).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        group_size: int | None = None,
+        method: str = "eigh",
+        iterations: int = 5,
+        rngs: nnx.Rngs,
+        **settings: Unpack[Settings],
+    ):
+        self.group_size = group_size
+        self.method = method
+        self.iterations = iterations
+        self._declare(num_features, rngs, **settings)
+
+    def _family(self) -> _layer.Family:
+        return _layer.decorrelated(self.group_size, self.method, self.iterations)
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Whitens `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), real.
+            use_running_average: takes precedence over the attribute.
+            mask: boolean, broadcastable to `x`, of size 1 along the feature axis; True
+                = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: takes precedence over the attribute.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            TypeError: `x` is complex.
+            ValueError: a group size that does not divide the features, and as
+                `BatchNorm`.
+        """
+        return self._normalize(
+            x,
+            self._family(),
             use_running_average=use_running_average,
             mask=mask,
             residual=residual,
