@@ -497,5 +497,6 @@ def test_every_normalization_can_be_trained(images, method):
     assert variables["params"]["Conv_1"]["kernel"].shape == (3, 3, 4, 8)
     kinds = {"group_norm": "GroupNorm_1", "layer_norm": "GroupNorm_1"}
     kinds |= {"ghost": "GhostBatchNorm_1", "renorm": "BatchRenorm_1"}
+    kinds["decorrelated"] = "DecorrelatedBatchNorm_1"
     layer = variables["params"][kinds.get(method, "BatchNorm_1")]
     assert layer["scale"].shape == (8,)

@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 ORANGE, AMBER, PINK, BLUE = "#d55e00", "#e69f00", "#cc79a7", "#0072b2"
-GREEN, SKY = "#009e73", "#56b4e9"
+GREEN, SKY, VIOLET = "#009e73", "#56b4e9", "#6a3d9a"
 RUNNING = {"color": ORANGE, "lw": 2.2}
 POOLED = {"color": ORANGE, "ls": "--"}
 AS_TRAINED = {"color": ORANGE, "ls": ":"}
@@ -49,6 +49,7 @@ ROWS = (
     Row("ghost BN", "ghost", "running", {"color": SKY}),
     Row("BN, frozen at the end", "frozen", "running", {"color": PINK}),
     Row("batch renorm", "renorm", "running", {"color": GREEN}),
+    Row("decorrelated BN", "decorrelated", "running", {"color": VIOLET}),
     Row("cross-replica BN", "cross_replica", "running", REPLICAS),
     Row("group norm", "group_norm", "running", GROUP),
     Row("layer norm", "layer_norm", "running", LAYER),

@@ -18,6 +18,7 @@ Method = Literal[
     "ghost",
     "frozen",
     "renorm",
+    "decorrelated",
     "cross_replica",
     "group_norm",
     "layer_norm",
@@ -59,6 +60,11 @@ def make_norm(name: Method, size: int, steps: int, momentum: float) -> Norm:
             d_max=optax.linear_schedule(0.0, 5.0, max(d_steps, 1), plain),
         )(x, step=step)
 
+    def decorrelated(x: jax.Array, train: bool, step: ArrayLike) -> jax.Array:
+        return bnjax.linen.DecorrelatedBatchNorm(
+            not train, momentum=momentum, group_size=4, method="newton_schulz"
+        )(x)
+
     def cross_replica(x: jax.Array, train: bool, step: ArrayLike) -> jax.Array:
         return bnjax.BatchNorm(not train, momentum=momentum, axis_name=AXIS)(x)
 
@@ -74,6 +80,7 @@ def make_norm(name: Method, size: int, steps: int, momentum: float) -> Norm:
         "ghost": ghost,
         "frozen": batch_norm,
         "renorm": renorm,
+        "decorrelated": decorrelated,
         "cross_replica": cross_replica,
         "group_norm": group_norm,
         "layer_norm": layer_norm,
