@@ -1,6 +1,59 @@
 """Small and non-iid batches: where batch normalization fails, and what helps.
 
-python -m experiments.small_batch
+    python -m experiments.small_batch
+    python -m experiments.small_batch --data cifar10 --seeds 0
+
+Time: @TIME@
+
+Expected: of the same 128 images per step, normalized in groups of 2 to 128 (as devices
+would each by itself), the smaller the groups, the larger the error; larger still if the
+groups are not iid, one class to each. Batch renormalization and population statistics
+get most of it back; to cross-replica statistics, group and layer normalization it is
+nothing.
+
+Measured (digits, 3 seeds, jax 0.10.2, two cores of an AMD EPYC; test error in %):
+
+    images per group      iid:      2    8   32  128   by class:    2    8   32
+    BN, running average          32.8  4.9  5.6  5.9             59.6 17.9 11.2
+    BN, pooled                   32.2  4.9  5.7  5.7             60.3 17.3 11.2
+    BN, by the test group        55.1  7.6  6.3  5.7             89.6 42.9  6.3
+    ghost BN                     33.8  4.8  5.5  5.9             57.9 17.8 11.2
+    BN, frozen at the end        26.4  4.5  5.6  5.5             32.1  6.9  6.8
+    batch renorm                 14.6  5.2  5.5  6.0             33.1 12.7  7.2
+    decorrelated BN               5.6  4.3  4.2  4.8             21.4 20.3 11.9
+    cross-replica BN              5.9  5.9  5.9  5.9              5.9  5.9  5.9
+    group norm                    6.2  6.2  6.2  6.2              6.2  6.2  6.2
+    layer norm                    5.9  5.9  5.9  5.9              5.9  5.9  5.9
+
+(standard deviations up to 3; in groups of 2 or 4 up to 10). BN fails as expected: in
+groups of 2, and, if a group is of one class or few, at every size. The running average
+is not to blame, contrary to what was expected: pooled statistics are as bad, be they of
+mixed batches or of groups as in training. What a network learns by the statistics of
+such groups is of little use with any others. What helps is to train with what will be
+evaluated by: cross-replica statistics; or to freeze the statistics for the last fifth
+of the steps, which costs nothing and takes 17.9 to 6.9. Renorm takes back half or more
+of most of these errors, but is worse than BN in groups of 4 of one class (27.3 against
+20.8), perhaps because its gradient still loses the mean of the group. No limits, an
+average of momentum 0.99, or a third of the rate hardly changed that (one seed, groups
+of 2 and 8). Ghost batches are BN's training, and have its errors. Whitening channels by
+fours withstands groups of 2 if they are iid. Statistics of the test group are the worst
+until it has 16 images.
+
+The network: convolutions of 3x3, normalized and rectified, then the mean over positions
+and a matrix; on the digits three, the last of which has one position per image: a group
+of 2 is two values. By class: each batch of 128, drawn at random, is sorted by label and
+cut into groups. "By the test group": of test images in groups of that size, put
+together in the same way, by label. Pooled: with the weights frozen, up to 4,096
+training images pass by the statistics of mixed batches of 128; "as trained": of groups
+of the size and the order of training. Gradient descent with momentum 0.9, a rate that
+rises for a tenth of the steps and then falls as a cosine; its height is that with the
+least error on held-out images (`--tune`), for all methods with statistics of a batch
+the one of BN in 128.
+
+A run that was stopped goes on where it was: what is in the file is not trained again.
+
+References: Ioffe 2017 (renorm); Wu & He 2018, figure 1; Wu & Johnson 2021, sections
+3, 4, 6; Hoffer et al. 2017 (ghost batches); Huang et al. 2018 and 2019 (whitening).
 """
 
 import dataclasses
@@ -87,6 +140,7 @@ def main(config: Config) -> int:
         # So few steps take less time than their optimization.
         jax.config.update("jax_disable_most_optimizations", True)
     console = Console()
+    console.width = max(console.width, 120)  # tables whole, to be copied
     path = config.out / "small_batch.jsonl"
     try:
         if uneven := [size for size in config.sizes if config.batch_size % size]:
@@ -106,8 +160,7 @@ def main(config: Config) -> int:
         return 1
     for order in grid.ORDERS:
         console.print(f"Test error (%), {grid.ORDERS[order]}, by their size")
-        table = grid.table(found[order], config.sizes)
-        console.print(table, width=120, crop=False)  # so that it can be copied whole
+        console.print(grid.table(found[order], config.sizes))
     picture = config.out / f"small_batch_{config.data}.png"
     grid.draw(found, config.sizes, caption(config), picture)
     console.print(f"{path}\n{picture}", highlight=False, soft_wrap=True)
