@@ -368,12 +368,6 @@ def test_small_batches_smoke_shows_the_claim(small_batches):
     error = {
         (r["cell"]["method"], r["cell"]["order"]): r["errors"]["running"] for r in found
     }
-    assert set(error) == {
-        ("batch_norm", "mixed"),
-        ("batch_norm", "by class"),
-        ("renorm", "mixed"),
-        ("renorm", "by class"),
-    }
     assert error["batch_norm", "by class"] > error["batch_norm", "mixed"] + 0.2
     assert set(found[0]["errors"]) == {"running", "pooled", "pooled_groups", "batch"}
 
