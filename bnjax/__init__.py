@@ -12,6 +12,7 @@ from bnjax import (
     running,
     split,
     training,
+    whiten,
 )
 from bnjax._checks import BatchNormWarning, UnboundAxisNameError
 from bnjax.linen import BatchNorm
@@ -41,4 +42,5 @@ __all__ = [
     "running",
     "split",
     "training",
+    "whiten",
 ]

@@ -98,7 +98,7 @@ def typed_parts(x: jax.Array, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def packed_sum(values, axis_name: AxisName, groups: Groups | None = None):
+def packed_sum(values, axis_name: AxisName | None, groups: Groups | None = None):
     """The sums of several arrays over the replicas, in one collective."""
     vector, unpack = pack(values)
     return unpack(all_sum(vector, axis_name, groups))

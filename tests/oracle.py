@@ -50,3 +50,47 @@ def batch_norm_gradients(x, scale, dy, axes, mask=None, epsilon=1e-5):
     dmean = (dx_hat * -1 / s).sum(axes, keepdims=True)
     dx = dx_hat / s + valid * (dvar * 2 * centred / m + dmean / m)
     return dx, (dy * centred / s).sum(axes), dy.sum(axes)
+
+
+def co_moments(x, axis, size, mask=None):
+    """(count, mean, m2), m2 a (size, size) matrix for each group of features."""
+    x = np.moveaxis(wide(x), axis, -1)
+    valid = np.ones(x.shape[:-1], bool)
+    if mask is not None:
+        valid = np.broadcast_to(np.moveaxis(mask, axis, -1), (*x.shape[:-1], 1))[..., 0]
+    vectors = x[valid]
+    mean = vectors.sum(0) / max(len(vectors), 1)
+    centred = (vectors - mean).reshape(len(vectors), -1, size)
+    m2 = np.stack([c.T @ c for c in np.moveaxis(centred, 1, 0)])
+    return float(len(vectors)), mean, m2
+
+
+def inverse_root(matrix, method="eigh", iterations=5):
+    """One matrix; Newton's iteration as IterNorm's Algorithm 1 has it."""
+    if method == "cholesky":
+        return np.linalg.inv(np.linalg.cholesky(matrix))
+    if method == "eigh":
+        values, vectors = np.linalg.eigh(matrix)
+        return vectors @ np.diag(values**-0.5) @ vectors.T
+    p, normalized = np.eye(len(matrix)), matrix / np.trace(matrix)
+    for _ in range(iterations):
+        p = (3 * p - p @ p @ p @ normalized) / 2
+    return p / np.sqrt(np.trace(matrix))
+
+
+def whiten(x, mean, covariance, scale, bias, axis, epsilon=1e-5, method="eigh"):
+    """Group by group; `covariance` is (groups, size, size)."""
+    x = np.moveaxis(wide(x), axis, -1)
+    size = covariance.shape[-1]
+    grouped = (x - wide(mean)).reshape(*x.shape[:-1], -1, size)
+    y = np.empty_like(grouped)
+    for g, matrix in enumerate(wide(covariance)):
+        root = inverse_root(matrix + epsilon * np.eye(size), method)
+        y[..., g, :] = grouped[..., g, :] @ root.T
+    return np.moveaxis(y.reshape(x.shape) * wide(scale) + wide(bias), -1, axis)
+
+
+def decorrelate(x, scale, bias, axis, size, mask=None, epsilon=1e-5, method="eigh"):
+    count, mean, m2 = co_moments(x, axis, size, mask)
+    covariance = m2 / max(count, 1)
+    return whiten(x, mean, covariance, scale, bias, axis, epsilon, method)

@@ -21,22 +21,26 @@ from bnjax.moments._statistics import (
     NAME,
     exact_statistics,
     merged_statistics,
+    named,
     reduction,
     statistics,
 )
-from bnjax.moments._value import Moments, beside, merge
+from bnjax.moments._value import Moments, beside, coarse, mean_of, merge
 
 __all__ = [
     "NAME",
     "Moments",
     "Reduction",
     "beside",
+    "coarse",
     "exact_statistics",
+    "mean_of",
     "merge",
     "merge_replicas",
     "merge_rows",
     "merged_statistics",
     "moments",
+    "named",
     "reduction",
     "statistics",
     "valid",

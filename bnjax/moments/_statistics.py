@@ -53,7 +53,7 @@ def exact_statistics(
 def _(how, primals, tangents):
     (x, mask), (dx, _) = primals, tangents
     # Named here, and not inside the call: a policy does not look into it.
-    result, rest = jax.tree.map(_named, exact_statistics(x, mask, how))
+    result, rest = jax.tree.map(named, exact_statistics(x, mask, how))
     deviation = valid(centred(*reread(x, result.mean, how), how), mask)
     dx = valid(dx, mask)
     sums = dx.sum(how.axes), (jnp.conj(deviation) * dx).sum(how.axes)
@@ -94,8 +94,8 @@ def _(axis_name, groups, primals, tangents):
     return result, Moments(jnp.zeros_like(result.count), dmean, sums[1])
 
 
-def _named(value: jax.Array) -> jax.Array:
+def named(value: jax.Array) -> jax.Array:
     """`value`, under the name that the checkpoint policy keeps."""
     if jnp.iscomplexobj(value):  # jax.checkpoint keeps no complex value
-        return lax.complex(_named(value.real), _named(value.imag))
+        return lax.complex(named(value.real), named(value.imag))
     return checkpoint_name(value, NAME)

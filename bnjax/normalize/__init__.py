@@ -25,7 +25,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _checks
 from bnjax.moments import Moments
-from bnjax.normalize._affine import describe, per_feature
+from bnjax.normalize._affine import Affine, describe, per_feature
 from bnjax.normalize._groups import Rows, batch_axis, by_group
 from bnjax.normalize._remat import keep_moments, remat_policy
 from bnjax.normalize._transform import (
@@ -41,6 +41,8 @@ from bnjax.normalize._transform import (
 )
 
 __all__ = [
+    "Activation",
+    "Affine",
     "Inputs",
     "Options",
     "Plan",
@@ -49,8 +51,11 @@ __all__ = [
     "batch_norm",
     "by_given",
     "by_group",
+    "describe",
+    "finish",
     "keep_moments",
     "normalize",
+    "per_feature",
     "remat_policy",
     "train",
     "usable",

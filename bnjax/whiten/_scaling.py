@@ -1,0 +1,247 @@
+"""The scaling of inputs by statistics that are fitted once, as (fit, apply, invert).
+
+    standardize      (x - mean) / std
+    min_max_scale    (x - min) / (max - min), to a range
+    zca_whiten       covariance^(-1/2) (x - mean)
+
+A constant feature, and one that nothing valid was seen of, is divided by 1.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from bnjax import _axes, _checks, _dtypes
+from bnjax.moments import moments
+from bnjax.whiten import _layout
+from bnjax.whiten._roots import inverse_sqrt
+from bnjax.whiten._statistics import co_moments
+
+Axis = int | Sequence[int]
+
+
+class Scaler(NamedTuple):
+    """A scaling of inputs; all pure.
+
+    Attributes:
+        fit: (x, mask=None) -> state. The mask is boolean and broadcastable to `x`; what
+            lies under False, NaN included, is not looked at. `mask=~jnp.isnan(x)`
+            leaves out missing values.
+        apply: (state, x) -> y, of the shape of `x`, at least float32.
+        invert: (state, y) -> x.
+
+    >>> scaler = standardize()
+    >>> state = scaler.fit(jnp.array([[1.0], [2.0], [3.0]]))
+    >>> print(scaler.invert(state, scaler.apply(state, jnp.array([[7.0]]))))
+    [[7.]]
+    """
+
+    fit: Callable[..., Any]
+    apply: Callable[[Any, ArrayLike], jax.Array]
+    invert: Callable[[Any, ArrayLike], jax.Array]
+
+
+class Scaling(NamedTuple):
+    """Of each feature: y = (x - offset) / scale + low."""
+
+    offset: jax.Array
+    scale: jax.Array
+    low: jax.Array
+
+
+class Colouring(NamedTuple):
+    """The mean, the matrices that whiten each group, and their inverses."""
+
+    mean: jax.Array
+    whitening: jax.Array
+    colouring: jax.Array
+
+
+def standardize(*, axis: Axis = -1, ddof: int = 0) -> Scaler:
+    """Mean 0 and variance 1 for each feature.
+
+        y = (x - mean) / std
+
+    Args:
+        axis: the feature axis or axes; all others are reduced.
+        ddof: 0 for the biased variance, 1 for the unbiased one.
+
+    Returns:
+        Scaler. `fit` raises a TypeError for integers and a ValueError for an input
+        without values; a NaN that is not masked makes its feature NaN.
+
+    >>> scaler = standardize()
+    >>> x = jnp.array([[1.0, 5.0], [3.0, 5.0], [1.0, 5.0], [3.0, 5.0]])
+    >>> print(scaler.apply(scaler.fit(x), x[:2]))
+    [[-1.  0.]
+     [ 1.  0.]]
+
+    References: LeCun et al. 1998, "Efficient BackProp", section 4.3.
+    """
+
+    def fit(x: ArrayLike, mask: ArrayLike | None = None) -> Scaling:
+        x = _not_empty(x, axis)
+        _, mean, _ = batch = moments(x, axis=axis, mask=mask)
+        std = jnp.sqrt(batch.variance(ddof))
+        return Scaling(mean, _divisor(std, mean), jnp.zeros_like(mean))
+
+    return Scaler(fit, *_affine(axis))
+
+
+def min_max_scale(*, axis: Axis = -1, low: float = 0.0, high: float = 1.0) -> Scaler:
+    """From the range of each feature to [low, high].
+
+        y = (x - min) / (max - min) * (high - low) + low
+
+    Two values decide, and what is applied later may lie outside.
+
+    Args:
+        axis: the feature axis or axes; all others are reduced.
+        low: what the smallest value becomes; a constant feature too.
+        high: what the largest value becomes.
+
+    Returns:
+        Scaler. `fit` raises as that of `standardize`.
+
+    Raises:
+        ValueError: low is not below high.
+
+    >>> scaler = min_max_scale()
+    >>> x = jnp.array([[4.0, 1.0], [8.0, 1.0], [5.0, 1.0]])
+    >>> print(scaler.apply(scaler.fit(x), x))
+    [[0.   0.  ]
+     [1.   0.  ]
+     [0.25 0.  ]]
+
+    References: Han, Kamber & Pei 2011, "Data Mining", section 3.5.2.
+    """
+    if not low < high:
+        raise ValueError(
+            f"low={low!r} and high={high!r} are the range of the output: expected "
+            "low < high. Write low=0.0, high=1.0."
+        )
+
+    def fit(x: ArrayLike, mask: ArrayLike | None = None) -> Scaling:
+        x = _not_empty(x, axis)
+        x = _layout.real("x", x).astype(_dtypes.statistics(x.dtype))
+        axes = _axes.complement(_axes.canonical(axis, x.ndim), x.ndim)
+        where = jnp.broadcast_to(_mask(mask, x), x.shape)
+        smallest = jnp.min(x, axes, where=where, initial=jnp.inf)
+        largest = jnp.max(x, axes, where=where, initial=-jnp.inf)
+        seen = where.any(axes)
+        smallest = jnp.where(seen, smallest, 0)
+        extent = jnp.where(seen, largest - smallest, 0)
+        scale = _divisor(extent, jnp.zeros_like(extent)) / (high - low)
+        return Scaling(smallest, scale, jnp.full_like(smallest, low))
+
+    return Scaler(fit, *_affine(axis))
+
+
+def zca_whiten(
+    *, axis: int = -1, epsilon: float = 1e-5, group_size: int | None = None
+) -> Scaler:
+    """Mean 0 and covariance I, as close to the input as can be.
+
+        y = (covariance + epsilon I)^(-1/2) (x - mean)
+
+    Args:
+        axis: the feature axis; all others are reduced.
+        epsilon: added to the variances, in the units of `x` squared: directions of
+            less variance are damped rather than blown up.
+        group_size: the features of a group, adjacent; None for one group of all.
+
+    Returns:
+        Scaler. `fit` raises as that of `standardize`, and a ValueError for a mask that
+        varies by feature.
+
+    Raises:
+        ValueError: a negative epsilon.
+
+    >>> scaler = zca_whiten(epsilon=0.0)
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 8.0], [5.0, 2.0], [3.0, 4.0]])
+    >>> y = scaler.apply(scaler.fit(x), x)
+    >>> print(co_moments(y).covariance().round(3) + 0.0)
+    [[[1. 0.] [0. 1.]]]
+
+    References: Bell & Sejnowski 1997; Kessy, Lewin & Strimmer 2018, section 2.
+    """
+    _checks.epsilon(epsilon)
+
+    def fit(x: ArrayLike, mask: ArrayLike | None = None) -> Colouring:
+        x = _not_empty(x, axis)
+        batch = co_moments(x, axis=axis, group_size=group_size, mask=mask)
+        eye = jnp.eye(batch.m2.shape[-1], dtype=batch.m2.dtype)[None]
+        covariance = jnp.where(batch.count > 0, batch.covariance(), eye)
+        whitening = inverse_sqrt(covariance, epsilon=epsilon)
+        root = jnp.matmul(
+            covariance + epsilon * eye, whitening, precision=_layout.HIGHEST
+        )
+        return Colouring(batch.mean, whitening, root)
+
+    def apply(state: Colouring, x: ArrayLike) -> jax.Array:
+        x, mean, how = of(state, x)
+        return _layout.whitened(state.whitening, x - mean, how)
+
+    def invert(state: Colouring, y: ArrayLike) -> jax.Array:
+        y, mean, how = of(state, y)
+        return _layout.whitened(state.colouring, y, how) + mean
+
+    def of(state: Colouring, x: ArrayLike):
+        x = _layout.real("x", x)
+        how = _layout.layout(x, axis, state.whitening.shape[-1])
+        x, (mean,) = _beside(x, axis, mean=state.mean)
+        return x, mean, how
+
+    return Scaler(fit, apply, invert)
+
+
+def _affine(axis: Axis):
+    """apply and invert of a Scaling."""
+
+    def apply(state: Scaling, x: ArrayLike) -> jax.Array:
+        x, (offset, scale, low) = _beside(x, axis, **state._asdict())
+        return (x - offset) / scale + low
+
+    def invert(state: Scaling, y: ArrayLike) -> jax.Array:
+        y, (offset, scale, low) = _beside(y, axis, **state._asdict())
+        return (y - low) * scale + offset
+
+    return apply, invert
+
+
+def _beside(x: ArrayLike, axis: Axis, **vectors: jax.Array):
+    """`x`, widened, and the per-feature vectors in its rank; checked."""
+    x = _checks.inexact("x", x)
+    axes = _axes.canonical(axis, x.ndim)
+    for name, value in vectors.items():
+        _checks.feature_shape(
+            name, jnp.asarray(value), _axes.sizes(x.shape, axes), axis
+        )
+    x = x.astype(_dtypes.statistics(x.dtype))
+    return x, [_axes.expand(jnp.asarray(v), axes, x.ndim) for v in vectors.values()]
+
+
+def _not_empty(x: ArrayLike, axis: Axis) -> jax.Array:
+    """`x`, which must have a value for each feature."""
+    x = _checks.inexact("x", x)
+    axes = _axes.complement(_axes.canonical(axis, x.ndim), x.ndim)
+    if 0 in (x.shape[a] for a in axes):
+        raise ValueError(
+            f"x has shape {x.shape}, without a value for its features (axis={axis!r}): "
+            "expected at least one to fit to. Fit to the training data."
+        )
+    return x
+
+
+def _mask(mask: ArrayLike | None, x: jax.Array) -> jax.Array:
+    mask = _checks.mask(mask, x.shape)
+    return jnp.ones((1,) * x.ndim, bool) if mask is None else mask
+
+
+def _divisor(spread: jax.Array, level: jax.Array) -> jax.Array:
+    """`spread`, or 1 where it is no more than the rounding of a constant `level`."""
+    rounding = 8 * jnp.finfo(spread.dtype).eps * jnp.abs(level)
+    return jnp.where(spread <= rounding, jnp.ones_like(spread), spread)

@@ -1,0 +1,138 @@
+"""The co-moments over all replicas, and their derivative."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from bnjax import _axes, _dtypes, _replicas
+from bnjax.moments import (
+    Reduction,
+    coarse,
+    mean_of,
+    named,
+    reduction,
+    statistics,
+    valid,
+)
+from bnjax.whiten import _layout
+from bnjax.whiten._layout import Layout
+from bnjax.whiten._value import CoMoments
+
+
+class CoReduction(NamedTuple):
+    """What is reduced, and which features belong together; static."""
+
+    over: Reduction
+    layout: Layout
+
+
+def co_moments(
+    x: ArrayLike,
+    *,
+    axis: int = -1,
+    group_size: int | None = None,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> CoMoments:
+    """The co-moments of `x`, exact over every replica of `axis_name`.
+
+        count = #valid,  mean = sum x / count,  m2 = sum (x - mean)(x - mean)^T
+
+    Two collectives: the mean first, because deviations from the mean of all can be
+    summed, and no replica's matrix has to be gathered. (One more beyond 64 replicas.)
+    The relative error of the covariance stays below 1e-5 in float32 at
+    |mean|/std = 1e4. Differentiable in every mode and order.
+
+    Args:
+        x: (batch, *spatial, feature), floating.
+        axis: the feature axis; all others are reduced.
+        group_size: the features of a group, adjacent; None for one group of all.
+        mask: boolean, broadcastable to `x`, with size 1 along the feature axis; True =
+            counts. What lies under False, NaN included, changes nothing.
+        axis_name: the axis, or axes, of shard_map, pmap or vmap to merge over. Not
+            needed under jit: the co-moments of a sharded batch are global there.
+        axis_index_groups: a partition of that axis; replicas merge within their group.
+            Groups may differ in size.
+
+    Returns:
+        CoMoments of `promote_types(x.dtype, float32)`.
+
+    Raises:
+        TypeError: `x` holds integers or complex numbers.
+        ValueError: several feature axes, or one out of range; a group size that does
+            not divide the features; a mask that does not broadcast or varies by
+            feature; an axis name that is not bound; groups that do not partition it.
+
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 8.0], [5.0, 2.0]])
+    >>> count, mean, m2 = co_moments(x)
+    >>> print(count, mean, m2)
+    3.0 [3. 4.] [[[ 8.  0.] [ 0. 24.]]]
+
+    References: Chan, Golub & LeVeque 1979; Huang et al. 2018, eq. 3.
+    """
+    x = _layout.real("x", x)
+    layout = _layout.layout(x, axis, group_size)
+    mask = _layout.mask(mask, x, layout.axis)
+    how = CoReduction(reduction(x, axis, axis_name, axis_index_groups), layout)
+    return _co_moments(x, mask, how)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _co_moments(x: jax.Array, mask: jax.Array | None, how: CoReduction) -> CoMoments:
+    return co_statistics(x.astype(_dtypes.statistics(x.dtype)), mask, how)
+
+
+# The derivative. With c = x - mean, over the valid positions of every replica:
+#     dmean = sum dx / n,     dm2 = S + S^T,  S = sum c dx^T
+# because the terms through dmean vanish: sum c = 0. One packed sum, so the transpose
+# holds one collective, and the merge is never differentiated.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def co_statistics(x: jax.Array, mask: jax.Array | None, how: CoReduction) -> CoMoments:
+    """The co-moments of a widened `x`, differentiable; arguments are checked already.
+
+    The mean is rounded at its own magnitude: the products are corrected by the mean
+    deviation from it.
+    """
+    count, mean, _ = statistics(x, mask, how.over)
+    d = _deviation(x, coarse(mean), mask, how)
+    s1, s2 = _total((_sum(d), _layout.products(d, d)), x, how.over)
+    m2 = s2 - _layout.outer(s1, mean_of(s1, count))
+    return CoMoments(count, mean, m2)
+
+
+@co_statistics.defjvp
+def _(how, primals, tangents):
+    (x, mask), (dx, _) = primals, tangents
+    result = CoMoments._make(map(named, co_statistics(x, mask, how)))
+    d = _deviation(x, result.mean, mask, how)
+    dx = _layout.split(valid(dx, mask), how.layout)
+    s1, s2 = _total((_sum(dx), _layout.products(d, dx)), x, how.over)
+    dmean = mean_of(s1, result.count).ravel()
+    dm2 = s2 + jnp.swapaxes(s2, -1, -2)
+    return result, CoMoments(jnp.zeros_like(result.count), dmean, dm2)
+
+
+def _deviation(x, centre, mask, how: CoReduction) -> jax.Array:
+    """x - centre in groups, 0 where the mask is False."""
+    x, centre = _replicas.cast_together(x, centre)
+    centred = x - _axes.expand(centre, (how.layout.axis,), x.ndim)
+    return _layout.split(valid(centred, mask), how.layout)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """The sum over positions: (groups, size)."""
+    return x.sum(tuple(range(x.ndim - 2)))
+
+
+def _total(sums, x: jax.Array, over: Reduction):
+    """The sums over the replicas; together also where jit communicates them."""
+    if over.axis_name is None and not _replicas.several(x):
+        return sums
+    return _replicas.packed_sum(sums, over.axis_name, over.groups)
