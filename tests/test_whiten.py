@@ -204,10 +204,14 @@ def test_singular_covariance(method, rank):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("dtype", "axis", "size"),
-    [("float32", -1, None), ("float64", 1, 3), ("bfloat16", -1, 2), ("float16", 2, 6)],
+    ("method", "dtype", "axis", "size"),
+    [
+        ("eigh", "float32", -1, None),
+        ("eigh", "bfloat16", -1, 2),
+        ("newton_schulz", "float64", 1, 3),
+        ("cholesky", "float16", 2, 6),
+    ],
 )
 def test_against_the_oracle(x64, dtype, axis, size, method, masked):
     x, scale, bias, _ = case(dtype)
@@ -351,6 +355,7 @@ def test_what_is_masked_has_no_influence(method):
     mask = mask_of()
     dy = dy * mask
 
+    @jax.jit
     def run(x):
         def loss(x, scale, bias):
             y, batch = whiten.decorrelate(
@@ -358,7 +363,7 @@ def test_what_is_masked_has_no_influence(method):
             )
             return jnp.sum(y * dy) + jnp.sum(batch.m2), batch
 
-        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(x, scale, bias)
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
 
     expected = jax.tree.map(np.asarray, run(np.where(mask, x, 0)))
     for garbage in (np.nan, 1e30):
@@ -411,8 +416,9 @@ def test_fewer_positions_than_features(method):
         )
         return jnp.sum(jnp.sin(y) * dy), y
 
+    run = jax.jit(jax.grad(loss, has_aux=True))
     for epsilon, keep in ((1e-5, None), (1e-5, mask), (0.0, None)):
-        gradient, y = jax.jit(jax.grad(loss, has_aux=True))(x, keep, epsilon)
+        gradient, y = run(x, keep, epsilon)
         assert np.isfinite(gradient).all()
         assert np.isfinite(y).all()
 
