@@ -3,11 +3,11 @@
     python -m experiments.bench.whitening            # a good minute on two cores
     python -m experiments.bench.whitening --smoke    # one small point, ten seconds
 
-Claim: forward + backward of `whiten.decorrelate` by Newton's and Schulz's iteration, or
-by Cholesky's factor, takes less time than by the eigenvalues where the groups are
-large; in small groups all three cost about the same, because the two products with the
-input, which they share, take most of the time. Control: `batch_norm` of the same input,
-compiled and called the same way, in turns; a number is a ratio of medians to it.
+Claim: forward + backward of `whiten.decorrelate` by Newton's and Schulz's iteration
+takes less time than by the eigenvalues where the groups are large; in small groups all
+cost about the same, because the products with the input, which they share, take most
+of the time. Control: `batch_norm` of the same input, compiled and called the same way,
+in turns; a number is a ratio of medians to it.
 
 Measured: see the README.
 """
