@@ -17,7 +17,6 @@ from bnjax.normalize import batch_norm, normalize
 from bnjax.renorm import Limit, at_step, batch_renorm
 from bnjax.split import split_batch_norm, split_moments, split_normalize
 
-
 Shape = tuple[int, ...]
 
 

@@ -59,6 +59,8 @@ class Settings(TypedDict, total=False):
 class Normalization(nnx.Module):
     """The layers' common part; what tells a layer from the others is its family."""
 
+    mean: nnx.BatchStat[jax.Array]
+
     def _family(self) -> _layer.Family:
         raise NotImplementedError
 
