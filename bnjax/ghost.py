@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from bnjax import _checks
-from bnjax.moments import Moments, beside, merged_statistics, reduction
-from bnjax.normalize import Options, Rows, batch_axis, by_group
+from bnjax import _axes, _checks
+from bnjax.moments import Moments, merged_statistics, reduction
+from bnjax.normalize import Options, Rows, batch_axis, by_group, check_devices
 
 __all__ = ["ghost_batch_norm"]
 
@@ -104,14 +104,25 @@ def ghost_batch_norm(
     )
     mean, var = options.pop("fallback", None) or (None, None)
     vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    _check_vectors(x, options.get("axis", -1), vectors)
     batch = batch_axis(x, options)
     runs = _runs(x.shape, batch, virtual_batch_size, remainder)
+    number = sum(groups for _, _, groups in runs)
+    check_devices(x, batch, number, equal=len(runs) == 1)
     pieces = [
         by_group(*_run(x, options, batch, start, stop), vectors, groups)
         for start, stop, groups in runs
     ]
     y, rows = pieces[0] if len(pieces) == 1 else _joined(pieces, batch)
     return y, merged_statistics(*rows, over.axis_name, over.groups)
+
+
+def _check_vectors(x: jax.Array, axis, vectors: dict[str, ArrayLike | None]) -> None:
+    """Raises on a vector that does not fit, before the groups make another of it."""
+    features = _axes.sizes(x.shape, _axes.canonical(axis, x.ndim))
+    for name, value in vectors.items():
+        if value is not None:
+            _checks.feature_shape(name, jnp.asarray(value), features, axis)
 
 
 def _runs(shape, batch: int, size: int, remainder: str) -> list[tuple[int, int, int]]:
@@ -155,8 +166,6 @@ def _run(
 def _joined(pieces: list[tuple[jax.Array, Rows]], batch: int):
     """The outputs along the batch axis, and all rows."""
     y = jnp.concatenate([y for y, _ in pieces], batch)
-    rows = []
-    for _, ((count, mean, m2), rests) in pieces:
-        count = jnp.broadcast_to(beside(count, m2), m2.shape)
-        rows.append(Rows(Moments(count, mean, m2), rests))
-    return y, jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+    return y, jax.tree.map(
+        lambda *parts: jnp.concatenate(parts), *(rows for _, rows in pieces)
+    )

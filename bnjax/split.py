@@ -246,9 +246,9 @@ def _by_example(
     """
     if rows is None:
         return None
-    own = domain[:, None] == jnp.arange(len(rows), dtype=domain.dtype)
+    own = domain[:, None] == jnp.arange(len(rows), dtype=domain.dtype)[None]
     own = own.reshape(own.shape + (1,) * (rows.ndim - 1))
-    each = jnp.where(own, rows, jnp.zeros((), rows.dtype)).sum(1)
+    each = jnp.where(own, rows[None], jnp.zeros((), rows.dtype)).sum(1)
     each = jnp.where(own.any(1), each, jnp.full((), jnp.nan, rows.dtype))
     return jnp.moveaxis(each, 0, sum(a < batch for a in axes))
 
@@ -281,7 +281,8 @@ def _domains(
             )
         if splits % _replicas.typed_parts(x, axis) == 0:
             return None
-        return jnp.repeat(jnp.arange(splits), size // splits)  # parts on many devices
+        domain = jnp.repeat(jnp.arange(splits), size // splits)
+        return _beside_batch(x, domain, axis)  # parts on many devices
     if not isinstance(domain, Tracer):
         _check_known(np.asarray(domain), splits)
     domain = jnp.asarray(domain)
@@ -289,7 +290,13 @@ def _domains(
         raise TypeError(_INTEGER.format(dtype=domain.dtype, last=splits - 1))
     if domain.shape not in ((), (size,)):
         raise ValueError(_SHAPE.format(received=domain.shape, batch=size, axis=axis))
-    return domain
+    return _beside_batch(x, domain, axis) if domain.ndim else domain
+
+
+def _beside_batch(x: jax.Array, domain: jax.Array, axis: int) -> jax.Array:
+    """`domain`, split over Explicit mesh axes as the batch: rows stay by their `x`."""
+    along = [domain.size if a == axis else 1 for a in range(x.ndim)]
+    return _axes.split_like(x, domain.reshape(along)).reshape(-1)
 
 
 def _check_known(domain: np.ndarray, splits: int) -> None:

@@ -17,3 +17,11 @@ def _eight_devices():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quickly():
+    """Compiles in two thirds of the time, what then runs for longer."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -94,3 +94,56 @@ def decorrelate(x, scale, bias, axis, size, mask=None, epsilon=1e-5, method="eig
     count, mean, m2 = co_moments(x, axis, size, mask)
     covariance = m2 / max(count, 1)
     return whiten(x, mean, covariance, scale, bias, axis, epsilon, method)
+
+
+def ghost_batch_norm(x, scale, bias, size, mask=None, epsilon=1e-5):
+    """Hoffer et al. 2017, Algorithm 1: `size` examples of the first axis at a time."""
+    mask = np.broadcast_to(True if mask is None else np.asarray(mask, bool), x.shape)
+    axes = tuple(range(x.ndim - 1))
+    parts = [slice(start, start + size) for start in range(0, len(x), size)]
+    return np.concatenate(
+        [batch_norm(x[p], scale, bias, axes, mask[p], epsilon) for p in parts]
+    )
+
+
+def batch_renorm(x, mean, var, scale, bias, limits, axes, mask=None, epsilon=1e-5):
+    """Ioffe 2017, Algorithm 1; limits: (r_max, d_max)."""
+    mu, sigma = wide(mean), np.sqrt(wide(var) + epsilon)
+    count, mu_b, m2 = moments(x, axes, mask)
+    sigma_b = np.sqrt(m2 / np.maximum(count, 1) + epsilon)
+    r_max, d_max = limits
+    r = np.clip(sigma_b / sigma, 1 / r_max, r_max)
+    d = np.clip((mu_b - mu) / sigma, -d_max, d_max)
+    mu_b, sigma_b, r, d, scale, bias = (
+        np.expand_dims(wide(v), axes) for v in (mu_b, sigma_b, r, d, scale, bias)
+    )
+    return ((wide(x) - mu_b) / sigma_b * r + d) * scale + bias
+
+
+def batch_renorm_gradients(
+    x, mean, var, scale, bias, dy, limits, axes, mask=None, epsilon=1e-5
+):
+    """(dx, dscale, dbias): those of batch normalization by scale r, but for dscale.
+
+    dx = scale r / sigma_B (g - mean(g) - x_hat mean(g x_hat)), and y = x_hat' scale +
+    bias, where x_hat' = x_hat r + d.
+    """
+    count, _, m2 = moments(x, axes, mask)
+    sigma_b = np.sqrt(m2 / np.maximum(count, 1) + epsilon)
+    sigma = np.sqrt(wide(var) + epsilon)
+    r = np.clip(sigma_b / sigma, 1 / limits[0], limits[0])
+    dx = batch_norm_gradients(x, wide(scale) * r, dy, axes, mask, epsilon)[0]
+    one, zero = np.ones_like(wide(scale)), np.zeros_like(wide(bias))
+    x_hat = batch_renorm(x, mean, var, one, zero, limits, axes, mask, epsilon)
+    return dx, (wide(dy) * x_hat).sum(axes), wide(dy).sum(axes)
+
+
+def split_batch_norm(x, scale, bias, domain, mask=None, epsilon=1e-5):
+    """Xie et al. 2019: each domain by itself; a row of scale and bias for each."""
+    mask = np.broadcast_to(True if mask is None else np.asarray(mask, bool), x.shape)
+    axes = tuple(range(x.ndim - 1))
+    y = np.full(x.shape, np.nan)
+    for d in np.unique(domain):
+        own = domain == d
+        y[own] = batch_norm(x[own], scale[d], bias[d], axes, mask[own], epsilon)
+    return y

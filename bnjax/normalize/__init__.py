@@ -26,7 +26,7 @@ from jax.typing import ArrayLike, DTypeLike
 from bnjax import _checks
 from bnjax.moments import Moments
 from bnjax.normalize._affine import Affine, describe, per_feature
-from bnjax.normalize._groups import Rows, batch_axis, by_group
+from bnjax.normalize._groups import Rows, batch_axis, by_group, check_devices
 from bnjax.normalize._remat import keep_moments, remat_policy
 from bnjax.normalize._transform import (
     Activation,
@@ -51,6 +51,7 @@ __all__ = [
     "batch_norm",
     "by_given",
     "by_group",
+    "check_devices",
     "describe",
     "finish",
     "keep_moments",

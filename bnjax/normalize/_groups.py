@@ -18,7 +18,7 @@ _NO_BATCH = (
 
 _ASTRAY = (
     "{groups} group(s) of the batch axis (axis {axis} of {shape}), which is split over "
-    "{devices} devices: expected a number of groups that the devices divide, so that "
+    "{devices} devices: expected equal groups whose number the devices divide, so that "
     "no group lies on several. Change the size of the groups, or replicate the batch "
     "axis first (jax.reshard)."
 )
@@ -53,7 +53,6 @@ def by_group(
     """
     axes = _axes.canonical(options.get("axis", -1), x.ndim)
     batch = batch_axis(x, options)
-    _check_devices(x, batch, groups)
     before = sum(a < batch for a in axes)  # the features before the group's axis
 
     def cut(value: jax.Array) -> jax.Array:
@@ -89,6 +88,8 @@ def by_group(
     count = rows.moments.count
     if count.ndim == 0:
         count = jnp.broadcast_to(count, (groups,))
+    elif mask is not None and all(mask.shape[a] == 1 for a in axes):
+        count = count.max(tuple(range(1, count.ndim)), initial=0)  # of all features
     return y.reshape(x.shape), rows._replace(moments=rows.moments._replace(count=count))
 
 
@@ -114,10 +115,10 @@ def _with(axes: tuple[int, ...], batch: int) -> tuple[int, ...]:
     return (*(a + (a > batch) for a in axes), batch)
 
 
-def _check_devices(x: jax.Array, batch: int, groups: int) -> None:
+def check_devices(x: jax.Array, batch: int, groups: int, *, equal: bool = True) -> None:
     """Raises where Explicit mesh axes tell that a group lies on several devices."""
     devices = _replicas.typed_parts(x, batch)
-    if groups % devices:
+    if devices > 1 and (groups % devices or not equal):
         raise ValueError(
             _ASTRAY.format(groups=groups, axis=batch, shape=x.shape, devices=devices)
         )

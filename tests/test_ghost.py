@@ -1,0 +1,359 @@
+"""Ghost batch normalization: groups of examples, each normalized by itself."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close, assert_trees_close, collectives, poison
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_sharded import mesh
+
+import bnjax
+from bnjax.ghost import ghost_batch_norm
+from bnjax.running import ema
+from bnjax.training import accumulate
+
+SHAPE = (12, 5, 3)
+AXES = (0, 1)
+
+
+def case(seed=0, shape=SHAPE, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    x, dy = rng.normal(size=(2, *shape)) * 2 + 1
+    x = x + rng.normal(size=(shape[0], *(1 for _ in shape[1:])))
+    scale, bias = rng.normal(size=(2, shape[-1]))
+    return [np.asarray(v, dtype) for v in (x, scale, bias, dy)]
+
+
+# ---- the formula ----
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("size", "remainder"),
+    [(1, "error"), (4, "error"), (12, "error"), (5, "smaller"), (30, "smaller")],
+)
+def test_the_papers_formula(size, remainder, masked):
+    """The Moments are those of the whole batch."""
+    x, scale, bias, _ = case()
+    mask = np.random.default_rng(1).random(SHAPE) < 0.7 if masked else None
+    seen = np.broadcast_to(True if mask is None else mask, SHAPE)
+    y, moments = ghost_batch_norm(
+        poison(x, seen),
+        scale,
+        bias,
+        virtual_batch_size=size,
+        remainder=remainder,
+        mask=mask,
+    )
+    expected = oracle.ghost_batch_norm(x, scale, bias, size, mask)
+    assert_close(np.asarray(y)[seen], expected[seen], tol=2e-6)
+    count, mean, m2 = oracle.moments(x, AXES, mask)
+    np.testing.assert_array_equal(np.broadcast_to(moments.count, 3), count)
+    assert_close(moments.mean, mean)
+    assert_close(moments.m2, m2, tol=2e-6)
+
+
+@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.parametrize("size", [4, 5])
+def test_gradients(size):
+    """Group by group; those of the Moments too."""
+    x, scale, bias, dy = case(dtype=np.float64)
+
+    def f(*args):
+        options = {"virtual_batch_size": size, "remainder": "smaller"}
+        return ghost_batch_norm(*args, **options)
+
+    (_, (count, mean, _)), vjp = jax.vjp(f, x, scale, bias)
+    vjp = jax.jit(vjp)
+    dmean, dm2 = np.array([[1.0, 2.0, -1.0], [0.5, -0.2, 0.1]])
+    nothing = bnjax.Moments(jnp.zeros_like(count), *jnp.zeros((2, 3)))
+    found = vjp((jnp.asarray(dy), nothing))
+    parts = [slice(start, start + size) for start in range(0, 12, size)]
+    each = [oracle.batch_norm_gradients(x[p], scale, dy[p], AXES) for p in parts]
+    dx, dscale, dbias = zip(*each, strict=True)
+    expected = np.concatenate(dx), sum(dscale), sum(dbias)
+    assert_trees_close(found, expected, tol=1e-10)
+    along = bnjax.Moments(jnp.zeros_like(count), dmean, dm2)
+    dx = vjp((jnp.zeros(SHAPE), along))[0]
+    exact = dmean / float(count) + 2 * dm2 * (x - np.asarray(mean))
+    assert_close(dx, exact, tol=1e-10)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("size", [12, 13])
+def test_one_group_is_batch_norm_to_the_bit(size):
+    x, scale, bias, dy = case()
+    mask = np.random.default_rng(1).random((12, 5, 1)) < 0.7  # count is ()
+
+    def results(batch_norm):
+        f = functools.partial(batch_norm, mask=mask, activation=nn.gelu)
+        (y, moments), vjp = jax.vjp(f, x, scale, bias)
+        return y, moments, jax.jit(vjp)((dy, moments))
+
+    ghost = functools.partial(
+        ghost_batch_norm, virtual_batch_size=size, remainder="smaller"
+    )
+    actual, expected = results(ghost), results(bnjax.batch_norm)
+    assert_trees_close(actual[1:], expected[1:], tol=1e-6)
+    np.testing.assert_array_equal(actual[0], expected[0])
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("axis", [0, 1, (0, 2), (1, 2)])
+def test_other_feature_axes(axis):
+    """The batch is the first axis that is none; residual and activation, too."""
+    x = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
+    residual = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    axes = np.atleast_1d(axis)
+    others = [a for a in range(3) if a not in axes]
+    features = tuple(x.shape[a] for a in sorted(axes))
+    scale = np.random.default_rng(2).normal(size=features).astype(np.float32)
+    y, moments = ghost_batch_norm(
+        x,
+        scale,
+        axis=axis,
+        virtual_batch_size=2,
+        activation=jnp.tanh,
+        residual=residual,
+    )
+    order = [*others, *sorted(axes)]
+    flat = x.transpose(order).reshape(*(x.shape[a] for a in others), -1)
+    plain = oracle.ghost_batch_norm(flat, scale.ravel(), np.zeros(scale.size), 2)
+    plain = plain.reshape([x.shape[a] for a in order]).transpose(np.argsort(order))
+    assert_close(y, np.tanh(plain + residual), tol=2e-6)
+    assert moments.mean.shape == features
+
+
+def test_a_group_without_a_value_takes_the_fallback():
+    x, scale, bias, _ = case()
+    mask = np.ones((12, 1, 1), bool)
+    mask[4:8] = False
+    mean, var = np.float32([0.5, 1, 2]), np.float32([2, 1, 4])
+    y, _ = ghost_batch_norm(
+        x, scale, bias, virtual_batch_size=4, mask=mask, fallback=(mean, var)
+    )
+    expected = oracle.ghost_batch_norm(x, scale, bias, 4)
+    expected[4:8] = oracle.normalize(x[4:8], mean, var, scale, bias, AXES)
+    assert_close(y, expected, tol=2e-6)
+
+
+def test_means_of_groups_far_from_zero():
+    """The merge knows what the rounded means of the groups lack."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(512, 3)) + rng.normal(size=(64, 3)).repeat(8, 0) + 1e4
+    x = x.astype(np.float32)
+    moments = jax.jit(
+        lambda x: ghost_batch_norm(x, virtual_batch_size=8, epsilon=1e-5)[1]
+    )(x)
+    np.testing.assert_allclose(moments.m2, oracle.moments(x, 0)[2], rtol=1e-5)
+
+
+def test_one_value_per_group_warns():
+    x = case(shape=(12, 3))[0]
+    with pytest.warns(bnjax.BatchNormWarning, match="one value per feature"):
+        ghost_batch_norm(x, virtual_batch_size=1)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_complex_values():
+    x, scale, bias, imaginary = case()
+    z = x + 1j * imaginary
+    y, moments = ghost_batch_norm(z, scale, bias, virtual_batch_size=4)
+    assert_close(y, oracle.ghost_batch_norm(z, scale, bias, 4), tol=2e-6)
+    assert_close(moments.m2, oracle.moments(z, AXES)[2], tol=2e-6)
+
+
+# ---- what it is the same as ----
+
+
+@pytest.mark.usefixtures("x64", "quickly")
+def test_is_gradient_accumulation_over_the_groups():
+    """Loss, gradients and running statistics of one step."""
+
+    class Net(nn.Module):
+        size: int | None = None
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(4, use_bias=False)(x)
+            if self.size is None:
+                norm = bnjax.BatchNorm
+            else:
+                norm = functools.partial(
+                    bnjax.linen.GhostBatchNorm, virtual_batch_size=self.size
+                )
+            x = norm(use_running_average=False, momentum=0.9, name="norm")(x)
+            return nn.Dense(2)(jnp.tanh(x))
+
+    x = case(dtype=np.float64, shape=(12, 3))[0]
+    variables = Net().init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda v: v.astype(jnp.float64), variables)
+
+    def loss_fn(net, variables, x):
+        result = net.apply(variables, x, mutable=["batch_stats", "batch_moments"])
+        return (result[0] ** 3).mean(), result
+
+    one = functools.partial(loss_fn, Net())
+    step = jax.jit(lambda x: accumulate(one, variables, x, rule=ema(0.9)))
+    expected = step(x.reshape(3, 4, 3))
+
+    def loss(params):
+        value, (_, updates) = loss_fn(Net(size=4), {**variables, "params": params}, x)
+        return value, updates["batch_stats"]
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, stats), grads = gradient(variables["params"])
+    assert_close(value, np.asarray(expected.loss), tol=1e-10)
+    assert_trees_close(grads, expected.grads, tol=1e-10)
+    assert_trees_close(stats, expected.batch_stats, tol=1e-10)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_is_replicas_that_do_not_share_statistics(check_vma):
+    """One device of sixteen examples is eight that have two each."""
+    x, scale, bias, _ = case(shape=(16, 5, 3))
+    f = jax.shard_map(
+        lambda x: bnjax.batch_norm(x, scale, bias)[0],
+        mesh=mesh(),
+        in_specs=P("data"),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+    ghosts = ghost_batch_norm(x, scale, bias, virtual_batch_size=2)[0]
+    assert_close(jax.jit(f)(x), ghosts, tol=2e-6)
+
+
+# ---- many devices ----
+
+
+def sharded(x, kind=AxisType.Auto):
+    return jax.device_put(x, NamedSharding(mesh(kind), P("data")))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_group_on_one_device_is_normalized_there(kind, size):
+    """No collective forward or backward, and one for the running statistics."""
+    x, scale, bias, dy = case(shape=(16, 5, 3))
+
+    def normalized(x):
+        return ghost_batch_norm(x, scale, bias, virtual_batch_size=size)[0]
+
+    def both(x, dy):
+        y, vjp = jax.vjp(normalized, x)
+        return y, vjp(dy)[0]
+
+    def moments(x):
+        return ghost_batch_norm(x, scale, bias, virtual_batch_size=size)
+
+    arrays = sharded(x, kind), sharded(dy, kind)
+    assert collectives(both, *arrays) == {}
+    assert sum(collectives(moments, arrays[0]).values()) == 1
+    y, dx = jax.jit(both)(*arrays)
+    assert_close(y, oracle.ghost_batch_norm(x, scale, bias, size), tol=5e-6)
+    parts = [slice(start, start + size) for start in range(0, 16, size)]
+    exact = [oracle.batch_norm_gradients(x[p], scale, dy[p], AXES)[0] for p in parts]
+    assert_close(dx, np.concatenate(exact), tol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "groups"), [(16, 4, 4), (16, 16, 1), (24, 5, 5), (40, 3, 14)]
+)
+def test_a_group_on_several_devices(batch, size, groups):
+    """Communicated on Auto axes, an error on Explicit ones."""
+    x = case(shape=(batch, 5, 3))[0]
+    f = functools.partial(
+        ghost_batch_norm, virtual_batch_size=size, remainder="smaller"
+    )
+    y, moments = jax.jit(f)(sharded(x))
+    expected = oracle.ghost_batch_norm(x, np.ones(3), np.zeros(3), size)
+    assert_close(y, expected, tol=5e-6)
+    assert_close(moments.m2, oracle.moments(x, AXES)[2], tol=5e-6)
+    message = (
+        f"{groups} group(s) of the batch axis (axis 0 of ({batch}, 5, 3)), which is "
+        "split over 8 devices: expected equal groups whose number the devices divide"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.jit(f)(sharded(x, AxisType.Explicit))
+    with pytest.raises(ValueError, match=re.escape("(jax.reshard)")):
+        f(sharded(x, AxisType.Explicit))
+
+
+@pytest.mark.parametrize("spec", [P(None, None, "data"), P(None, "data")])
+def test_explicit_axes_that_do_not_split_the_batch(spec):
+    x = case(shape=(12, 8, 16))[0]
+    placed = jax.device_put(x, NamedSharding(mesh(AxisType.Explicit), spec))
+    y, moments = jax.jit(functools.partial(ghost_batch_norm, virtual_batch_size=4))(
+        placed
+    )
+    expected = oracle.ghost_batch_norm(x, np.ones(16), np.zeros(16), 4)
+    assert_close(y, expected, tol=5e-6)
+    assert_close(moments.mean, oracle.moments(x, AXES)[1], tol=5e-6)
+
+
+def test_groups_of_replicas_share_the_moments_alone():
+    """axis_index_groups: who pools what the running statistics see."""
+    x, *_ = case(shape=(16, 5, 3))
+    groups = [[0, 1, 2], [3, 4, 5, 6, 7]]
+    options = {"axis_name": "data", "axis_index_groups": groups}
+    f = functools.partial(ghost_batch_norm, virtual_batch_size=1, **options)
+    y, moments = jax.jit(jax.vmap(f, axis_name="data"))(x.reshape(8, 2, 5, 3))
+    expected = oracle.ghost_batch_norm(x, np.ones(3), np.zeros(3), 1)
+    assert_close(y.reshape(x.shape), expected, tol=5e-6)
+    for members in groups:
+        rows = np.concatenate([x[2 * i : 2 * i + 2] for i in members])
+        for i in members:
+            assert_close(moments.m2[i], oracle.moments(rows, AXES)[2], tol=5e-6)
+
+
+# ---- messages ----
+
+
+@pytest.mark.parametrize("size", [0, -4, 2.0, None, "4"])
+def test_message_of_the_size(size):
+    message = f"virtual_batch_size={size!r}: expected a positive integer"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ghost_batch_norm(case()[0], virtual_batch_size=size)
+
+
+def test_message_of_the_remainder():
+    x = case()[0]
+    message = (
+        "a batch of 12 (axis 0 of (12, 5, 3)) is not divisible by virtual_batch_size=5:"
+        " expected a multiple. Choose one that divides it, drop the last examples, or "
+        "write remainder='smaller' for a last group of 2."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ghost_batch_norm(x, virtual_batch_size=5)
+    with pytest.raises(ValueError, match=r"remainder='drop' is unknown: expected 'err"):
+        ghost_batch_norm(x, virtual_batch_size=5, remainder="drop")
+    layer = bnjax.linen.GhostBatchNorm(virtual_batch_size=5)
+    variables = layer.init(jax.random.key(0), x, False)  # of a batch of any size
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer.apply(variables, x, False, mutable=["batch_stats"])
+    assert layer.apply(variables, x, True).shape == x.shape
+
+
+def test_message_of_no_batch_axis():
+    message = "axis=(0, 1, 2) names every axis of the input of shape (12, 5, 3)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ghost_batch_norm(case()[0], virtual_batch_size=2, axis=(0, 1, 2))
+
+
+def test_messages_of_batch_norm_name_what_was_given():
+    """Not the reshaped arrays of the groups."""
+    x = case()[0]
+    with pytest.raises(ValueError, match=re.escape("expected (3,)")):
+        ghost_batch_norm(x, np.ones(4), virtual_batch_size=4)
+    with pytest.raises(ValueError, match=re.escape("mask has shape (12,)")):
+        ghost_batch_norm(x, virtual_batch_size=4, mask=np.ones(12, bool))
+    with pytest.raises(ValueError, match=re.escape("residual has shape (3,)")):
+        ghost_batch_norm(x, virtual_batch_size=4, residual=np.ones(3))

@@ -1,0 +1,311 @@
+"""Batch renormalization: corrected towards the running statistics."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import nnx
+from helpers import assert_close, assert_trees_close, collectives, poison
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_sharded import mesh
+
+import bnjax
+from bnjax.renorm import at_step, batch_renorm
+
+SHAPE = (6, 5, 4)
+AXES = (0, 1)
+# Of case(): no feature is clipped; some are; all are, and that is batch normalization.
+LIMITS = {"none": (100.0, 100.0), "some": (1.5, 1.2), "all": (1.0, 0.0)}
+
+
+def case(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, *SHAPE)) * np.array([1, 0.3, 3, 1.2]) + 0.5
+    scale, bias, mean = rng.normal(size=(3, 4))
+    var = np.array([1.0, 1, 1, 2])
+    return [np.asarray(v, dtype) for v in (x, mean, var, scale, bias, dy)]
+
+
+def limits(name):
+    return dict(zip(("r_max", "d_max"), LIMITS[name]))
+
+
+def test_the_limits_clip_what_they_are_said_to():
+    x, mean, var, *_ = case()
+    r = np.sqrt(x.var(AXES) / var)
+    d = np.abs(x.mean(AXES) - mean) / np.sqrt(var)
+    clipped = np.maximum(r, 1 / r) > LIMITS["some"][0], d > LIMITS["some"][1]
+    for each in clipped:
+        assert 0 < each.sum() < 4
+    assert (r < 1).any()
+    assert (r > 1).any()
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_papers_formula(name, masked):
+    x, mean, var, scale, bias, _ = case(np.float32)
+    mask = np.random.default_rng(1).random(SHAPE) < 0.7 if masked else None
+    seen = np.broadcast_to(True if mask is None else mask, SHAPE)
+    y, moments = batch_renorm(
+        poison(x, seen), mean, var, scale, bias, mask=mask, **limits(name)
+    )
+    expected = oracle.batch_renorm(x, mean, var, scale, bias, LIMITS[name], AXES, mask)
+    assert_close(np.asarray(y)[seen], expected[seen], tol=2e-6)
+    count, mean, m2 = oracle.moments(x, AXES, mask)
+    np.testing.assert_array_equal(np.broadcast_to(moments.count, 4), count)
+    assert_close(moments.mean, mean)
+    assert_close(moments.m2, m2)
+
+
+@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_papers_gradient(name, masked):
+    """r and d are constants; nothing reaches the running statistics."""
+    x, mean, var, scale, bias, dy = case()
+    mask = np.random.default_rng(1).random(SHAPE) < 0.7 if masked else None
+
+    def f(x, mean, var, scale, bias):
+        return batch_renorm(x, mean, var, scale, bias, mask=mask, **limits(name))[0]
+
+    dx, dmean, dvar, dscale, dbias = jax.vjp(f, x, mean, var, scale, bias)[1](dy)
+    expected = oracle.batch_renorm_gradients(
+        x, mean, var, scale, bias, dy, LIMITS[name], AXES, mask
+    )
+    assert_trees_close((dx, dscale, dbias), expected, tol=1e-10)
+    np.testing.assert_array_equal((dmean, dvar), 0)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_clipped_to_nothing_is_batch_norm_to_the_bit():
+    x, mean, var, scale, bias, dy = case(np.float32)
+    mask = np.random.default_rng(1).random((6, 5, 1)) < 0.7
+
+    def results(batch_norm):
+        (y, moments), vjp = jax.vjp(batch_norm, x, scale, bias)
+        return y, moments, vjp((dy, moments))
+
+    options = {"mask": mask, "activation": jnp.tanh}
+    actual = results(
+        lambda x, *affine: batch_renorm(
+            x, mean, var, *affine, r_max=1.0, d_max=0.0, **options
+        )
+    )
+    expected = results(functools.partial(bnjax.batch_norm, **options))
+    jax.tree.map(np.testing.assert_array_equal, actual[:2], expected[:2])
+    assert_trees_close(actual[2], expected[2], tol=1e-6)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("axis", [-1, 0, 1, (0, 2), (2, 1)])
+def test_unclipped_the_output_is_that_of_inference(axis):
+    """For other feature axes too, with a residual and an activation."""
+    rng = np.random.default_rng(0)
+    x, residual = rng.normal(size=(2, 6, 5, 4)).astype(np.float32)
+    features = tuple(x.shape[a] for a in sorted(a % 3 for a in np.atleast_1d(axis)))
+    mean, scale, bias = rng.normal(size=(3, *features)).astype(np.float32)
+    var = rng.uniform(0.5, 2, features).astype(np.float32)
+    options = {"axis": axis, "residual": residual, "activation": jnp.tanh}
+    y, moments = batch_renorm(
+        x, mean, var, scale, bias, r_max=jnp.inf, d_max=jnp.inf, **options
+    )
+    inferred = bnjax.normalize(x, mean, var, scale, bias, **options)
+    assert_close(y, inferred, tol=5e-6)
+    assert_trees_close(moments, bnjax.moments(x, axis=axis))
+
+
+def test_a_feature_without_a_value_is_inferred():
+    x, mean, var, scale, bias, _ = case(np.float32)
+    mask = np.broadcast_to(np.arange(4) != 2, SHAPE)
+    y, _ = batch_renorm(x, mean, var, scale, bias, mask=mask, **limits("some"))
+    inferred = bnjax.normalize(x, mean, var, scale, bias)
+    assert_close(y[..., 2], np.asarray(inferred[..., 2]), tol=2e-6)
+
+
+def test_the_running_statistics_are_those_before_the_update():
+    x, mean, var, *_ = case(np.float32)
+    layer = bnjax.linen.BatchRenorm(False, momentum=0.0, use_scale=False)
+    variables = layer.init(jax.random.key(0), x)
+    variables["batch_stats"] = {"mean": jnp.asarray(mean), "var": jnp.asarray(var)}
+    y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    assert_close(y, batch_renorm(x, mean, var)[0])
+    assert_close(updates["batch_stats"]["mean"], x.mean(AXES))
+    again = layer.apply({**variables, **updates}, x, mutable=["batch_stats"])[0]
+    assert_close(again, np.asarray(bnjax.batch_norm(x)[0]), tol=1e-5)
+
+
+def test_loads_the_variables_of_batch_norm():
+    """Both frameworks; inference is the same to the bit."""
+    x = case(np.float32)[0]
+    plain, ours = bnjax.BatchNorm(), bnjax.linen.BatchRenorm()
+    variables = plain.init(jax.random.key(0), x, False)
+    fresh = ours.init(jax.random.key(0), x, False)
+    assert jax.tree.structure(fresh) == jax.tree.structure(variables)
+    _, updates = ours.apply(variables, x, False, mutable=["batch_stats"])
+    variables = {**variables, **updates}
+    np.testing.assert_array_equal(
+        ours.apply(variables, x, True), plain.apply(variables, x, True)
+    )
+
+
+# ---- schedules ----
+
+
+def test_schedules():
+    """Of the step, which may be traced; layers of both frameworks."""
+    x, mean, var, *_ = case(np.float32)
+    r_max = optax.linear_schedule(1, 3, 40, 10)
+    layer = bnjax.linen.BatchRenorm(False, r_max=r_max, d_max=lambda step: step / 50)
+    other = bnjax.nnx.BatchRenorm(
+        4, r_max=r_max, d_max=lambda step: step / 50, rngs=nnx.Rngs(0)
+    )
+    variables = layer.init(jax.random.key(0), x, step=0)
+    variables["batch_stats"] = {"mean": jnp.asarray(mean), "var": jnp.asarray(var)}
+    traced = []
+
+    @jax.jit
+    def train(step):
+        traced.append(step)
+        return layer.apply(variables, x, step=step, mutable=["batch_stats"])[0]
+
+    for step, reached in ((0, (1.0, 0.0)), (30, (2.0, 0.6)), (99, (3.0, 1.98))):
+        expected = oracle.batch_renorm(
+            x, mean, var, np.ones(4), np.zeros(4), reached, AXES
+        )
+        assert_close(train(step), expected, tol=5e-6)
+        other.mean.set_value(jnp.asarray(mean))
+        other.var.set_value(jnp.asarray(var))
+        assert_close(other(x, step=jnp.int32(step)), expected, tol=5e-6)
+    assert len(traced) == 1
+    assert at_step("r_max", 2.5, None) == 2.5
+
+
+def test_evaluation_needs_no_step():
+    x = case(np.float32)[0]
+    layer = bnjax.linen.BatchRenorm(r_max=lambda step: 1 + step)
+    variables = layer.init(jax.random.key(0), x, True)
+    assert layer.apply(variables, x, True).shape == x.shape
+
+
+def test_init_needs_no_step_of_a_schedule():
+    """It normalizes as batch normalization, whatever the limits."""
+    x = case(np.float32)[0]
+    layer = bnjax.linen.BatchRenorm(False, r_max=lambda step: 1 + step)
+    y, variables = layer.init_with_output(jax.random.key(0), x)
+    np.testing.assert_array_equal(y, bnjax.batch_norm(x, np.ones(4), np.zeros(4))[0])
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_traced_limits_have_no_gradient():
+    x, mean, var, *_ = case()
+
+    def f(r_max, d_max):
+        return (batch_renorm(x, mean, var, r_max=r_max, d_max=d_max)[0] ** 3).sum()
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(f, (0, 1)))(1.5, 0.4), 0)
+
+
+# ---- many devices ----
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_one_collective_forward_and_one_backward(kind):
+    """r and d cost none."""
+    x, mean, var, scale, bias, _ = case(np.float32)
+    x = np.concatenate([x] * 4)[:16]
+    placed = jax.device_put(x, NamedSharding(mesh(kind), P("data")))
+
+    def forward(x):
+        return batch_renorm(x, mean, var, scale, bias, **limits("some"))[0]
+
+    def both(x):
+        y, vjp = jax.vjp(forward, x)
+        return y, vjp(y)
+
+    assert collectives(forward, placed) == {"all-reduce": 1}
+    assert collectives(both, placed) == {"all-reduce": 2}
+    expected = oracle.batch_renorm(x, mean, var, scale, bias, LIMITS["some"], AXES)
+    assert_close(jax.jit(forward)(placed), expected, tol=5e-6)
+
+
+def test_groups_of_replicas():
+    x, mean, var, *_ = case(np.float32)
+    groups = [[0, 4, 5], [1, 2, 3]]
+    f = jax.vmap(
+        lambda x: batch_renorm(
+            x, mean, var, axis_name="i", axis_index_groups=groups, **limits("some")
+        )[0],
+        axis_name="i",
+    )
+    y = f(x[:, None])[:, 0]
+    one, zero = np.ones(4), np.zeros(4)
+    for members in groups:
+        expected = oracle.batch_renorm(
+            x[members], mean, var, one, zero, LIMITS["some"], AXES
+        )
+        assert_close(y[np.array(members)], expected, tol=5e-6)
+
+
+# ---- messages ----
+
+V4 = np.ones(4, np.float32)
+MESSAGES = {
+    "r_max": (
+        {"r_max": 0.5},
+        "r_max=0.5 limits sigma_B / sigma: expected a number >= 1. r_max=1 is batch "
+        "normalization; the paper relaxes r_max to 3 and d_max to 5 during training.",
+    ),
+    "r_max, not a number": ({"r_max": float("nan")}, "r_max=nan limits sigma_B"),
+    "d_max": (
+        {"d_max": -1},
+        "d_max=-1 limits (mu_B - mu) / sigma: expected a number >= 0. d_max=0 is batch",
+    ),
+    "d_max, NumPy": ({"d_max": np.float32(-0.5)}, "d_max="),
+    "mean": ({"mean": np.ones(3)}, "mean has shape (3,): expected (4,)"),
+    "scale": ({"scale": np.ones(5)}, "scale has shape (5,): expected (4,)"),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_message(name):
+    options, message = MESSAGES[name]
+    arguments = {"x": case(np.float32)[0], "mean": V4, "var": V4, **options}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        batch_renorm(**arguments)
+
+
+def test_message_of_a_schedule_without_a_step():
+    x = case(np.float32)[0]
+    message = (
+        "d_max is a schedule, but no step was given: expected the number of the "
+        "training step. Write layer(x, step=step), or a number for d_max."
+    )
+    layer = bnjax.nnx.BatchRenorm(4, d_max=optax.constant_schedule(1), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer(x)
+    linen = bnjax.linen.BatchRenorm(False, d_max=optax.constant_schedule(1))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        linen.apply(linen.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+
+
+def test_message_of_types():
+    x = case(np.float32)[0]
+    message = "x has dtype complex64: expected a real one, for batch renormalization"
+    with pytest.raises(TypeError, match=message):
+        batch_renorm(x.astype(np.complex64), V4, V4)
+    with pytest.raises(TypeError, match="x has dtype int32: expected a floating"):
+        batch_renorm(x.astype(np.int32), V4, V4)
+
+
+def test_one_value_warns():
+    with pytest.warns(bnjax.BatchNormWarning, match="one value per feature"):
+        batch_renorm(np.ones((1, 4), np.float32), V4, V4)
