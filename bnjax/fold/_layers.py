@@ -7,18 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from bnjax import _axes, _dtypes
-from bnjax.fold._graph import Pairs, Path, Program, Recorder
+from bnjax.fold._graph import Call, Pairs, Path, Program, Recorder
 from bnjax.fold._kernels import affine, fold_conv, fold_conv_transpose, fold_dense
 
 AFFINE = ("mean", "multiplier", "bias")  # the variables of what is not folded
-UNSEEN = (
-    "no call of it was seen: these inputs do not call it, a jit has its trace already, "
-    "or its class is not one that fold_model knows"
+_UNSEEN = (
+    "no call of it was seen: these inputs do not call it, or a jit that was traced "
+    "before does"
+)
+_UNKNOWN = (
+    "a {layer} with the variables {variables} is not one that fold_model knows: "
+    "expected {known}, with no variables but mean, var, scale and bias"
 )
 
 _LINEAR = ("_Conv", "Conv", "ConvTranspose", "Dense", "Linear")
+_NORMS = {  # those that infer by an affine map of each feature
+    "flax": ("BatchNorm",),
+    "bnjax": ("BatchNorm", "GhostBatchNorm", "BatchRenorm", "SplitBatchNorm"),
+}
 _OWN = "dot_general dot_general_cls conv_general_dilated conv_general_dilated_cls"
 _BATCH_STATISTICS = (
     "{layer} {does}, which cannot be folded: expected a model in evaluation, whose "
@@ -36,10 +45,11 @@ def is_linear(method: Any) -> bool:
 
 
 def is_norm(method: Any, variables: Iterable[str]) -> bool:
-    """Whether this is the call of a BatchNorm that has just the usual variables."""
+    """Whether this is the call of a layer that infers by the usual variables alone."""
     package, name = _origin(method)
     usual = {"mean", "var"} <= {*variables} <= {"mean", "var", "scale", "bias"}
-    return package in ("flax", "bnjax") and name == "BatchNorm.__call__" and usual
+    known = {f"{layer}.__call__" for layer in _NORMS.get(package, ())}
+    return name in known and usual
 
 
 def _origin(method: Any) -> tuple[str, str]:
@@ -48,18 +58,47 @@ def _origin(method: Any) -> tuple[str, str]:
     return module.partition(".")[0], getattr(method, "__qualname__", "")
 
 
+def _row(domain: Any) -> int | None:
+    """The row of a domain's variables; None if it is not one number, known here."""
+    if domain is None:
+        return 0
+    if isinstance(domain, Tracer) or jnp.ndim(domain):
+        return None
+    return int(domain)
+
+
 class Reader(NamedTuple):
     """Stands in for the layers' calls while the model is traced.
 
     Attributes:
         recorder: of the calls.
-        dtypes: of the output of each normalization, by that of its input.
         write: what to write where a model is not in evaluation.
+        dtypes: of the output of each normalization, by that of its input.
+        others: the layers that are neither, in words.
     """
 
     recorder: Recorder
-    dtypes: dict[Path, dict[Any, Any]]
     write: str
+    dtypes: dict[Path, dict[Any, Any]]
+    others: dict[Path, str]
+
+    @classmethod
+    def new(cls, write: str) -> "Reader":
+        """One that has read nothing."""
+        return cls(Recorder(), write, {}, {})
+
+    def other(self, path: Path, layer: Any, variables: Iterable[str]) -> None:
+        """Notes a layer that is not known."""
+        self.others[path] = _UNKNOWN.format(
+            layer=type(layer).__name__,
+            variables=", ".join(sorted(variables)),
+            known=", ".join(_NORMS["bnjax"]),
+        )
+
+    def left(self, layers: Iterable[Path]) -> dict[Path, str]:
+        """Those of these layers with statistics that were not read, and why."""
+        unread = (path for path in layers if path not in self.recorder.norms)
+        return {path: self.others.get(path, _UNSEEN) for path in unread}
 
     def norm(self, path, layer, variables, run, x, *args, **kwargs):
         """Calls a normalization on its marked input."""
@@ -69,8 +108,8 @@ class Reader(NamedTuple):
         obstacle = None
         if _axes.canonical(layer.axis, x.ndim) != last:
             obstacle = f"its feature axis is {layer.axis}, not the last"
-        norms = self.recorder.norms
-        x = self.recorder.mark(norms, path, layer, variables, obstacle, x)
+        norms, row = self.recorder.norms, _row(kwargs.get("domain"))
+        x = self.recorder.mark(norms, path, layer, variables, obstacle, x, row)
         y = run(x, *args, **kwargs)
         self.dtypes.setdefault(path, {})[x.dtype] = y.dtype
         return y
@@ -110,6 +149,7 @@ class Role(NamedTuple):
         axis: of the features.
         activation: of the layer, if it has one.
         dtypes: of its output, by that of its input.
+        row: see `Call`.
         name: of the layer, for messages.
     """
 
@@ -117,10 +157,19 @@ class Role(NamedTuple):
     axis: Any
     activation: Callable[[jax.Array], jax.Array] | None
     dtypes: Mapping[Any, Any]
+    row: int | None
     name: str
 
-    def __call__(self, x, variables: Mapping[str, Any], residual=None) -> jax.Array:
+    def __call__(
+        self, x, variables: Mapping[str, Any], residual=None, domain=None
+    ) -> jax.Array:
         """The output: `x`, or its affine map; the residual; the activation."""
+        if _row(domain) != self.row:
+            raise ValueError(
+                f"{self.name} received domain={domain}: expected {self.row}, for which "
+                "the model was folded. Fold it for this domain; or with an array for "
+                "the domain, which keeps the layer as it is."
+            )
         x = jnp.asarray(x)
         if x.dtype not in self.dtypes:
             expected = " or ".join(str(dtype) for dtype in self.dtypes)
@@ -150,9 +199,8 @@ def roles(reader: Reader, pairs: Pairs) -> dict[Path, Role]:
         if path not in pairs.untouched:
             activation = getattr(call.layer, "activation", None)
             dtypes = reader.dtypes[path]
-            found[path] = Role(
-                path in pairs.folded, call.layer.axis, activation, dtypes, str(call)
-            )
+            folded, axis = path in pairs.folded, call.layer.axis
+            found[path] = Role(folded, axis, activation, dtypes, call.row, str(call))
     return found
 
 
@@ -167,7 +215,7 @@ def replaced(
     for path, (norm, *_) in program.recorder.norms.items():
         if path in pairs.untouched:
             continue
-        of = {name: new.pop(key) for name, (key, _) in norm.variables.items()}
+        of = {n: _own(new.pop(key), norm) for n, (key, _) in norm.variables.items()}
         by = of["mean"], of["var"], of.get("scale"), of.get("bias")
         epsilon = norm.layer.epsilon
         if path in pairs.folded:
@@ -183,6 +231,11 @@ def replaced(
             values = jnp.asarray(by[0]), multiplier, jnp.asarray(bias)
             new.update((place(path, n), v) for n, v in zip(AFFINE, values))
     return new
+
+
+def _own(value: Any, norm: Call) -> Any:
+    """Of a variable with a row for each domain, the one that inference reads."""
+    return value[norm.row] if jnp.ndim(value) > np.size(norm.layer.axis) else value
 
 
 def _fold(layer, kernel, *others, epsilon):
