@@ -16,7 +16,7 @@ from experiments.common import steps
 REPOSITORY = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["step", "scaling", "compile"])
+@pytest.mark.parametrize("name", ["step", "scaling", "compile", "whitening"])
 def test_smoke(name, tmp_path):
     command = [sys.executable, "-m", f"experiments.bench.{name}", "--smoke"]
     command += ["--output", str(tmp_path / "bench.jsonl")]
@@ -28,7 +28,7 @@ def test_smoke(name, tmp_path):
     assert "bnjax" in done.stdout
     start, *records = charts.last_run(tmp_path / "bench.jsonl")
     assert start["bench"] == name
-    assert len(records) >= 2
+    assert len(records) >= (1 if name == "whitening" else 2)
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 

@@ -190,6 +190,12 @@ def test_collectives(mode):
         wrap = functools.partial(jax.shard_map, mesh=mesh(), check_vma=mode == "typed")
         return collectives(wrap(f, in_specs=rows, out_specs=rows), x)
 
+    if mode == "typed":  # as JAX writes it, before the compiler joins any
+        rows = P("data")
+        wrap = functools.partial(jax.shard_map, mesh=mesh(), in_specs=rows)
+        text = jax.jit(wrap(both, out_specs=rows)).lower(x).as_text()
+        assert text.count("stablehlo.all_gather") == 1
+        assert text.count("stablehlo.all_reduce") == 2
     first = {"all-reduce": 2} if mode == "Auto" else {"all-gather": 1, "all-reduce": 1}
     assert count(forward) == first
     assert sum(count(both).values()) == sum(first.values()) + 1
