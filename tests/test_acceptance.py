@@ -174,6 +174,19 @@ def test_an_array_of_domains_stays(name, domain):
         assert_close(actual, expected, tol=1e-5)
 
 
+def test_an_array_of_domains_stays_in_nnx():
+    model = NnxNet("split")
+    model.eval()
+    nnx.update(model, randomized(nnx.state(model)))
+    folded = fold_model(model, X, domain=DOMAIN)
+    ((path, why),) = folded.kept
+    assert path == "norm"
+    assert "domain is not one number, known in advance" in why
+    for domain in (DOMAIN, 1 - DOMAIN):
+        expected = model(X, domain=domain)
+        assert_close(folded.apply(folded.params, X, domain=domain), expected, tol=1e-6)
+
+
 def test_two_domains_of_one_layer_stay():
     class Twice(nn.Module):
         @nn.compact

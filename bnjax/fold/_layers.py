@@ -7,64 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from bnjax import _axes, _dtypes
 from bnjax.fold._graph import Call, Pairs, Path, Program, Recorder
 from bnjax.fold._kernels import affine, fold_conv, fold_conv_transpose, fold_dense
+from bnjax.fold._known import row_of, unknown
 
 AFFINE = ("mean", "multiplier", "bias")  # the variables of what is not folded
 _UNSEEN = (
     "no call of it was seen: these inputs do not call it, or a jit that was traced "
     "before does"
 )
-_UNKNOWN = (
-    "a {layer} with the variables {variables} is not one that fold_model knows: "
-    "expected {known}, with no variables but mean, var, scale and bias"
-)
-
-_LINEAR = ("_Conv", "Conv", "ConvTranspose", "Dense", "Linear")
-_NORMS = {  # those that infer by an affine map of each feature
-    "flax": ("BatchNorm",),
-    "bnjax": ("BatchNorm", "GhostBatchNorm", "BatchRenorm", "SplitBatchNorm"),
-}
 _OWN = "dot_general dot_general_cls conv_general_dilated conv_general_dilated_cls"
 _BATCH_STATISTICS = (
     "{layer} {does}, which cannot be folded: expected a model in evaluation, whose "
     "layers normalize by their running statistics and leave them alone. {write}"
 )
-
-# A method is known by where it is defined: a subclass that overrides it is not, but
-# what it inherits, or calls with super(), is.
-
-
-def is_linear(method: Any) -> bool:
-    """Whether this is the call of a convolution or dense layer of Flax's."""
-    package, name = _origin(method)
-    return package == "flax" and name in {f"{kind}.__call__" for kind in _LINEAR}
-
-
-def is_norm(method: Any, variables: Iterable[str]) -> bool:
-    """Whether this is the call of a layer that infers by the usual variables alone."""
-    package, name = _origin(method)
-    usual = {"mean", "var"} <= {*variables} <= {"mean", "var", "scale", "bias"}
-    known = {f"{layer}.__call__" for layer in _NORMS.get(package, ())}
-    return name in known and usual
-
-
-def _origin(method: Any) -> tuple[str, str]:
-    """The package that a method is defined in, and its name there."""
-    module = getattr(method, "__module__", None) or ""
-    return module.partition(".")[0], getattr(method, "__qualname__", "")
-
-
-def _row(domain: Any) -> int | None:
-    """The row of a domain's variables; None if it is not one number, known here."""
-    if domain is None:
-        return 0
-    if isinstance(domain, Tracer) or jnp.ndim(domain):
-        return None
-    return int(domain)
 
 
 class Reader(NamedTuple):
@@ -89,11 +47,7 @@ class Reader(NamedTuple):
 
     def other(self, path: Path, layer: Any, variables: Iterable[str]) -> None:
         """Notes a layer that is not known."""
-        self.others[path] = _UNKNOWN.format(
-            layer=type(layer).__name__,
-            variables=", ".join(sorted(variables)),
-            known=", ".join(_NORMS["bnjax"]),
-        )
+        self.others[path] = unknown(layer, variables)
 
     def left(self, layers: Iterable[Path]) -> dict[Path, str]:
         """Those of these layers with statistics that were not read, and why."""
@@ -108,7 +62,7 @@ class Reader(NamedTuple):
         obstacle = None
         if _axes.canonical(layer.axis, x.ndim) != last:
             obstacle = f"its feature axis is {layer.axis}, not the last"
-        norms, row = self.recorder.norms, _row(kwargs.get("domain"))
+        norms, row = self.recorder.norms, row_of(kwargs.get("domain"))
         x = self.recorder.mark(norms, path, layer, variables, obstacle, x, row)
         y = run(x, *args, **kwargs)
         self.dtypes.setdefault(path, {})[x.dtype] = y.dtype
@@ -164,7 +118,7 @@ class Role(NamedTuple):
         self, x, variables: Mapping[str, Any], residual=None, domain=None
     ) -> jax.Array:
         """The output: `x`, or its affine map; the residual; the activation."""
-        if _row(domain) != self.row:
+        if row_of(domain) != self.row:
             raise ValueError(
                 f"{self.name} received domain={domain}: expected {self.row}, for which "
                 "the model was folded. Fold it for this domain; or with an array for "

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax.fold import _layers
 from bnjax.fold._folded import Folded, finished
 from bnjax.fold._graph import Path, pair, trace
+from bnjax.fold._known import is_linear, is_norm
 
 _WRITE = (
     "Pass what makes the model evaluate, for example "
@@ -58,11 +59,11 @@ def _reading(reader: _layers.Reader):
         if method is None or layer.scope is None:
             return run(*args, **kwargs)
         path = layer.scope.path
-        if _layers.is_linear(method):
+        if is_linear(method):
             variables = _variables(layer, "params")
             return reader.linear(path, layer, variables, run, *args, **kwargs)
         variables = _variables(layer, "batch_stats", "params")
-        if _layers.is_norm(method, variables):
+        if is_norm(method, variables):
             return reader.norm(path, layer, variables, run, *args, **kwargs)
         reader.other(path, layer, variables)
         return run(*args, **kwargs)
@@ -88,10 +89,10 @@ def _replacing(roles: dict[Path, _layers.Role], biased: set[Path]):
         if method is None or layer.scope is None:
             return run(*args, **kwargs)
         path = layer.scope.path
-        if path in biased and _layers.is_linear(method) and not layer.use_bias:
+        if path in biased and is_linear(method) and not layer.use_bias:
             bias = layer.get_variable("params", "bias")
             return _layers.add_bias(run(*args, **kwargs), bias)
-        if path in roles and _layers.is_norm(method, ("mean", "var")):
+        if path in roles and is_norm(method, ("mean", "var")):
             x = args[0] if args else kwargs["x"]
             options = {k: kwargs[k] for k in ("residual", "domain") if k in kwargs}
             return roles[path](x, layer.variables.get("params", {}), **options)

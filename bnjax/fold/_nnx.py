@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax.fold import _layers
 from bnjax.fold._folded import Folded, finished
 from bnjax.fold._graph import Pairs, Path, pair, trace
+from bnjax.fold._known import is_linear, is_norm
 
 _CALL = "_bnjax_fold_call"
 _WRITE = "Call model.eval() first, or fold nnx.view(model, use_running_average=True)."
@@ -91,9 +92,9 @@ def _set_call(layer: nnx.Module, call: Callable[..., Any]) -> None:
 def _watch(path: Path, layer: nnx.Module, reader: _layers.Reader) -> None:
     """Has the reader see the calls of a layer, if it is one of those that it knows."""
     method = type(layer).__call__  # of a class that has none: its metaclass's
-    if _layers.is_linear(method):
+    if is_linear(method):
         read = reader.linear
-    elif _layers.is_norm(method, _variables(layer)):
+    elif is_norm(method, _variables(layer)):
         read = reader.norm
     else:
         return reader.other(path, layer, _variables(layer))
