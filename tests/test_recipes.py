@@ -315,7 +315,7 @@ def test_a_joint_batch():
     q_now, q_then = jnp.split(q, 2)
     assert q_now.shape == q_then.shape == (16,)
     kernel = oracle.wide(variables["params"]["Dense_0"]["kernel"])
-    h = oracle.wide(both) @ kernel
+    h = oracle.wide(np.concatenate([now, then])) @ kernel
     mean, var = h.mean(0), h.var(0)
     new = left["batch_stats"]["norm"]
     assert_close(new["mean"], 0.01 * mean, tol=2e-6)
