@@ -1,5 +1,6 @@
 """Every experiment imports and runs; its data are verified and its results last."""
 
+import functools
 import gzip
 import hashlib
 import http.server
@@ -17,13 +18,26 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pooch
 import pytest
+from jax import lax
 
 import experiments
-from experiments import mnist
-from experiments.common import curves, data, idx, plot, results, tables
+from experiments import mnist, small_batch
+from experiments.common import (
+    batches,
+    curves,
+    data,
+    idx,
+    norms,
+    plot,
+    results,
+    tables,
+    virtual,
+)
 from experiments.common.models import SigmoidMLP
+from tests.helpers import assert_close, assert_trees_close
 
 REPOSITORY = Path(__file__).parents[1]
 PIXELS = [round(inches * plot.DPI) for inches in plot.INCHES]
@@ -324,3 +338,159 @@ def test_no_network(tiny, monkeypatch, tmp_path, capsys):
     assert mnist.main(mnist.Config(data="mnist", out=tmp_path)) == 1
     assert "mnist could not be downloaded" in capsys.readouterr().out
     assert not (tmp_path / "mnist.jsonl").exists()
+
+
+# ---- small and non-iid batches ----
+
+
+@pytest.fixture(scope="module")
+def small_batches(tmp_path_factory):
+    out = tmp_path_factory.mktemp("small_batch")
+    process = subprocess.run(
+        [sys.executable, "-m", "experiments.small_batch", "--smoke", "--out", out],
+        cwd=REPOSITORY,
+        env=dict(os.environ, COLUMNS="90"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    return out, process.stdout
+
+
+def test_small_batches_smoke_shows_the_claim(small_batches):
+    out, stdout = small_batches
+    assert "not iid" in stdout
+    assert "| BN, running average " in stdout
+    first, *found, last = results.read(out / "small_batch.jsonl")
+    assert {"versions", "hardware", "commit", "time"} <= first.keys()
+    assert (last["kind"], last["finished"]) == ("end", True)
+    error = {
+        (r["cell"]["method"], r["cell"]["order"]): r["errors"]["running"] for r in found
+    }
+    assert error["batch_norm", "by class"] > error["batch_norm", "mixed"] + 0.2
+    assert set(found[0]["errors"]) == {"running", "pooled", "pooled_groups", "batch"}
+
+
+def test_small_batches_are_not_trained_twice(small_batches, tmp_path, monkeypatch):
+    lines = (small_batches[0] / "small_batch.jsonl").read_bytes().splitlines(True)
+    path = tmp_path / "small_batch.jsonl"
+    config = small_batch.Config(out=tmp_path, smoke=True)
+    trained = []
+
+    def evaluate(cell, network, data):
+        trained.append((cell.method, cell.order))
+        return {"running": 0.5}
+
+    monkeypatch.setattr(small_batch, "evaluate", evaluate)
+    for method in ("make_network", "load_images"):
+        monkeypatch.setattr(small_batch, method, lambda *_: object())
+    with monkeypatch.context() as undone:
+        undone.setattr(jax.config, "update", lambda *_: None)
+        path.write_bytes(b"".join(lines))
+        assert small_batch.main(config) == 0
+        assert (trained, path.read_bytes()) == ([], b"".join(lines))
+        picture = (tmp_path / "small_batch_digits.png").read_bytes()
+        kept = small_batches[0] / "small_batch_digits.png"
+        assert picture == kept.read_bytes()
+        assert len(picture) > 20_000
+
+        path.write_bytes(b"".join([*lines[:2], *lines[3:-1], lines[-1][:9]]))
+        assert small_batch.main(config) == 0
+        assert trained == [("batch_norm", "by class")]
+
+
+def test_small_batches_refuse(tmp_path, capsys):
+    config = small_batch.Config(out=tmp_path, sizes=(2, 3))
+    assert small_batch.main(config) == 1
+    assert "sizes has [3]: expected divisors of batch_size, 128" in capture(capsys)
+    (tmp_path / "small_batch.jsonl").write_text("")
+    assert small_batch.main(small_batch.Config(out=tmp_path, plot_only=True)) == 1
+    assert "none of the 0 networks in the file has these" in capture(capsys)
+
+
+def capture(capsys) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_batches_split_by_class():
+    labels = np.random.default_rng(0).integers(0, 3, 50)
+    drawn = batches.draw(0, 50, 7, 12)
+    assert drawn.shape == (7, 12)
+    assert len(np.unique(drawn[:4])) == 48  # an epoch repeats none
+    by_class = batches.split(drawn, labels, 4, "by class")
+    mixed = batches.split(drawn, labels, 4, "mixed")
+    np.testing.assert_array_equal(mixed.reshape(7, 12), drawn)
+    for batch, group in zip(drawn, by_class, strict=True):
+        assert sorted(group.ravel()) == sorted(batch)
+        assert (np.diff(labels[group].ravel()) >= 0).all()
+    every = batches.split(batches.cover(50, 12), labels, 4, "by class")
+    assert every.shape == (5, 3, 4)
+    assert sorted(every[every < 50]) == list(range(50))
+    assert (np.diff(labels[every % 50].reshape(5, 12)) >= 0).all()
+
+
+@pytest.fixture
+def images():
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (13, 5, 4, 2)).astype(np.uint8)
+    return data.Split(pixels, random.integers(0, 3, 13).astype(np.int32))
+
+
+def network(method: str, size: int) -> virtual.Network:
+    model = norms.ConvNet((4, 8), (2, 1), norms.make_norm(method, size, 9, 0.75), 50, 9)
+    return virtual.Network(model, optax.sgd(0.5))
+
+
+def test_each_image_is_counted_once(images):
+    net = network("group_norm", 4)
+    variables = net.train(0, images, np.zeros((0, 1, 8), int))
+    guess = net.model.apply(variables, images.images, train=False).argmax(-1)
+    expected = (guess != images.labels).mean()
+    for order in ("mixed", "by class"):
+        every = batches.split(batches.cover(13, 8), images.labels, 4, order)
+        assert net.error(variables, images, every, train=False) == expected
+
+
+def test_running_statistics_are_averaged_over_the_groups(images):
+    net, batch = network("batch_norm", 4), np.arange(12).reshape(1, 3, 4)
+    start = net.train(0, images, batch[:0])
+    after = net.train(0, images, batch)["batch_stats"]["BatchNorm_0"]
+    kernel = start["params"]["Conv_0"]["kernel"]
+    pixels = (images.images[:12].astype(np.float32) - 50) / 9
+    y = lax.conv_general_dilated(
+        pixels, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    groups = np.asarray(y, np.float64).reshape(3, -1, 4)
+    assert_close(after["mean"], np.float32(0.25 * groups.mean((0, 1))))
+    assert_close(after["var"], np.float32(0.75 + 0.25 * groups.var(1).mean(0)))
+
+
+def test_cross_replica_groups_are_one(images):
+    batch = np.arange(12).reshape(1, 3, 4)
+    groups = network("cross_replica", 4).train(0, images, batch)
+    whole = network("batch_norm", 12).train(0, images, batch.reshape(1, 1, 12))
+    assert_trees_close(groups, whole, tol=1e-5)  # another order of sums
+
+
+def test_frozen_steps_leave_the_statistics(images):
+    net, batch = network("frozen", 4), np.arange(12).reshape(1, 3, 4)
+    before = net.train(0, images, batch)
+    after = net.train(0, images, np.repeat(batch, 3, 0), frozen=2)
+    assert_trees_close(after["batch_stats"], before["batch_stats"])
+    moved = after["params"]["Conv_0"]["kernel"] - before["params"]["Conv_0"]["kernel"]
+    assert abs(moved).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", norms.METHODS)
+def test_every_normalization_can_be_trained(images, method):
+    net = network(method, 4)
+    groups = (1, 12) if method in norms.ONE_CALL else (3, 4)
+    batch = np.arange(12).reshape(1, *groups)
+    variables = jax.eval_shape(functools.partial(net.train, 0, images, batch))
+    assert variables["params"]["Conv_1"]["kernel"].shape == (3, 3, 4, 8)
+    kinds = {"group_norm": "GroupNorm_1", "layer_norm": "GroupNorm_1"}
+    kinds |= {"ghost": "GhostBatchNorm_1", "renorm": "BatchRenorm_1"}
+    kinds["decorrelated"] = "DecorrelatedBatchNorm_1"
+    layer = variables["params"][kinds.get(method, "BatchNorm_1")]
+    assert layer["scale"].shape == (8,)

@@ -86,7 +86,7 @@ def _(axis_name, groups, primals, tangents):
     (rows, rests), (change, _) = primals, tangents
     result = merged_statistics(rows, rests, axis_name, groups)
     weighted = beside(rows.count, change.mean) * change.mean
-    deviation = jnp.conj(rows.mean - result.mean + rests)
+    deviation = jnp.conj(rows.mean - result.mean[None] + rests)
     sums = weighted.sum(0), (change.m2 + 2 * (deviation * weighted).real).sum(0)
     if axis_name is not None:
         sums = _replicas.packed_sum(sums, axis_name, groups)

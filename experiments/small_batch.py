@@ -1,0 +1,283 @@
+"""Small and non-iid batches: where batch normalization fails, and what helps.
+
+    python -m experiments.small_batch
+    python -m experiments.small_batch --data cifar10 --seeds 0
+
+Time: about six minutes on two CPU cores, CIFAR-10 about half an hour (both estimated
+from runs on a busy machine); with --smoke some seconds.
+
+Expected: of the same 128 images per step, normalized in groups of 2 to 128 (as devices
+would each by itself), the smaller the groups, the larger the error; larger still if the
+groups are not iid, one class to each. Batch renormalization and population statistics
+get most of it back; to cross-replica statistics, group and layer normalization it is
+nothing.
+
+Measured (digits, 3 seeds, jax 0.10.2, two cores of an AMD EPYC; test error in %):
+
+    images per group      iid:      2    8   32  128   by class:    2    8   32
+    BN, running average          32.8  4.9  5.6  5.9             59.6 17.9 11.2
+    BN, pooled                   32.2  4.9  5.7  5.7             60.3 17.3 11.2
+    BN, by the test group        55.1  7.6  6.3  5.7             89.6 42.9  6.3
+    ghost BN                     33.8  4.8  5.5  5.9             57.9 17.8 11.2
+    BN, frozen at the end        26.4  4.5  5.6  5.5             32.1  6.9  6.8
+    batch renorm                 14.6  5.2  5.5  6.0             33.1 12.7  7.2
+    decorrelated BN               5.6  4.3  4.2  4.8             21.4 20.3 11.9
+    cross-replica BN              5.9  5.9  5.9  5.9              5.9  5.9  5.9
+    group norm                    6.2  6.2  6.2  6.2              6.2  6.2  6.2
+    layer norm                    5.9  5.9  5.9  5.9              5.9  5.9  5.9
+
+(standard deviations up to 3; in groups of 2 or 4 up to 10). BN fails as expected: in
+groups of 2, and, if a group is of one class or few, at every size. The running average
+is not to blame, contrary to what was expected: pooled statistics are as bad, be they of
+mixed batches or of groups as in training. What a network learns by the statistics of
+such groups is of little use with any others. What helps is to train with what will be
+evaluated by: cross-replica statistics; or to freeze the statistics for the last fifth
+of the steps, which costs nothing and takes 17.9 to 6.9. Renorm takes back 43 to 76 % of
+what these groups cost over 5.9, but is worse than BN in groups of 4 of one class (27.3
+against 20.8), perhaps because its gradient still loses the mean of the group. No
+limits, an average of momentum 0.99, or a third of the rate hardly changed that (one
+seed, groups of 2 and 8). Ghost batches are BN's training, and have its errors.
+Whitening channels by fours withstands groups of 2 if they are iid. Statistics of the
+test group are the worst until it has 16 images.
+
+The network: convolutions of 3x3, normalized and rectified, then the mean over positions
+and a matrix; on the digits three, the last of which has one position per image: a group
+of 2 is two values. By class: each batch of 128, drawn at random, is sorted by label and
+cut into groups. "By the test group": of test images in groups of that size, put
+together in the same way, by label. Pooled: with the weights frozen, up to 4,096
+training images pass by the statistics of mixed batches of 128; "as trained": of groups
+of the size and the order of training. Gradient descent with momentum 0.9, a rate that
+rises for a tenth of the steps and then falls as a cosine; its height is that with the
+least error on held-out images (`--tune`), for all methods with statistics of a batch
+the one of BN in 128.
+
+A run that was stopped goes on where it was: what is in the file is not trained again.
+
+References: Ioffe 2017 (renorm); Wu & He 2018, figure 1; Wu & Johnson 2021, sections
+3, 4, 6; Hoffer et al. 2017 (ghost batches); Huang et al. 2018 and 2019 (whitening).
+"""
+
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from experiments.common import grid, results
+from experiments.common.batches import Order
+from experiments.common.cells import (
+    TASKS,
+    Cell,
+    Errors,
+    evaluate,
+    finished,
+    load_images,
+    make_network,
+)
+from experiments.common.idx import DataError
+from experiments.common.norms import METHODS, UNSPLIT, Method
+
+RATES = (0.03, 0.1, 0.3, 1.0)  # tried by --tune
+NAMES = {"digits": "Digits", "cifar10": "CIFAR-10"}
+COLUMNS = (
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[shown]}"),
+    TimeRemainingColumn(),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of a run; each is an option of the command line."""
+
+    data: Literal["digits", "cifar10"] = "digits"
+    """The images. The digits come with scikit-learn; CIFAR-10 is downloaded once."""
+    data_dir: Path | None = None
+    """Where the files of CIFAR-10 lie, if not to be downloaded; or BNJAX_DATA."""
+    sizes: tuple[int, ...] = (2, 4, 8, 16, 32, 128)
+    """Of the groups that a batch is normalized in."""
+    batch_size: int = 128
+    """Images per step, on all virtual devices together."""
+    steps: int | None = None
+    """Training steps; None: as many as suit the data."""
+    momentum: float = 0.9
+    """Of the running statistics."""
+    methods: tuple[Method, ...] = METHODS
+    """What is trained."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each gives the weights and the batches of one run of each method and size."""
+    out: Path = Path(__file__).parent / "results"
+    """The folder of small_batch.jsonl, which is appended to, and of the picture."""
+    smoke: bool = False
+    """A run of seconds, to see that all works."""
+    tune: bool = False
+    """Compare learning rates on images held out of training, and do nothing else."""
+    plot_only: bool = False
+    """Train nothing; print and draw what there is of these settings again."""
+
+
+def main(config: Config) -> int:
+    """Trains, prints the tables and draws the picture; returns the exit status."""
+    if config.smoke:
+        config = dataclasses.replace(
+            config, data="digits", sizes=(4,), steps=20, seeds=(0,), methods=METHODS[:1]
+        )
+        # So few steps take less time than their optimization.
+        jax.config.update("jax_disable_most_optimizations", True)
+    console = Console()
+    console.width = max(console.width, 120)  # tables whole, to be copied
+    path = config.out / "small_batch.jsonl"
+    try:
+        if uneven := [size for size in config.sizes if config.batch_size % size]:
+            raise ValueError(
+                f"sizes has {uneven}: expected divisors of batch_size, "
+                f"{config.batch_size}. Leave them out, or change --batch-size."
+            )
+        if not config.plot_only:
+            run(config, path, console)
+        done = finished(results.read(path))
+        if config.tune:
+            console.print(tuning(config, done))
+            return 0
+        found = curves(config, done)
+    except (DataError, FileNotFoundError, LookupError, ValueError) as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    for order in grid.ORDERS:
+        console.print(f"Test error (%), {grid.ORDERS[order]}, by their size")
+        console.print(grid.table(found[order], config.sizes))
+    picture = config.out / f"small_batch_{config.data}.png"
+    grid.draw(found, config.sizes, caption(config), picture)
+    console.print(f"{path}\n{picture}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def run(config: Config, path: Path, console: Console) -> None:
+    """Trains the networks that the file has no errors of yet, and logs theirs."""
+    done = finished(results.read(path)) if path.exists() else {}
+    missing = [cell for cell in cells(config) if cell.key() not in done]
+    if not missing:
+        return
+    data = load_images(config.data, config.data_dir)
+    with results.Log(path) as log, Progress(*COLUMNS, console=console) as progress:
+        log.add("run", experiment="small_batch", data=config.data, **results.stamp())
+        bar = progress.add_task("", total=len(missing), shown="")
+
+        def kind(cell: Cell) -> tuple[str, int, float]:
+            return cell.method, cell.size, cell.rate
+
+        for _, alike in itertools.groupby(missing, kind):
+            network = None
+            for cell in alike:
+                network = network or make_network(cell)  # compiled once for all alike
+                errors = evaluate(cell, network, data)
+                log.add("cell", cell=dataclasses.asdict(cell), errors=errors)
+                shown = f"{cell.method} {cell.size}: {errors['running']:.1%}"
+                progress.update(bar, advance=1, shown=shown)
+        log.add("end", finished=True)
+
+
+def cells(config: Config) -> list[Cell]:
+    """The networks that a run comprises."""
+    if config.tune:
+        methods: tuple[Method, ...] = ("batch_norm", *UNSPLIT)
+        return [
+            make_cell(config, method, config.batch_size, "mixed", seed, rate)
+            for method, rate in itertools.product(methods, RATES)
+            for seed in config.seeds
+        ]
+    every = itertools.product(config.methods, config.sizes, grid.ORDERS, config.seeds)
+    return list(dict.fromkeys(make_cell(config, *where) for where in every))
+
+
+def make_cell(
+    config: Config,
+    method: Method,
+    size: int,
+    order: Order,
+    seed: int,
+    rate: float | None = None,
+) -> Cell:
+    """The one network that stands for all that are trained in the same way."""
+    task = TASKS[config.data]
+    if method in UNSPLIT:
+        size = config.batch_size
+    return Cell(
+        data=config.data,
+        method=method,
+        size=size,
+        order="mixed" if size == config.batch_size else order,
+        seed=seed,
+        rate=rate or task.rates.get(method, task.rates["batch_norm"]),
+        steps=config.steps or task.steps,
+        batch_size=config.batch_size,
+        momentum=config.momentum,
+        widths=task.widths,
+        strides=task.strides,
+        measured="validation" if config.tune else "test",
+    )
+
+
+def curves(config: Config, done: dict[str, Errors]) -> grid.Curves:
+    """What there is of the cells of `config`.
+
+    Raises:
+        LookupError: nothing.
+    """
+
+    found: grid.Curves = {}
+    for order, row in itertools.product(grid.ORDERS, grid.ROWS):
+        errors = np.full((len(config.seeds), len(config.sizes)), np.nan)
+        for i, seed in enumerate(config.seeds):
+            for j, size in enumerate(config.sizes):
+                key = make_cell(config, row.method, size, order, seed).key()
+                errors[i, j] = done.get(key, {}).get(row.kind, np.nan)
+        if np.isfinite(errors).any():
+            found.setdefault(order, {})[row.name] = errors
+    if not found:
+        raise LookupError(
+            f"none of the {len(done)} networks in the file has these settings on "
+            f"{config.data!r}: expected some. Leave out --plot-only to train them."
+        )
+    return found
+
+
+def tuning(config: Config, done: dict[str, Errors]) -> Table:
+    """Errors on the images held out of training, by method and learning rate."""
+    found = Table("method", *map(str, RATES), box=box.MARKDOWN)
+    every = itertools.groupby(cells(config), lambda cell: cell.method)
+    for method, alike in every:
+        errors = [done[cell.key()]["running"] for cell in alike]
+        by_rate = np.reshape(errors, (len(RATES), -1))
+        found.add_row(method, *map(grid.with_spread, by_rate))
+    return found
+
+
+def caption(config: Config) -> str:
+    """The picture's title."""
+    task = TASKS[config.data]
+    seeds = len(config.seeds)
+    return (
+        f"{NAMES[config.data]}, {len(task.widths)} convolutions, "
+        f"{config.steps or task.steps:,} steps of {config.batch_size} images; "
+        f"mean of {seeds} seed{'s' * (seeds > 1)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))
