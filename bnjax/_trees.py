@@ -22,9 +22,9 @@ _NO_MOMENTS = (
 )
 
 _UNSEEN = (
-    "batch_stats/{paths} got no Moments: the layer was not called, or is none of "
-    "bnjax's (below nn.scan and nn.vmap name batch_moments among the variable_axes). "
-    "Name what shall stay as it is: keep={keep!r}."
+    "batch_stats/{paths} got no Moments: the layer was not called, has a covariance, "
+    "or is none of bnjax's (below nn.scan and nn.vmap name batch_moments among the "
+    "variable_axes). Name what shall stay as it is: keep={keep!r}."
 )
 
 _UNKNOWN = (
@@ -41,9 +41,7 @@ _NO_MATCH = (
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a tree by path, Moments being leaves; and its structure."""
-    leaves, structure = jax.tree.flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, Moments)
-    )
+    leaves, structure = jax.tree.flatten_with_path(tree, is_leaf=_are_moments)
     return {_name(path): leaf for path, leaf in leaves}, structure
 
 
@@ -69,11 +67,12 @@ def moments_of(result: Any, function: str) -> dict[str, Moments]:
     if isinstance(left, Mapping) and "batch_moments" in left:
         left = left["batch_moments"]
     leaves = flatten(left)[0]
-    if not leaves or not all(isinstance(leaf, Moments) for leaf in leaves.values()):
+    found = {layer_of(p): v for p, v in leaves.items() if isinstance(v, Moments)}
+    if not found or not all(map(_are_moments, leaves.values())):
         shapes = jax.tree.map(jnp.shape, result)
         received = f"{type(result).__name__} of shapes {shapes}"
         raise TypeError(_NO_MOMENTS.format(function=function, received=received))
-    return {layer_of(path): leaf for path, leaf in leaves.items()}
+    return found
 
 
 def updated(
@@ -123,6 +122,11 @@ def matching(patterns: Sequence[str], paths: set[str], option: str) -> set[str]:
             raise ValueError(message)
         found |= matches
     return found
+
+
+def _are_moments(node: Any) -> bool:
+    """Moments, or what is left in their place where there is a covariance."""
+    return isinstance(node, tuple) and hasattr(node, "mean")
 
 
 def _name(path: tuple) -> str:

@@ -31,6 +31,12 @@ and for NNX:
 `batch` is whatever `apply_fn` takes: images with a mask of their padding, arrays split
 over devices, shards for a shard_map of its own. A layer that is called twice counts
 both of its inputs as one batch. Averages are kept in float64 on the host.
+
+Of the variants: the batch of a GhostBatchNorm is all of `batch`, whatever its groups;
+of a SplitBatchNorm each domain is estimated from its own examples, and has to occur.
+What a BatchRenorm passes on depends on the statistics that it had: give `apply_fn` a
+model with r_max=1, d_max=0, so that it normalizes by the batch like the others. The
+covariances of a DecorrelatedBatchNorm are not estimated: name it in `keep`.
 """
 
 import functools
@@ -58,8 +64,8 @@ _NO_STATS = (
 
 _TOO_FEW = (
     "batch_stats/{path}: {features} of {size} feature(s) had fewer than two valid "
-    "values in {where}: expected at least two. Pass more data, or keep the layer as it "
-    "is: keep=[{path!r}]."
+    "values in {where} (along the first axis: {rows}): expected at least two. Pass "
+    "more data, or keep the layer as it is: keep=[{path!r}]."
 )
 
 _NOT_FINITE = (
@@ -300,9 +306,13 @@ def _new(
     def update(path: str, mean: Any, var: Any):
         weight = found[path].weight
         if (weight < enough).any():
-            features = int((weight < enough).sum())
+            few = weight < enough
             message = _TOO_FEW.format(
-                path=path, features=features, size=weight.size, where=where
+                path=path,
+                features=few.sum(),
+                size=few.size,
+                where=where,
+                rows=np.unique(np.nonzero(np.atleast_1d(few))[0]),
             )
             raise ValueError(message)
         return found[path].mean, found[path].var

@@ -89,7 +89,7 @@ def lines_of_code(path):
 
 
 def test_library_is_small():
-    assert sum(map(lines_of_code, FILES)) <= 4800
+    assert sum(map(lines_of_code, FILES)) <= 4850
 
 
 PUBLIC = {

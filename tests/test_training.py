@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def test_structure_and_dtypes_stay():
     merged = merge_batch_stats(stats)
     assert jax.tree.structure(merged) == jax.tree.structure(stats)
     assert {v.dtype.name for v in jax.tree.leaves(merged)} == {"bfloat16"}
-    frozen = bnjax.linen.flax.core.freeze(apart())
+    frozen = flax.core.freeze(apart())
     assert type(merge_batch_stats(frozen)) is type(frozen)
     complex_ = {"mean": np.array([[1j], [3j]], np.complex64), "var": np.ones((2, 1))}
     assert_close(merge_batch_stats(complex_)["var"], [2.0])

@@ -21,8 +21,10 @@ conv            *IO      OI*                 *IO
 conv_transpose  *IO      IO~                 ~OI
 
 I and O are the input's and the output's features, * the window, ~ a mirrored window.
-Trees of Flax's and of bnjax's BatchNorm are identical: nothing to convert. What a tree
-does not hold is yours to write in the Flax model:
+Trees of Flax's BatchNorm and of bnjax's BatchNorm, GhostBatchNorm and BatchRenorm are
+identical: nothing to convert. timm's SplitBatchNorm2d has a module for each further
+domain, where SplitBatchNorm has rows; say which it is with kinds={"norm":
+"SplitBatchNorm2d"}. What a tree does not hold is yours to write in the Flax model:
 
     BatchNorm2d(c)             BatchNorm(momentum=0.9, unbiased=True)
     BatchNormalization()       BatchNorm(epsilon=1e-3)

@@ -78,6 +78,7 @@ KINDS = {
     "FrozenBatchNorm": "norm",
     "BatchNormAct": "norm",
     "BatchNormalization": "norm",
+    "SplitBatchNorm": "split",
     "InstanceNorm": "norm",
     "LayerNorm": "norm",
     "LayerNormalization": "norm",
@@ -85,15 +86,17 @@ KINDS = {
     "GroupNorm": "norm",
     "GroupNormalization": "norm",
 }
-_SAME = {"norm": "C", "embedding": "VC", "depthwise": "*IM"}  # V tokens, M multiples
-_WEIGHTS = {"norm": "scale", "embedding": "embedding"}  # by kind; others: "kernel"
+_SAME = {"norm": "C", "split": "DC", "embedding": "VC", "depthwise": "*IM"}
+# D domains, V tokens, M multiples
+_WEIGHTS = {"norm": "scale", "split": "scale", "embedding": "embedding"}
+# by kind; others: "kernel"
 
 
 def kind_of(given: str | None, shape: tuple[int, ...]) -> str:
     """The kind of layer that a weight belongs to, by its class or else its rank."""
     if given is None:
         return ("norm", "norm", "linear", "conv")[min(len(shape), 3)]
-    kind = KINDS.get(_plain(given))
+    kind = KINDS.get(plain(given))
     if kind is None:
         raise ValueError(
             f"its kind {given!r} is not known: expected one of {', '.join(KINDS)} "
@@ -104,10 +107,10 @@ def kind_of(given: str | None, shape: tuple[int, ...]) -> str:
 
 def has_weights(given: str) -> bool:
     """Whether every layer of this class has a weight: norms may have nothing."""
-    return KINDS.get(_plain(given), "norm") != "norm"
+    return KINDS.get(plain(given), "norm") != "norm"
 
 
-def _plain(given: str) -> str:
+def plain(given: str) -> str:
     """The name of a class without its dimensions: 2d, 2D."""
     return re.sub(r"\d[dD]", "", given)
 
@@ -149,7 +152,7 @@ def _orders(package: str, kind: str, shape: tuple[int, ...]) -> tuple[str, str]:
         )
     window = "abcdefghij"[: rank - len(axes) + 1] if windowed else ""
     order = axes.replace("*", window).replace("~", window)
-    return order, window + "".join(a for a in "IOMVC" if a in axes)
+    return order, window + "".join(a for a in "IOMVDC" if a in axes)
 
 
 def _mirrored(array: np.ndarray, package: str, kind: str) -> np.ndarray:

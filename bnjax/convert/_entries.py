@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.convert import _tree
+from bnjax.convert import _split, _tree
 from bnjax.convert._conventions import (
     CONVENTIONS,
     SEPARATORS,
@@ -37,7 +37,7 @@ def read(
     found: _tree.Flat = {}
     sources: dict[str, str] = {}
     modules = {entry.rpartition(SEPARATORS[package])[0] for entry in weights}
-    for entry, value in weights.items():
+    for entry, value in _split.stacked(weights, kinds).items():
         module, _, name = entry.rpartition(SEPARATORS[package])
         if name == CONVENTIONS[package].count:
             continue
@@ -81,11 +81,17 @@ def write(
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
-        entry = _entry(module, getattr(CONVENTIONS["torch"], leaf))
-        found[entry], sources[entry] = array, path
-        counter = _entry(module, CONVENTIONS["torch"].count)
-        if leaf == "var" and (like is None or counter in like):
-            found[counter], sources[counter] = count, path
+        name = getattr(CONVENTIONS["torch"], leaf)
+        arrays = {_entry(module, name): array}
+        if _split.is_split(kinds.get(module)):
+            arrays = _split.unstacked(module, name, array)
+        found |= arrays
+        sources |= dict.fromkeys(arrays, path)
+        for entry in arrays if leaf == "var" else ():
+            owner = entry.rpartition(SEPARATORS["torch"])[0]
+            counter = _entry(owner, CONVENTIONS["torch"].count)
+            if like is None or counter in like:
+                found[counter], sources[counter] = count, path
     dtypes = {entry: array.dtype for entry, array in found.items()}
     if like is not None:
         wanted = {entry: _tree.to_numpy(value) for entry, value in like.items()}
@@ -100,15 +106,16 @@ def _to_flax(package: str, name: str, value: Any, kind: str | None):
     array = _tree.to_numpy(value)
     known = kind_of(kind, array.shape)
     leaf = leaf_of(package, name, known)
-    if leaf not in ("kernel", "embedding", "scale"):
+    if leaf not in ("kernel", "embedding", "scale") and known != "split":
         known = "norm"
     return leaf, to_flax(array, package, known)
 
 
 def _from_flax(leaf: str, array: np.ndarray, kind: str | None) -> np.ndarray:
     """An entry of one of Flax's layers in the order of torch's axes."""
+    norm = "split" if _split.is_split(kind) else "norm"
     fixed = {"embedding": "embedding"} | dict.fromkeys(
-        ("scale", "bias", *_STATISTICS), "norm"
+        ("scale", "bias", *_STATISTICS), norm
     )
     if leaf != "kernel" and leaf not in fixed:
         expected = ", ".join(("kernel", *fixed))

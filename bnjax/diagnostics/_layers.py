@@ -46,13 +46,13 @@ def drift(
     Sampling alone moves the mean by about 1/sqrt(count).
 
     Args:
-        batch_stats: a tree of {mean, var}.
+        batch_stats: a tree of {mean, var}, (feature,) or (domain, feature).
         batch_moments: the tree of Moments that the layers leave.
         epsilon: that of the layers: a variance below it makes no difference.
 
     Returns:
-        Drift by layer path, for the layers in `batch_moments`. (0, 1) for a feature
-        without a value in the batch.
+        Drift by layer path, for the layers in `batch_moments`, but those that whiten.
+        (0, 1) for a feature without a value in the batch.
 
     Raises:
         ValueError: no moments, or those of a layer that `batch_stats` does not have, or
@@ -145,7 +145,9 @@ def never_updated(batch_stats: Any) -> dict[str, jax.Array]:
         batch_stats: a tree of {mean, var}.
 
     Returns:
-        A boolean scalar by layer path.
+        Booleans by layer path: a scalar, or one for each row of statistics that have
+        more than one axis, such as the domains of a SplitBatchNorm or the layers of
+        `nn.scan`.
 
     >>> stats = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
     >>> print(never_updated({"norm": stats})["norm"])
@@ -153,10 +155,12 @@ def never_updated(batch_stats: Any) -> dict[str, jax.Array]:
 
     References: pytorch/pytorch#4741, google/flax#1489 (statistics thrown away).
     """
-    return {
-        path: jnp.all(jnp.asarray(stats["mean"]) == 0) & jnp.all(stats["var"] == 1)
-        for path, stats in statistics_of(batch_stats).items()
-    }
+    result = {}
+    for path, stats in statistics_of(batch_stats).items():
+        mean, var = jnp.asarray(stats["mean"]), jnp.asarray(stats["var"])
+        last = tuple(range(mean.ndim)[-1:])
+        result[path] = jnp.all((mean == 0) & (var == 1), axis=last)
+    return result
 
 
 def batch_stats_in(variables: Mapping[str, Any]) -> Any:
@@ -176,9 +180,10 @@ def statistics_of(batch_stats: Any) -> dict[str, Mapping[str, jax.Array]]:
 
 
 def moments_of(batch_moments: Any) -> dict[str, Moments]:
-    """The Moments that layers have left, by path."""
+    """The Moments that layers have left, by path; not what a covariance is made of."""
     nodes = _nodes(batch_moments, {"moments"})
-    return {path: node["moments"] for path, node in nodes.items()}
+    found = {path: node["moments"] for path, node in nodes.items()}
+    return {path: batch for path, batch in found.items() if isinstance(batch, Moments)}
 
 
 def _nodes(tree: Any, keys: set[str]) -> dict[str, Any]:

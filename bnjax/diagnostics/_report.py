@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax import _trees
 from bnjax.diagnostics import _layers
 from bnjax.moments import Moments, beside
 
@@ -58,10 +59,12 @@ class Report:
     Attributes:
         layers: how many layers were looked at.
         findings: what is wrong with them.
+        others: the paths of those that were not, for they have no mean and var.
     """
 
     layers: int
     findings: tuple[Finding, ...]
+    others: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.findings)
@@ -76,16 +79,22 @@ class Report:
         lines = [f"{self.layers} layers, {len(self)} findings"]
         for layer, what, figure, cure in self:
             lines.append(f"  {layer or '.'}: {what}: {figure}\n    {cure}")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  {self._others}"] * bool(self.others))
 
     def __rich__(self) -> Any:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(*Finding._fields, title=str(self).splitlines()[0])
+        title, caption = str(self).splitlines()[0], escape(self._others)
+        table = Table(*Finding._fields, title=title, caption=caption)
         for finding in self:
             table.add_row(*map(escape, finding))
         return table
+
+    @property
+    def _others(self) -> str:
+        others = ", ".join(self.others)
+        return f"not looked at, for want of a mean and a var: {others}" * bool(others)
 
 
 def report(
@@ -100,7 +109,7 @@ def report(
     Looks for statistics that were never updated, for exploded and dead channels, for
     scales near zero; and with `batch_moments` for batches that lie far from the
     running statistics. Channels are judged by the batch where there is one: running
-    statistics take long to forget.
+    statistics take long to forget. Channels of a SplitBatchNorm are [domain, channel].
 
     Args:
         variables: {"params": ..., "batch_stats": ...}.
@@ -125,12 +134,15 @@ def report(
 
     References: Wu & Johnson 2021, section 3 (stale running statistics).
     """
-    running = _layers.statistics_of(_layers.batch_stats_in(variables))
+    batch_stats = _layers.batch_stats_in(variables)
+    running = _layers.statistics_of(batch_stats)
+    others = {_trees.layer_of(p) for p in _trees.flatten(batch_stats)[0]} - {*running}
     batches, drifts = {}, {}
     if batch_moments is not None:
         batches = _layers.moments_of(batch_moments)
-        drifts = _layers.drift(running, batch_moments, epsilon=epsilon)
-    fresh = _layers.never_updated(running)
+        if batches or not others:
+            drifts = _layers.drift(running, batch_moments, epsilon=epsilon)
+    fresh = {k: np.asarray(v) for k, v in _layers.never_updated(running).items()}
     over = {"params": variables.get("params", {})}
     stored = _layers.channels(over | {"batch_stats": running}, epsilon=epsilon)
     latest = running | {path: _seen(running[path], b) for path, b in batches.items()}
@@ -139,15 +151,20 @@ def report(
     for path in running:
         flags = now[path]._replace(exploded=now[path].exploded | stored[path].exploded)
         figures = _channels(flags)
-        if fresh[path]:
-            figures = {"statistics never updated": "mean 0, var 1"} | figures
-        elif path in drifts:
-            count = np.asarray(batches[path].count)
+        if fresh[path].any():
+            where = ", ".join(map(str, np.flatnonzero(fresh[path])))
+            where = f" in the rows {where}" if fresh[path].ndim else ""
+            figures = {"statistics never updated": "mean 0, var 1" + where} | figures
+        if path in drifts:
+            m2 = jnp.asarray(batches[path].m2)
+            count = np.asarray(beside(jnp.asarray(batches[path].count), m2))
             limit = np.maximum(largest_drift, 5 / np.sqrt(np.maximum(count, 1)))
-            ignored = flags.dead | flags.exploded | (count <= 1)
+            ignored = (
+                flags.dead | flags.exploded | (count <= 1) | fresh[path][..., None]
+            )
             figures |= _drifts(drifts[path], limit, ignored)
         findings += [Finding(path, k, v, _CURES[k]) for k, v in figures.items()]
-    return Report(len(running), tuple(findings))
+    return Report(len(running), tuple(findings), tuple(sorted(others)))
 
 
 def _seen(running: Mapping[str, Any], batch: Moments) -> dict[str, Any]:
@@ -165,7 +182,8 @@ def _channels(flags: _layers.Channels) -> dict[str, str]:
     for name, flag in flags._asdict().items():
         which = np.flatnonzero(flag)
         if which.size:
-            first = ", ".join(map(str, which[:5])) + ", ..." * (which.size > 5)
+            first = ", ".join(_index(i, np.shape(flag)) for i in which[:5])
+            first += ", ..." * (which.size > 5)
             what = name.replace("_", " ")
             figures[what] = f"{which.size} of {np.size(flag)} channels ({first})"
     return figures
@@ -179,12 +197,20 @@ def _drifts(drift: _layers.Drift, limit: Any, ignored: Any) -> dict[str, str]:
     figures = {}
     if (shift > limit).any():
         i = np.argmax(shift)
+        channel = _index(i, shift.shape)
         figures["mean drifted"] = (
-            f"{shift.flat[i]:.2g} standard deviations (channel {i})"
+            f"{shift.flat[i]:.2g} standard deviations (channel {channel})"
         )
     if (either_way > limit).any():
         i = np.argmax(either_way)
+        channel = _index(i, ratio.shape)
         figures["variance drifted"] = (
-            f"{ratio.flat[i]:.2g} running standard deviations (channel {i})"
+            f"{ratio.flat[i]:.2g} running standard deviations (channel {channel})"
         )
     return figures
+
+
+def _index(i: Any, shape: tuple[int, ...]) -> str:
+    """'3'; with several axes, such as domains, '[1, 3]'."""
+    index = [int(j) for j in np.unravel_index(i, shape)]
+    return str(index if len(shape) > 1 else index[0])

@@ -32,10 +32,12 @@ def fold_model(model: Any, *arguments: Any, **keywords: Any) -> Folded:
         fold_model(model, variables, x, train=False)     # Linen: as model.apply
         fold_model(model, x)                             # NNX: as the call
 
-    The model is traced with these arguments. A BatchNorm is folded into a Conv,
-    ConvTranspose or Dense (Linear) whose output it reads, if nothing else does. Any
-    other becomes `(x - mean) * multiplier + bias`, or stays as it is where its
-    variables are not its own, as under `nn.scan`. A residual and an activation of
+    The model is traced with these arguments. A BatchNorm, GhostBatchNorm, BatchRenorm
+    or SplitBatchNorm is folded into a Conv, ConvTranspose or Dense (Linear) whose
+    output it reads, if nothing else does. Any other becomes `(x - mean) * multiplier +
+    bias`, or stays as it is where its variables are not its own, as under `nn.scan`. Of
+    a SplitBatchNorm the row is taken that these arguments lead to, 0 without a domain;
+    it stays as it is where the domain is an array. A residual and an activation of
     bnjax's layers remain. Nothing that is passed in is changed.
 
     Args:

@@ -1,13 +1,13 @@
 """The result of folding a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.errors
 import jax
 
 from bnjax.fold._graph import Pairs, Path, Program
-from bnjax.fold._layers import UNSEEN, Inputs
+from bnjax.fold._layers import Inputs
 
 
 class Folded(NamedTuple):
@@ -33,7 +33,7 @@ def finished(
     inputs: Inputs,
     program: Program,
     pairs: Pairs,
-    unseen: Sequence[Path],
+    left: Mapping[Path, str],
 ) -> Folded:
     """The result, once `apply` is seen to return what the model does."""
 
@@ -56,8 +56,8 @@ def finished(
         )
     names = {path: "/".join(path) for path in program.recorder.norms}
     folded = [("/".join(pairs.folded[p].path), names[p]) for p in pairs.folded]
-    kept = [(names[path], reason) for path, reason in pairs.kept.items()]
-    kept += [("/".join(path), UNSEEN) for path in unseen]
+    reasons = {**pairs.kept, **left}
+    kept = [("/".join(path), reason) for path, reason in reasons.items()]
     return Folded(apply, params, tuple(folded), tuple(kept))
 
 

@@ -32,6 +32,8 @@ class Call(NamedTuple):
         layer: the module; within the trace, so that only its settings are of use.
         variables: by name, where the model stores each, and its shape in the call.
         obstacle: what keeps it from being folded, wherever it stands, or None.
+        row: of its variables, that it reads, where they have one for each domain; None
+            if that is not one number, known in advance.
     """
 
     label: str
@@ -39,6 +41,7 @@ class Call(NamedTuple):
     layer: Any
     variables: dict[str, tuple[Path, Shape]]
     obstacle: str | None
+    row: int | None = 0
 
     def __str__(self) -> str:
         return f"{type(self.layer).__name__} '{'/'.join(self.path)}'"
@@ -61,13 +64,15 @@ class Recorder:
         variables: Mapping[str, tuple[Path, jax.Array]],
         obstacle: str | None,
         x: jax.Array,
+        row: int | None = 0,
     ) -> jax.Array:
         """`x`, marked; adds the call to `calls`."""
         label = f"{self.prefix}{next(self._count)}"
         for name, (_, value) in variables.items():
             checkpoint_name(value, f"{label}.{name}")
         seen = {name: (key, value.shape) for name, (key, value) in variables.items()}
-        calls.setdefault(path, []).append(Call(label, path, layer, seen, obstacle))
+        call = Call(label, path, layer, seen, obstacle, row)
+        calls.setdefault(path, []).append(call)
         return checkpoint_name(x, label)
 
 
@@ -194,6 +199,11 @@ def pair(program: Program) -> Pairs:
     pairs = Pairs({}, {}, set())
     for path, calls in program.recorder.norms.items():
         changed = next(filter(None, (_changed(program, call) for call in calls)), None)
+        if len({call.row for call in calls}) > 1 or calls[0].row is None:
+            changed = (
+                "domain is not one number, known in advance, so that it is one affine "
+                "map for each domain"
+            )
         if changed is not None:
             pairs.untouched.add(path)
             pairs.kept[path] = f"its {changed}"

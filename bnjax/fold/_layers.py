@@ -9,43 +9,20 @@ import numpy as np
 from jax import lax
 
 from bnjax import _axes, _dtypes
-from bnjax.fold._graph import Pairs, Path, Program, Recorder
+from bnjax.fold._graph import Call, Pairs, Path, Program, Recorder
 from bnjax.fold._kernels import affine, fold_conv, fold_conv_transpose, fold_dense
+from bnjax.fold._known import row_of, unknown
 
 AFFINE = ("mean", "multiplier", "bias")  # the variables of what is not folded
-UNSEEN = (
-    "no call of it was seen: these inputs do not call it, a jit has its trace already, "
-    "or its class is not one that fold_model knows"
+_UNSEEN = (
+    "no call of it was seen: these inputs do not call it, or a jit that was traced "
+    "before does"
 )
-
-_LINEAR = ("_Conv", "Conv", "ConvTranspose", "Dense", "Linear")
 _OWN = "dot_general dot_general_cls conv_general_dilated conv_general_dilated_cls"
 _BATCH_STATISTICS = (
     "{layer} {does}, which cannot be folded: expected a model in evaluation, whose "
     "layers normalize by their running statistics and leave them alone. {write}"
 )
-
-# A method is known by where it is defined: a subclass that overrides it is not, but
-# what it inherits, or calls with super(), is.
-
-
-def is_linear(method: Any) -> bool:
-    """Whether this is the call of a convolution or dense layer of Flax's."""
-    package, name = _origin(method)
-    return package == "flax" and name in {f"{kind}.__call__" for kind in _LINEAR}
-
-
-def is_norm(method: Any, variables: Iterable[str]) -> bool:
-    """Whether this is the call of a BatchNorm that has just the usual variables."""
-    package, name = _origin(method)
-    usual = {"mean", "var"} <= {*variables} <= {"mean", "var", "scale", "bias"}
-    return package in ("flax", "bnjax") and name == "BatchNorm.__call__" and usual
-
-
-def _origin(method: Any) -> tuple[str, str]:
-    """The package that a method is defined in, and its name there."""
-    module = getattr(method, "__module__", None) or ""
-    return module.partition(".")[0], getattr(method, "__qualname__", "")
 
 
 class Reader(NamedTuple):
@@ -53,13 +30,29 @@ class Reader(NamedTuple):
 
     Attributes:
         recorder: of the calls.
-        dtypes: of the output of each normalization, by that of its input.
         write: what to write where a model is not in evaluation.
+        dtypes: of the output of each normalization, by that of its input.
+        others: the layers that are neither, in words.
     """
 
     recorder: Recorder
-    dtypes: dict[Path, dict[Any, Any]]
     write: str
+    dtypes: dict[Path, dict[Any, Any]]
+    others: dict[Path, str]
+
+    @classmethod
+    def new(cls, write: str) -> "Reader":
+        """One that has read nothing."""
+        return cls(Recorder(), write, {}, {})
+
+    def other(self, path: Path, layer: Any, variables: Iterable[str]) -> None:
+        """Notes a layer that is not known."""
+        self.others[path] = unknown(layer, variables)
+
+    def left(self, layers: Iterable[Path]) -> dict[Path, str]:
+        """Those of these layers with statistics that were not read, and why."""
+        unread = (path for path in layers if path not in self.recorder.norms)
+        return {path: self.others.get(path, _UNSEEN) for path in unread}
 
     def norm(self, path, layer, variables, run, x, *args, **kwargs):
         """Calls a normalization on its marked input."""
@@ -69,8 +62,8 @@ class Reader(NamedTuple):
         obstacle = None
         if _axes.canonical(layer.axis, x.ndim) != last:
             obstacle = f"its feature axis is {layer.axis}, not the last"
-        norms = self.recorder.norms
-        x = self.recorder.mark(norms, path, layer, variables, obstacle, x)
+        norms, row = self.recorder.norms, row_of(kwargs.get("domain"))
+        x = self.recorder.mark(norms, path, layer, variables, obstacle, x, row)
         y = run(x, *args, **kwargs)
         self.dtypes.setdefault(path, {})[x.dtype] = y.dtype
         return y
@@ -110,6 +103,7 @@ class Role(NamedTuple):
         axis: of the features.
         activation: of the layer, if it has one.
         dtypes: of its output, by that of its input.
+        row: see `Call`.
         name: of the layer, for messages.
     """
 
@@ -117,10 +111,19 @@ class Role(NamedTuple):
     axis: Any
     activation: Callable[[jax.Array], jax.Array] | None
     dtypes: Mapping[Any, Any]
+    row: int | None
     name: str
 
-    def __call__(self, x, variables: Mapping[str, Any], residual=None) -> jax.Array:
+    def __call__(
+        self, x, variables: Mapping[str, Any], residual=None, domain=None
+    ) -> jax.Array:
         """The output: `x`, or its affine map; the residual; the activation."""
+        if row_of(domain) != self.row:
+            raise ValueError(
+                f"{self.name} received domain={domain}: expected {self.row}, for which "
+                "the model was folded. Fold it for this domain; or with an array for "
+                "the domain, which keeps the layer as it is."
+            )
         x = jnp.asarray(x)
         if x.dtype not in self.dtypes:
             expected = " or ".join(str(dtype) for dtype in self.dtypes)
@@ -150,9 +153,8 @@ def roles(reader: Reader, pairs: Pairs) -> dict[Path, Role]:
         if path not in pairs.untouched:
             activation = getattr(call.layer, "activation", None)
             dtypes = reader.dtypes[path]
-            found[path] = Role(
-                path in pairs.folded, call.layer.axis, activation, dtypes, str(call)
-            )
+            folded, axis = path in pairs.folded, call.layer.axis
+            found[path] = Role(folded, axis, activation, dtypes, call.row, str(call))
     return found
 
 
@@ -167,7 +169,7 @@ def replaced(
     for path, (norm, *_) in program.recorder.norms.items():
         if path in pairs.untouched:
             continue
-        of = {name: new.pop(key) for name, (key, _) in norm.variables.items()}
+        of = {n: _own(new.pop(key), norm) for n, (key, _) in norm.variables.items()}
         by = of["mean"], of["var"], of.get("scale"), of.get("bias")
         epsilon = norm.layer.epsilon
         if path in pairs.folded:
@@ -183,6 +185,11 @@ def replaced(
             values = jnp.asarray(by[0]), multiplier, jnp.asarray(bias)
             new.update((place(path, n), v) for n, v in zip(AFFINE, values))
     return new
+
+
+def _own(value: Any, norm: Call) -> Any:
+    """Of a variable with a row for each domain, the one that inference reads."""
+    return value[norm.row] if jnp.ndim(value) > np.size(norm.layer.axis) else value
 
 
 def _fold(layer, kernel, *others, epsilon):

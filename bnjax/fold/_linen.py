@@ -8,7 +8,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.fold import _layers
 from bnjax.fold._folded import Folded, finished
-from bnjax.fold._graph import Path, Recorder, pair, trace
+from bnjax.fold._graph import Path, pair, trace
+from bnjax.fold._known import is_linear, is_norm
 
 _WRITE = (
     "Pass what makes the model evaluate, for example "
@@ -20,7 +21,7 @@ def fold(model: nn.Module, variables: Any, *arguments: Any, **keywords: Any) -> 
     """`fold_model` for Linen."""
     stored: Any = flatten_dict(nn.meta.unbox(flax.core.unfreeze(variables)))
     inputs = _layers.inputs(arguments, keywords)
-    reader = _layers.Reader(Recorder(), {}, _WRITE)
+    reader = _layers.Reader.new(_WRITE)
 
     def evaluate(values, arrays):
         args, options = inputs.fill(arrays)
@@ -41,10 +42,8 @@ def fold(model: nn.Module, variables: Any, *arguments: Any, **keywords: Any) -> 
         with nn.intercept_methods(intercept):
             return model.apply({**others, "params": params}, *arguments, **options)
 
-    seen = reader.recorder.norms
-    layers = {k[1:-1] for k in stored if k[0] == "batch_stats"}
-    unseen = sorted(path for path in layers if path not in seen)
-    return finished(apply, params, inputs, program, pairs, unseen)
+    left = reader.left(sorted({k[1:-1] for k in stored if k[0] == "batch_stats"}))
+    return finished(apply, params, inputs, program, pairs, left)
 
 
 def _place(path: Path, name: str) -> Path:
@@ -60,12 +59,13 @@ def _reading(reader: _layers.Reader):
         if method is None or layer.scope is None:
             return run(*args, **kwargs)
         path = layer.scope.path
-        if _layers.is_linear(method):
+        if is_linear(method):
             variables = _variables(layer, "params")
             return reader.linear(path, layer, variables, run, *args, **kwargs)
         variables = _variables(layer, "batch_stats", "params")
-        if _layers.is_norm(method, variables):
+        if is_norm(method, variables):
             return reader.norm(path, layer, variables, run, *args, **kwargs)
+        reader.other(path, layer, variables)
         return run(*args, **kwargs)
 
     return intercept
@@ -89,12 +89,13 @@ def _replacing(roles: dict[Path, _layers.Role], biased: set[Path]):
         if method is None or layer.scope is None:
             return run(*args, **kwargs)
         path = layer.scope.path
-        if path in biased and _layers.is_linear(method) and not layer.use_bias:
+        if path in biased and is_linear(method) and not layer.use_bias:
             bias = layer.get_variable("params", "bias")
             return _layers.add_bias(run(*args, **kwargs), bias)
-        if path in roles and _layers.is_norm(method, ("mean", "var")):
-            x, residual = args[0] if args else kwargs["x"], kwargs.get("residual")
-            return roles[path](x, layer.variables.get("params", {}), residual)
+        if path in roles and is_norm(method, ("mean", "var")):
+            x = args[0] if args else kwargs["x"]
+            options = {k: kwargs[k] for k in ("residual", "domain") if k in kwargs}
+            return roles[path](x, layer.variables.get("params", {}), **options)
         return run(*args, **kwargs)
 
     return intercept

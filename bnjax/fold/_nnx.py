@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.fold import _layers
 from bnjax.fold._folded import Folded, finished
-from bnjax.fold._graph import Pairs, Path, Recorder, pair, trace
+from bnjax.fold._graph import Pairs, Path, pair, trace
+from bnjax.fold._known import is_linear, is_norm
 
 _CALL = "_bnjax_fold_call"
 _WRITE = "Call model.eval() first, or fold nnx.view(model, use_running_average=True)."
@@ -21,7 +22,7 @@ def fold(model: nnx.Module, *arguments: Any, **keywords: Any) -> Folded:
     graph, state = nnx.split(model)
     stored, merge = _by_path(state)
     inputs = _layers.inputs(arguments, keywords)
-    reader = _layers.Reader(Recorder(), {}, _WRITE)
+    reader = _layers.Reader.new(_WRITE)
 
     def evaluate(values, arrays):
         args, options = inputs.fill(arrays)
@@ -35,11 +36,7 @@ def fold(model: nnx.Module, *arguments: Any, **keywords: Any) -> Folded:
     new = _layers.replaced(program, pairs, stored, _place)
     copy = nnx.clone(model)
     _convert(copy, new, _layers.roles(reader, pairs), pairs)
-    unseen = [
-        path
-        for path, layer in _modules(copy)
-        if path not in reader.recorder.norms and _variables(layer, nnx.BatchStat)
-    ]
+    left = reader.left(p for p, m in _modules(copy) if _variables(m, nnx.BatchStat))
     graph, state, others = nnx.split(copy, nnx.Param, ...)
     params, merge = _by_path(state)
 
@@ -48,7 +45,7 @@ def fold(model: nnx.Module, *arguments: Any, **keywords: Any) -> Folded:
         folded = nnx.merge(graph, merge(values), others)
         return folded(*arguments, **{**inputs.static, **keywords})
 
-    return finished(apply, unflatten_dict(params), inputs, program, pairs, unseen)
+    return finished(apply, unflatten_dict(params), inputs, program, pairs, left)
 
 
 def _place(path: Path, name: str) -> Path:
@@ -95,12 +92,12 @@ def _set_call(layer: nnx.Module, call: Callable[..., Any]) -> None:
 def _watch(path: Path, layer: nnx.Module, reader: _layers.Reader) -> None:
     """Has the reader see the calls of a layer, if it is one of those that it knows."""
     method = type(layer).__call__  # of a class that has none: its metaclass's
-    if _layers.is_linear(method):
+    if is_linear(method):
         read = reader.linear
-    elif _layers.is_norm(method, _variables(layer)):
+    elif is_norm(method, _variables(layer)):
         read = reader.norm
     else:
-        return
+        return reader.other(path, layer, _variables(layer))
 
     def call(layer, run, *args, **kwargs):
         held = _variables(layer)
@@ -133,5 +130,6 @@ def _convert(
             _set_call(layer, functools.partial(_replaced, roles[path]))
 
 
-def _replaced(role: _layers.Role, layer, run, x, *args, residual=None, **kwargs):
-    return role(x, {n: v[...] for n, v in _variables(layer).items()}, residual)
+def _replaced(role, layer, run, x, *args, residual=None, domain=None, **kwargs):
+    variables = {n: v[...] for n, v in _variables(layer).items()}
+    return role(x, variables, residual, domain)
