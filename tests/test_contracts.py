@@ -136,6 +136,7 @@ def test_bfloat16(name):
     assert inferred.dtype == narrow
 
 
+@pytest.mark.usefixtures("quickly")
 @every_layer
 def test_an_activation_is_not_stored(name):
     entry = ENTRIES[name]
@@ -271,14 +272,14 @@ def test_vmap(name):
 @pytest.mark.usefixtures("x64", "quickly")
 @every_layer
 def test_scan_and_remat(name):
-    """Over three layers: recomputed, by lax.scan and by nn.scan of nn.remat."""
+    """nn.scan over three layers of nn.remat; the formula, by lax.scan."""
     entry = ENTRIES[name]
     layers = (entry.variables(seed, np.float64) for seed in range(3))
     stacked = jax.tree.map(lambda *v: jnp.stack(v), *layers)
 
-    def scanned(step, params, x):
+    def scanned(params, x):
         def body(x, own):
-            return step(own, x)
+            return entry.plain(own, x)
 
         return jax.lax.scan(body, x, {**stacked, "params": params})
 
@@ -304,10 +305,8 @@ def test_scan_and_remat(name):
         loss = jax.grad(loss_of(f, weights(entry)), (0, 1), has_aux=True)
         return jax.jit(loss)(stacked["params"], entry.x(dtype=np.float64))
 
-    expected = gradients(functools.partial(scanned, entry.plain))
-    recomputed = jax.checkpoint(functools.partial(run, entry))
-    for f in (functools.partial(scanned, recomputed), lifted):
-        assert_trees_close(gradients(f), expected, tol=1e-9)
+    expected = gradients(scanned)
+    assert_trees_close(gradients(lifted), expected, tol=1e-9)
 
 
 # ---- replicas ----

@@ -239,10 +239,10 @@ def sharded(x, kind=AxisType.Auto):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 8])
 def test_a_group_on_one_device_is_normalized_there(kind, size):
     """No collective forward or backward, and one for the running statistics."""
-    x, scale, bias, dy = case(shape=(16, 5, 3))
+    x, scale, bias, dy = case(shape=(64, 5, 3))
 
     def normalized(x):
         return ghost_batch_norm(x, scale, bias, virtual_batch_size=size)[0]
@@ -259,13 +259,13 @@ def test_a_group_on_one_device_is_normalized_there(kind, size):
     assert sum(collectives(moments, arrays[0]).values()) == 1
     y, dx = jax.jit(both)(*arrays)
     assert_close(y, oracle.ghost_batch_norm(x, scale, bias, size), tol=5e-6)
-    parts = [slice(start, start + size) for start in range(0, 16, size)]
+    parts = [slice(start, start + size) for start in range(0, 64, size)]
     exact = [oracle.batch_norm_gradients(x[p], scale, dy[p], AXES)[0] for p in parts]
     assert_close(dx, np.concatenate(exact), tol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("batch", "size", "groups"), [(16, 4, 4), (16, 16, 1), (24, 5, 5), (40, 3, 14)]
+    ("batch", "size", "groups"), [(16, 4, 4), (16, 16, 1), (24, 5, 5), (64, 9, 8)]
 )
 def test_a_group_on_several_devices(batch, size, groups):
     """Communicated on Auto axes, an error on Explicit ones."""
