@@ -35,6 +35,7 @@ class Entry:
         batch: the number of examples.
         arguments: of the call, by batch; those of rank 1 have a value for each example.
         aligned: whether eight devices divide the groups.
+        masks_features: whether a mask may vary by feature.
     """
 
     layer: str
@@ -44,6 +45,7 @@ class Entry:
     batch: int = 16
     arguments: Callable[[int], dict[str, Any]] = lambda batch: {}
     aligned: bool = True
+    masks_features: bool = True
 
     def linen(self, **fields):
         cls = getattr(bnjax.linen, self.layer)
@@ -91,7 +93,15 @@ class Entry:
         )
 
 
-FILL = {"var": functools.partial(np.random.Generator.uniform, low=0.5, high=2)}
+def covariance(rng, size):
+    factor = rng.normal(size=size)
+    return factor @ factor.mT + np.eye(size[-1])
+
+
+FILL = {
+    "var": functools.partial(np.random.Generator.uniform, low=0.5, high=2),
+    "cov": covariance,
+}
 
 
 def statistics(x, mask, groups, number):
@@ -156,6 +166,25 @@ def by_domains(params, stats, x, mask, groups):
     return normalized(x, *rows), new
 
 
+def whitened(params, stats, x, mask, groups, epsilon):
+    """By the inverse root of the covariance, from its eigenvalues."""
+    valid = mask[..., :1]
+    count = valid.sum()
+    n = max(count, 1)
+    mean = jnp.where(valid, x, 0).sum((0, 1)) / n
+    deviation = jnp.where(valid, x - mean[None, None], 0).reshape(-1, x.shape[-1])
+    cov = (deviation.T @ deviation / n)[None]
+    if count == 0:
+        mean, cov, new = stats["mean"], stats["cov"], stats
+    else:
+        new = {"mean": mean, "cov": cov}
+        new = {n: MOMENTUM * stats[n] + (1 - MOMENTUM) * v for n, v in new.items()}
+    values, vectors = jnp.linalg.eigh(cov[0] + epsilon * jnp.eye(x.shape[-1]))
+    root = vectors @ jnp.diag(values**-0.5) @ vectors.T
+    y = (x - mean[None, None]) @ root
+    return y * params["scale"][None, None] + params["bias"][None, None], new
+
+
 def together(batch, replicas):
     return np.zeros(batch, int)
 
@@ -217,5 +246,12 @@ ENTRIES = {
         second,
         {"num_splits": 2},
         arguments=lambda batch: {"domain": np.int32(1)},
+    ),
+    "decorrelated": Entry(
+        "DecorrelatedBatchNorm",
+        functools.partial(whitened, epsilon=0.1),
+        together,
+        {"epsilon": 0.1},
+        masks_features=False,
     ),
 }
