@@ -323,8 +323,9 @@ def test_scan_and_remat(name):
 # ---- replicas ----
 
 MODES = ["typed", "untyped", "pmap", "vmap", "Auto", "Explicit"]
+OFTEN = "typed", "vmap", "Auto", "Explicit"
 PLACED = [
-    (name, mode)
+    pytest.param(name, mode, marks=[] if mode in OFTEN else pytest.mark.slow)
     for name, entry in ENTRIES.items()
     for mode in MODES
     if entry.aligned or mode != "Explicit"  # an error: see test_ghost

@@ -3,13 +3,15 @@
     python -m experiments.bench.whitening            # a good minute on two cores
     python -m experiments.bench.whitening --smoke    # one small point, ten seconds
 
-Claim: forward + backward of `whiten.decorrelate` by Newton's and Schulz's iteration
-takes less time than by the eigenvalues where the groups are large; in small groups all
-cost about the same, because the products with the input, which they share, take most
-of the time. Control: `batch_norm` of the same input, compiled and called the same way,
-in turns; a number is a ratio of medians to it.
+Claim: forward + backward of `whiten.decorrelate` costs about the same by Newton's and
+Schulz's iteration as by the eigenvalues, because the products with the input, which
+both share, take most of the time. (The iteration is made for accelerators, where the
+eigenvalues are slow: there this bench has yet to run.) Control: `batch_norm` of the
+same input, compiled and called the same way, in turns; a number is a ratio of medians
+to it.
 
-Measured: see the README.
+Measured (two cores of an AMD EPYC, jax 0.10.2): 5.5 to 18 times batch normalization;
+the eigenvalues 0.91 to 1.06 times the iteration, Cholesky 0.90 to 1.03.
 """
 
 from dataclasses import asdict, dataclass, replace
