@@ -32,11 +32,10 @@ _UNBOUND = (
 )
 
 _SINGLE_VALUE = (
-    "batch normalization received one value per feature (input shape {shape}, feature "
-    "axis {axis}): expected at least two, because the mean of one value is that value, "
-    "and the output is the bias whatever the input. Use a larger batch, pass "
-    "axis_name=... to share the statistics between replicas, or normalize by the "
-    "running statistics (use_running_average=True)."
+    "batch normalization received one value per feature{each} (input shape {shape}, "
+    "feature axis {axis}): expected at least two, because the mean of one value is "
+    "that value, and the output is the bias whatever the input. {cure}, or normalize "
+    "by the running statistics (use_running_average=True)."
 )
 
 
@@ -210,11 +209,23 @@ def groups(value, name, size: int) -> tuple[tuple[int, ...], ...] | None:
     return as_tuples
 
 
-def warn_single_value(count, shape: Sequence[int], axis) -> None:
-    """Warns where the statistics are those of one value; `count` may be symbolic."""
-    if isinstance(count, int) and count == 1:
-        message = _SINGLE_VALUE.format(shape=tuple(shape), axis=axis)
-        warnings.warn(message, BatchNormWarning, stacklevel=_callers_level())
+def warn_single_value(count, shape: Sequence[int], axis, groups: int = 0) -> None:
+    """Warns where the statistics are those of one value.
+
+    Args:
+        count: the values per feature and group; an int, or symbolic.
+        shape: of the input.
+        axis: the feature axis or axes.
+        groups: how many parts of the batch have statistics of their own; 0 for none.
+    """
+    if not isinstance(count, int) or count != 1:
+        return
+    each = f" in each of {groups} groups" if groups else ""
+    cure = "Use a larger batch, pass axis_name=... to share them between replicas"
+    if groups:
+        cure = "Use fewer, larger groups"
+    message = _SINGLE_VALUE.format(shape=tuple(shape), axis=axis, each=each, cure=cure)
+    warnings.warn(message, BatchNormWarning, stacklevel=_callers_level())
 
 
 def _callers_level() -> int:

@@ -1,19 +1,12 @@
 """Batch normalization with the name, fields and variables of `flax.linen.BatchNorm`."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jax.nn import initializers
-from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _layer
-from bnjax.linen._call import call
+from bnjax.linen._normalization import Normalization
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Normalization):
     """Batch normalization, a drop-in replacement of `flax.linen.BatchNorm`.
 
         y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
@@ -54,6 +47,8 @@ class BatchNorm(nn.Module):
         activation: an elementwise function; its input is not stored for the backward
             pass.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
     >>> layer = BatchNorm(use_running_average=False)
     >>> x = jax.random.normal(jax.random.key(0), (5, 6))
     >>> variables = layer.init(jax.random.key(1), x)
@@ -64,59 +59,9 @@ class BatchNorm(nn.Module):
     References: Ioffe & Szegedy 2015.
     """
 
-    use_running_average: bool | None = None
-    axis: int | Sequence[int] = -1
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Callable[..., Any] = initializers.zeros
-    scale_init: Callable[..., Any] = initializers.ones
-    axis_name: str | Sequence[str] | None = None
-    axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
-    unbiased: bool = False
-    update_stats: bool | None = None
-    skip_nonfinite_updates: bool = False
-    activation: Callable[[jax.Array], jax.Array] | None = None
 
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
-    ) -> jax.Array:
-        """Normalizes `x` and, in training, updates the running statistics.
-
-        Args:
-            x: (batch, *spatial, feature), floating or complex.
-            use_running_average: see the attribute; exactly one of the two is given.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: see the attribute, over which this takes precedence.
-
-        Returns:
-            An array of the shape of `x`.
-
-        Raises:
-            ValueError: `use_running_average` given twice or not at all, and whatever
-                `bnjax.batch_norm` raises.
-            flax.errors.ModifyScopeVariableError: the running statistics are to be
-                written, but `batch_stats` is not mutable.
-        """
-        return call(
-            self,
-            x,
-            _layer.Family(),
-            use_running_average=use_running_average,
-            mask=mask,
-            residual=residual,
-            update_stats=update_stats,
-        )
+    @nn.nowrap
+    def _family(self) -> _layer.Family:
+        return _layer.Family()

@@ -1,45 +1,18 @@
 """The variants of batch normalization, one paper each."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from jax.nn import initializers
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from bnjax import _layer
 from bnjax.ghost import Remainder
-from bnjax.linen._call import call
+from bnjax.linen._normalization import Normalization, call
 from bnjax.renorm import Limit
 
 
-class _Variant(nn.Module):
-    """The fields that every variant shares with `BatchNorm`, and their meaning."""
-
-    use_running_average: bool | None = None
-    axis: int | Sequence[int] = -1
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Callable[..., Any] = initializers.zeros
-    scale_init: Callable[..., Any] = initializers.ones
-    axis_name: str | Sequence[str] | None = None
-    axis_index_groups: Any = None
-    unbiased: bool = False
-    update_stats: bool | None = None
-    skip_nonfinite_updates: bool = False
-    activation: Callable[[jax.Array], jax.Array] | None = None
-
-    force_float32_reductions = True  # no field: only Flax's own layer has the choice
-
-
-class GhostBatchNorm(_Variant):
+class GhostBatchNorm(Normalization):
     """Ghost batch normalization: small batches inside a large one.
 
         y_i = (x_i - mean_g) / sqrt(var_g + epsilon) * scale + bias,   i in group g
@@ -69,43 +42,12 @@ class GhostBatchNorm(_Variant):
     virtual_batch_size: int = dataclasses.field(kw_only=True)
     remainder: Remainder = "error"
 
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
-    ) -> jax.Array:
-        """Normalizes `x` and, in training, updates the running statistics.
-
-        Args:
-            x: (batch, *spatial, feature), floating or complex.
-            use_running_average: see `BatchNorm`; exactly one of the two is given.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: see `BatchNorm`.
-
-        Returns:
-            An array of the shape of `x`.
-
-        Raises:
-            ValueError: a batch that is not divisible, and as `BatchNorm`.
-        """
-        return call(
-            self,
-            x,
-            _layer.ghost(self.virtual_batch_size, self.remainder),
-            use_running_average=use_running_average,
-            mask=mask,
-            residual=residual,
-            update_stats=update_stats,
-        )
+    @nn.nowrap
+    def _family(self) -> _layer.Family:
+        return _layer.ghost(self.virtual_batch_size, self.remainder)
 
 
-class BatchRenorm(_Variant):
+class BatchRenorm(Normalization):
     """Batch renormalization: trains on what it will infer with.
 
         r = clip(sigma_B / sigma, 1/r_max, r_max)
@@ -128,6 +70,7 @@ class BatchRenorm(_Variant):
     A critic that sees the batches of (s, a) and (s', a') as one, so that both are
     normalized alike (CrossQ, Bhatt et al. 2024):
 
+    >>> import jax.numpy as jnp
     >>> class Critic(nn.Module):
     ...     @nn.compact
     ...     def __call__(self, observation, action, step, train):
@@ -188,7 +131,7 @@ class BatchRenorm(_Variant):
         )
 
 
-class SplitBatchNorm(_Variant):
+class SplitBatchNorm(Normalization):
     """Split batch normalization: statistics of its own for each domain of the batch.
 
         y_i = (x_i - mean_d) / sqrt(var_d + epsilon) * scale_d + bias_d
@@ -204,6 +147,7 @@ class SplitBatchNorm(_Variant):
     All others are those of `BatchNorm`. Initializers see the shape of the parameters,
     with the axis of the domains.
 
+    >>> import jax.numpy as jnp
     >>> layer = SplitBatchNorm(num_splits=2, use_running_average=False)
     >>> x = jax.random.normal(jax.random.key(0), (10, 6))
     >>> variables = layer.init(jax.random.key(1), x)
@@ -263,7 +207,7 @@ class SplitBatchNorm(_Variant):
         )
 
 
-class DecorrelatedBatchNorm(_Variant):
+class DecorrelatedBatchNorm(Normalization):
     """Decorrelated batch normalization: whitening by the covariance of the batch.
 
         y = activation(W (x - mean) * scale + bias + residual)
@@ -285,6 +229,7 @@ class DecorrelatedBatchNorm(_Variant):
     All others are those of `BatchNorm`; `axis` is one axis. Masks are alike for all
     features.
 
+    >>> import jax.numpy as jnp
     >>> layer = DecorrelatedBatchNorm(group_size=3, use_running_average=False)
     >>> x = jax.random.normal(jax.random.key(0), (20, 6))
     >>> variables = layer.init(jax.random.key(1), x)
@@ -300,40 +245,6 @@ class DecorrelatedBatchNorm(_Variant):
     method: str = "eigh"
     iterations: int = 5
 
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
-    ) -> jax.Array:
-        """Whitens `x` and, in training, updates the running statistics.
-
-        Args:
-            x: (batch, *spatial, feature), real.
-            use_running_average: see `BatchNorm`; exactly one of the two is given.
-            mask: boolean, broadcastable to `x`, of size 1 along the feature axis; True
-                = takes part in the statistics.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: see `BatchNorm`.
-
-        Returns:
-            An array of the shape of `x`.
-
-        Raises:
-            TypeError: `x` is complex.
-            ValueError: a group size that does not divide the features, and as
-                `BatchNorm`.
-        """
-        return call(
-            self,
-            x,
-            _layer.decorrelated(self.group_size, self.method, self.iterations),
-            use_running_average=use_running_average,
-            mask=mask,
-            residual=residual,
-            update_stats=update_stats,
-        )
+    @nn.nowrap
+    def _family(self) -> _layer.Family:
+        return _layer.decorrelated(self.group_size, self.method, self.iterations)

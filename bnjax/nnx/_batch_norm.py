@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from jax.nn import initializers
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from bnjax import _layer
 from bnjax.nnx._normalization import Normalization
@@ -129,37 +129,3 @@ class BatchNorm(Normalization):
 
     def _family(self) -> _layer.Family:
         return _layer.Family()
-
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
-    ) -> jax.Array:
-        """Normalizes `x` and, in training, updates the running statistics.
-
-        Args:
-            x: (batch, *spatial, feature), floating or complex.
-            use_running_average: takes precedence over the attribute.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: takes precedence over the attribute.
-
-        Returns:
-            An array of the shape of `x`.
-
-        Raises:
-            ValueError: `use_running_average` given nowhere, and whatever
-                `bnjax.batch_norm` raises.
-        """
-        return self._normalize(
-            x,
-            self._family(),
-            use_running_average=use_running_average,
-            mask=mask,
-            residual=residual,
-            update_stats=update_stats,
-        )

@@ -124,6 +124,41 @@ class Normalization(nnx.Module):
         self.activation = activation
         self.record_moments = False
 
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), of the dtypes and the sizes that the function
+                of the layer's name takes.
+            use_running_average: takes precedence over the attribute.
+            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: takes precedence over the attribute.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: `use_running_average` given nowhere, and whatever that function
+                raises.
+        """
+        return self._normalize(
+            x,
+            self._family(),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )
+
     def _normalize(
         self,
         x: ArrayLike,
@@ -134,7 +169,7 @@ class Normalization(nnx.Module):
         residual: ArrayLike | None,
         update_stats: bool | None,
     ) -> jax.Array:
-        """Normalizes `x` and writes what is to be written: see `BatchNorm.__call__`."""
+        """Normalizes `x` and writes what is to be written: see `__call__`."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         use_running = _checks.chosen(use_running_average)

@@ -55,39 +55,6 @@ class GhostBatchNorm(Normalization):
     def _family(self) -> _layer.Family:
         return _layer.ghost(self.virtual_batch_size, self.remainder)
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
-    ) -> jax.Array:
-        """Normalizes `x` and, in training, updates the running statistics.
-
-        Args:
-            x: (batch, *spatial, feature), floating or complex.
-            use_running_average: takes precedence over the attribute.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: takes precedence over the attribute.
-
-        Returns:
-            An array of the shape of `x`.
-
-        Raises:
-            ValueError: a batch that is not divisible, and as `BatchNorm`.
-        """
-        return self._normalize(
-            x,
-            self._family(),
-            use_running_average=use_running_average,
-            mask=mask,
-            residual=residual,
-            update_stats=update_stats,
-        )
-
 
 class BatchRenorm(Normalization):
     """Batch renormalization: trains on what it will infer with.
@@ -298,39 +265,3 @@ class DecorrelatedBatchNorm(Normalization):
 
     def _family(self) -> _layer.Family:
         return _layer.decorrelated(self.group_size, self.method, self.iterations)
-
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
-    ) -> jax.Array:
-        """Whitens `x` and, in training, updates the running statistics.
-
-        Args:
-            x: (batch, *spatial, feature), real.
-            use_running_average: takes precedence over the attribute.
-            mask: boolean, broadcastable to `x`, of size 1 along the feature axis; True
-                = takes part in the statistics.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: takes precedence over the attribute.
-
-        Returns:
-            An array of the shape of `x`.
-
-        Raises:
-            TypeError: `x` is complex.
-            ValueError: a group size that does not divide the features, and as
-                `BatchNorm`.
-        """
-        return self._normalize(
-            x,
-            self._family(),
-            use_running_average=use_running_average,
-            mask=mask,
-            residual=residual,
-            update_stats=update_stats,
-        )

@@ -1,5 +1,6 @@
 """Groups of examples, each normalized by itself: the batch axis as two."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -79,7 +80,11 @@ def by_group(
     inner["residual"] = None if residual is None else cut(residual)
     if mean is not None and var is not None:
         inner["fallback"] = mean, var
-    y, rows = train(_each_group, cut(x), scale, bias, inner)
+    if mask is None and groups:
+        reduced = [x.shape[a] for a in _axes.complement(axes, x.ndim)]
+        count = math.prod(reduced) // groups
+        _checks.warn_single_value(count, x.shape, options.get("axis", -1), groups)
+    y, rows = train(_each_group, cut(x), scale, bias, inner, warns=False)
 
     def leading(value: jax.Array) -> jax.Array:
         return value if value.ndim == 0 else jnp.moveaxis(value, before, 0)

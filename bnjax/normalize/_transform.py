@@ -71,6 +71,7 @@ def train(
     options: Options,
     *extra: Any,
     leading: tuple[int, ...] = (),
+    warns: bool = True,
 ) -> tuple[jax.Array, Any]:
     """activation(transform(x) + residual), and the Moments; all arguments checked.
 
@@ -82,6 +83,7 @@ def train(
         options: of `batch_norm`.
         *extra: arrays that `transform` needs beside the Inputs.
         leading: the axes of the per-feature values before those of the features.
+        warns: whether one value per feature is warned of here.
     """
     axis, activation = options.get("axis", -1), options.get("activation")
     x = _checks.inexact("x", x)
@@ -107,7 +109,7 @@ def train(
     _checks.epsilon(epsilon)
     mask = _checks.mask(options.get("mask"), x.shape)
     residual = _checks.residual(options.get("residual"), x.shape, how.compute)
-    if mask is None:
+    if mask is None and warns:
         _checks.warn_single_value(_smallest_count(x.shape, over), x.shape, axis)
 
     @keep_moments

@@ -1,21 +1,92 @@
-"""One call of a Linen layer: its variables, and the pure functions on their values.
+"""What every Linen layer has: its fields, its variables, and one call."""
 
-Functions, not methods: Flax wraps methods, and summaries list their calls.
-"""
-
+import dataclasses
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.nn import initializers
+from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _axes, _checks, _dtypes, _layer, running
 from bnjax.moments import Moments
 
 Shape = tuple[int, ...]
+
+
+class Normalization(nn.Module):
+    """The layers' common part; what tells a layer from the others is its family."""
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Callable[..., Any] = initializers.zeros
+    scale_init: Callable[..., Any] = initializers.ones
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    unbiased: bool = dataclasses.field(default=False, kw_only=True)
+    update_stats: bool | None = dataclasses.field(default=None, kw_only=True)
+    skip_nonfinite_updates: bool = dataclasses.field(default=False, kw_only=True)
+    activation: Callable[[jax.Array], jax.Array] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
+
+    force_float32_reductions = True  # a field of `BatchNorm` alone, as in Flax
+
+    @nn.nowrap
+    def _family(self) -> _layer.Family:
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: (batch, *spatial, feature), of the dtypes and the sizes that the function
+                of the layer's name takes.
+            use_running_average: see the attribute; exactly one of the two is given.
+            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            residual: of the shape of `x`; added before the activation.
+            update_stats: see the attribute, over which this takes precedence.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: `use_running_average` given twice or not at all, and whatever
+                that function raises.
+            flax.errors.ModifyScopeVariableError: the running statistics are to be
+                written, but `batch_stats` is not mutable.
+        """
+        return call(
+            self,
+            x,
+            self._family(),
+            use_running_average=use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )
+
+
+# Functions, not methods: Flax wraps methods, and summaries list their calls.
 
 
 def call(
@@ -29,7 +100,7 @@ def call(
     update_stats: bool | None,
     shared_affine: bool = False,
 ) -> jax.Array:
-    """Normalizes `x` and writes what is to be written: see `BatchNorm.__call__`."""
+    """Normalizes `x` and writes what is to be written: see `Normalization.__call__`."""
     use_running = nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )
@@ -41,7 +112,7 @@ def call(
     stats = _running_statistics(layer, family, shape)
     stored = running.State._make(variable.value for variable in stats)
     affine = {
-        **parameters(layer, features if shared_affine else shape),
+        **_parameters(layer, features if shared_affine else shape),
         "residual": residual,
     }
     over: dict[str, Any] = {"mask": mask}
@@ -55,7 +126,7 @@ def call(
     over["axis_name"] = layer.axis_name
     over["axis_index_groups"] = layer.axis_index_groups
     update = not use_running if update is None else update
-    pools = asks_for_moments(layer)
+    pools = _asks_for_moments(layer)
     y, batch = _layer.forward(
         x,
         stored,
@@ -78,7 +149,7 @@ def call(
 def _running_statistics(
     layer: Any, family: _layer.Family, shape: Shape
 ) -> list[nn.Variable]:
-    """The variables of the running statistics: mean, var."""
+    """The variables of the running statistics: mean, and var or cov."""
     dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     stats = []
     for name, value in family.begin(shape, dtype).items():
@@ -89,7 +160,7 @@ def _running_statistics(
     return stats
 
 
-def parameters(layer: Any, shape: Shape) -> dict[str, Any]:
+def _parameters(layer: Any, shape: Shape) -> dict[str, Any]:
     """The arguments that `normalize` and `batch_norm` share; declares the params."""
     shared: dict[str, Any] = {}
     if layer.use_scale:
@@ -103,7 +174,7 @@ def parameters(layer: Any, shape: Shape) -> dict[str, Any]:
     return shared
 
 
-def asks_for_moments(layer: Any) -> bool:
+def _asks_for_moments(layer: Any) -> bool:
     """Whether `batch_moments` is mutable by name.
 
     `mutable=True` and DenyList, which summaries and careless callers pass, would leave
