@@ -29,7 +29,7 @@ class Log:
         """
         Args:
             path: of the file, which is made if need be.
-            digits: decimals of each number; None for all.
+            digits: significant digits of each number; None for all.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
@@ -55,7 +55,7 @@ class Log:
         seconds = time.perf_counter() - self._start
         record = {"kind": kind, "run": self.run, "seconds": seconds, **fields}
         self._file.write(
-            json.dumps(_json(record, self._digits), allow_nan=False) + "\n"
+            json.dumps(plain(record, self._digits), allow_nan=False) + "\n"
         )
         self._file.flush()
 
@@ -126,18 +126,23 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _json(value: Any, digits: int | None) -> Any:
-    """`value` as JSON has it: None for NaN and infinities, lists, no arrays."""
+def plain(value: Any, digits: int | None = 6) -> Any:
+    """`value` as JSON has it: None for NaN and infinities, lists, no arrays.
+
+    Args:
+        value: of dicts, sequences, arrays, paths and scalars.
+        digits: significant digits of each number; None for all.
+    """
     if isinstance(value, dict):
-        return {key: _json(v, digits) for key, v in value.items()}
+        return {key: plain(v, digits) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json(v, digits) for v in value]
+        return [plain(v, digits) for v in value]
     if hasattr(value, "tolist"):
-        return _json(value.tolist(), digits)
+        return plain(value.tolist(), digits)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
-        return value if digits is None else round(value, digits)
+        return value if digits is None else float(f"{value:.{digits}g}")
     return value

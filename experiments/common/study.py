@@ -1,0 +1,151 @@
+"""An experiment of many trainings: those that are missing are run, and all are drawn.
+
+What decides the result of one training is a cell, a frozen dataclass. Each result is
+one line in the experiment's file, with its cell; a cell whose line is there is not
+trained again, so that a run that was stopped anywhere goes on where it was.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from experiments.common import results
+from experiments.common.idx import DataError
+from experiments.common.results import Record
+
+RESULTS = Path(__file__).parents[1] / "results"
+EXPECTED = DataError, FileNotFoundError, LookupError, ValueError
+COLUMNS = (
+    *(BarColumn(), MofNCompleteColumn()),
+    *(TextColumn("{task.fields[shown]}"), TimeRemainingColumn()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options that every experiment has."""
+
+    data_dir: Path | None = None
+    """Where the files of the data lie, if not to be downloaded; or BNJAX_DATA."""
+    out: Path | None = None
+    """The folder of the results, which are appended to, and of the pictures. By default
+    experiments/results, or with --smoke one that is removed."""
+    smoke: bool = False
+    """A run of seconds, to see that all works."""
+    plot_only: bool = False
+    """Train nothing; print and draw what there is of these settings again."""
+
+
+class Trained(NamedTuple):
+    """A cell, what is recorded of it, and a few words beside the progress bar."""
+
+    cell: Any
+    result: Record
+    shown: str = ""
+
+
+class Study(NamedTuple):
+    """What one experiment is made of; `config` extends `Settings`.
+
+    Attributes:
+        name: of its file of results.
+        cells: (config) -> every training that belongs to a run.
+        train: (config, cells) -> each of them, trained; as they end, in any order.
+        report: (config, {cell: result}) -> tables and sentences to be printed.
+        draw: (config, {cell: result}, folder) -> the pictures that it wrote there.
+        smoke: the settings of a run of seconds.
+    """
+
+    name: str
+    cells: Callable[[Any], Sequence[Any]]
+    train: Callable[[Any, Sequence[Any]], Iterator[Trained]]
+    report: Callable[[Any, dict[Any, Record]], Sequence[Any]]
+    draw: Callable[[Any, dict[Any, Record], Path], Sequence[Path]]
+    smoke: dict[str, Any]
+
+
+def main(study: Study, config: Any) -> int:
+    """Trains, prints and draws; returns the exit status."""
+    if config.smoke:
+        # So few steps take less time than their optimization.
+        jax.config.update("jax_disable_most_optimizations", True)
+        with tempfile.TemporaryDirectory() as folder:
+            changed = {"smoke": False, "out": config.out or Path(folder), **study.smoke}
+            return main(study, dataclasses.replace(config, **changed))
+    console = Console()
+    console.width = max(console.width, 120)  # tables whole, to be copied
+    folder = config.out or RESULTS
+    path = folder / f"{study.name}.jsonl"
+    try:
+        if not config.plot_only:
+            complete(study, config, path, console)
+        found = load(study, config, path)
+        console.print(*study.report(config, found), sep="\n", highlight=False)
+        drawn = study.draw(config, found, folder)
+    except EXPECTED as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on from here", soft_wrap=True)
+        return 130
+    for file in (path, *drawn):
+        console.print(str(file), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def complete(study: Study, config: Any, path: Path, console: Console) -> None:
+    """Trains the cells that the file has no result of, and appends what they come to."""
+    known = finished(path)
+    cells = list(dict.fromkeys(study.cells(config)))
+    missing = [cell for cell in cells if key(cell) not in known]
+    if not missing:
+        return
+    with results.Log(path) as log, Progress(*COLUMNS, console=console) as progress:
+        log.add("run", experiment=study.name, **results.stamp())
+        done = len(cells) - len(missing)
+        bar = progress.add_task("", total=len(cells), completed=done, shown="")
+        for cell, result, shown in study.train(config, missing):
+            log.add("cell", cell=dataclasses.asdict(cell), result=result)
+            progress.update(bar, advance=1, shown=shown)
+        log.add("end", finished=True)
+
+
+def load(study: Study, config: Any, path: Path) -> dict[Any, Record]:
+    """What there is of the cells of `config`.
+
+    Raises:
+        LookupError: nothing.
+    """
+    known = finished(path)
+    found = {c: known[key(c)] for c in study.cells(config) if key(c) in known}
+    if not found:
+        raise LookupError(
+            f"none of the {len(known)} trainings in {path} has these settings: expected "
+            "some. Leave out --plot-only to run them."
+        )
+    return found
+
+
+def finished(path: Path) -> dict[str, Record]:
+    """The results in the file, the newest of each cell, by `key`."""
+    records = results.read(path) if path.exists() else []
+    cells = (record for record in records if record["kind"] == "cell")
+    return {json.dumps(r["cell"], sort_keys=True): r["result"] for r in cells}
+
+
+def key(cell: Any) -> str:
+    """A cell as it stands in the file."""
+    return json.dumps(results.plain(dataclasses.asdict(cell)), sort_keys=True)
