@@ -109,7 +109,7 @@ def main(study: Study, config: Any) -> int:
 def complete(study: Study, config: Any, path: Path, console: Console) -> None:
     """Trains the cells that the file has no result of, and appends what they come to."""
     known = finished(path)
-    cells = list(dict.fromkeys(study.cells(config)))
+    cells = dict.fromkeys(study.cells(config))  # each once
     missing = [cell for cell in cells if key(cell) not in known]
     if not missing:
         return
