@@ -79,55 +79,39 @@ References: Ioffe 2017 (renorm); Wu & He 2018, figure 1; Wu & Johnson 2021, sect
 import dataclasses
 import itertools
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import jax
 import numpy as np
 import tyro
 from rich import box
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from experiments.common import grid, results
+from experiments.common import grid, study
 from experiments.common.batches import Order
 from experiments.common.cells import (
     TASKS,
     Cell,
     Errors,
     evaluate,
-    finished,
     load_images,
     make_network,
 )
-from experiments.common.idx import DataError
 from experiments.common.norms import METHODS, UNSPLIT, Method
+from experiments.common.study import Settings, Study, Trained
 
 RATES = (0.03, 0.1, 0.3, 1.0)  # tried by --tune
 NAMES = {"digits": "Digits", "cifar10": "CIFAR-10"}
-COLUMNS = (
-    BarColumn(),
-    MofNCompleteColumn(),
-    TextColumn("{task.fields[shown]}"),
-    TimeRemainingColumn(),
-)
+SMOKE = {"data": "digits", "sizes": (4,), "steps": 20, "seeds": (0,)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """The settings of a run; each is an option of the command line."""
 
     data: Literal["digits", "cifar10"] = "digits"
     """The images. The digits come with scikit-learn; CIFAR-10 is downloaded once."""
-    data_dir: Path | None = None
-    """Where the files of CIFAR-10 lie, if not to be downloaded; or BNJAX_DATA."""
     sizes: tuple[int, ...] = (2, 4, 8, 16, 32, 128)
     """Of the groups that a batch is normalized in."""
     batch_size: int = 128
@@ -140,79 +124,21 @@ class Config:
     """What is trained."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each gives the weights and the batches of one run of each method and size."""
-    out: Path = Path(__file__).parent / "results"
-    """The folder of small_batch.jsonl, which is appended to, and of the picture."""
-    smoke: bool = False
-    """A run of seconds, to see that all works."""
     tune: bool = False
     """Compare learning rates on images held out of training, and do nothing else."""
-    plot_only: bool = False
-    """Train nothing; print and draw what there is of these settings again."""
-
-
-def main(config: Config) -> int:
-    """Trains, prints the tables and draws the picture; returns the exit status."""
-    if config.smoke:
-        config = dataclasses.replace(
-            config, data="digits", sizes=(4,), steps=20, seeds=(0,), methods=METHODS[:1]
-        )
-        # So few steps take less time than their optimization.
-        jax.config.update("jax_disable_most_optimizations", True)
-    console = Console()
-    console.width = max(console.width, 120)  # tables whole, to be copied
-    path = config.out / "small_batch.jsonl"
-    try:
-        if uneven := [size for size in config.sizes if config.batch_size % size]:
-            raise ValueError(
-                f"sizes has {uneven}: expected divisors of batch_size, "
-                f"{config.batch_size}. Leave them out, or change --batch-size."
-            )
-        if not config.plot_only:
-            run(config, path, console)
-        done = finished(results.read(path))
-        if config.tune:
-            console.print(tuning(config, done))
-            return 0
-        found = curves(config, done)
-    except (DataError, FileNotFoundError, LookupError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    for order in grid.ORDERS:
-        console.print(f"Test error (%), {grid.ORDERS[order]}, by their size")
-        console.print(grid.table(found[order], config.sizes))
-    picture = config.out / f"small_batch_{config.data}.png"
-    grid.draw(found, config.sizes, caption(config), picture)
-    console.print(f"{path}\n{picture}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def run(config: Config, path: Path, console: Console) -> None:
-    """Trains the networks that the file has no errors of yet, and logs theirs."""
-    done = finished(results.read(path)) if path.exists() else {}
-    missing = [cell for cell in cells(config) if cell.key() not in done]
-    if not missing:
-        return
-    data = load_images(config.data, config.data_dir)
-    with results.Log(path) as log, Progress(*COLUMNS, console=console) as progress:
-        log.add("run", experiment="small_batch", data=config.data, **results.stamp())
-        bar = progress.add_task("", total=len(missing), shown="")
-
-        def kind(cell: Cell) -> tuple[str, int, float]:
-            return cell.method, cell.size, cell.rate
-
-        for _, alike in itertools.groupby(missing, kind):
-            network = None
-            for cell in alike:
-                network = network or make_network(cell)  # compiled once for all alike
-                errors = evaluate(cell, network, data)
-                log.add("cell", cell=dataclasses.asdict(cell), errors=errors)
-                shown = f"{cell.method} {cell.size}: {errors['running']:.1%}"
-                progress.update(bar, advance=1, shown=shown)
-        log.add("end", finished=True)
 
 
 def cells(config: Config) -> list[Cell]:
-    """The networks that a run comprises."""
+    """The networks that a run comprises.
+
+    Raises:
+        ValueError: groups that do not divide a batch.
+    """
+    if uneven := [size for size in config.sizes if config.batch_size % size]:
+        raise ValueError(
+            f"sizes has {uneven}: expected divisors of batch_size, "
+            f"{config.batch_size}. Leave them out, or change --batch-size."
+        )
     if config.tune:
         methods: tuple[Method, ...] = ("batch_norm", *UNSPLIT)
         return [
@@ -221,7 +147,7 @@ def cells(config: Config) -> list[Cell]:
             for seed in config.seeds
         ]
     every = itertools.product(config.methods, config.sizes, grid.ORDERS, config.seeds)
-    return list(dict.fromkeys(make_cell(config, *where) for where in every))
+    return [make_cell(config, *where) for where in every]
 
 
 def make_cell(
@@ -252,39 +178,65 @@ def make_cell(
     )
 
 
-def curves(config: Config, done: dict[str, Errors]) -> grid.Curves:
-    """What there is of the cells of `config`.
+def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
+    """The errors of each network."""
+    data = load_images(config.data, config.data_dir)
 
-    Raises:
-        LookupError: nothing.
-    """
+    def kind(cell: Cell) -> tuple[str, int, float]:
+        return cell.method, cell.size, cell.rate
 
-    found: grid.Curves = {}
+    for _, alike in itertools.groupby(cells, kind):
+        network = None
+        for cell in alike:
+            network = network or make_network(cell)  # compiled once for all alike
+            errors = evaluate(cell, network, data)
+            shown = f"{cell.method} {cell.size}: {errors['running']:.1%}"
+            yield Trained(cell, errors, shown)
+
+
+def report(config: Config, found: dict[Cell, Errors]) -> list[Any]:
+    """A table for each order, or that of the learning rates."""
+    if config.tune:
+        return [tuning(config, found)]
+    printed: list[Any] = []
+    for order, rows in curves(config, found).items():
+        printed.append(f"Test error (%), {grid.ORDERS[order]}, by their size")
+        printed.append(grid.table(rows, config.sizes))
+    return printed
+
+
+def draw(config: Config, found: dict[Cell, Errors], folder: Path) -> list[Path]:
+    """A panel for each order."""
+    if config.tune:
+        return []
+    picture = folder / f"small_batch_{config.data}.png"
+    grid.draw(curves(config, found), config.sizes, caption(config), picture)
+    return [picture]
+
+
+def curves(config: Config, found: dict[Cell, Errors]) -> grid.Curves:
+    """What there is of the cells of `config`, in the rows of the table."""
+    rows: grid.Curves = {}
     for order, row in itertools.product(grid.ORDERS, grid.ROWS):
         errors = np.full((len(config.seeds), len(config.sizes)), np.nan)
         for i, seed in enumerate(config.seeds):
             for j, size in enumerate(config.sizes):
-                key = make_cell(config, row.method, size, order, seed).key()
-                errors[i, j] = done.get(key, {}).get(row.kind, np.nan)
+                cell = make_cell(config, row.method, size, order, seed)
+                errors[i, j] = found.get(cell, {}).get(row.kind, np.nan)
         if np.isfinite(errors).any():
-            found.setdefault(order, {})[row.name] = errors
-    if not found:
-        raise LookupError(
-            f"none of the {len(done)} networks in the file has these settings on "
-            f"{config.data!r}: expected some. Leave out --plot-only to train them."
-        )
-    return found
+            rows.setdefault(order, {})[row.name] = errors
+    return rows
 
 
-def tuning(config: Config, done: dict[str, Errors]) -> Table:
+def tuning(config: Config, found: dict[Cell, Errors]) -> Table:
     """Errors on the images held out of training, by method and learning rate."""
-    found = Table("method", *map(str, RATES), box=box.MARKDOWN)
+    rows = Table("method", *map(str, RATES), box=box.MARKDOWN)
     every = itertools.groupby(cells(config), lambda cell: cell.method)
     for method, alike in every:
-        errors = [done[cell.key()]["running"] for cell in alike]
+        errors = [found.get(cell, {}).get("running", np.nan) for cell in alike]
         by_rate = np.reshape(errors, (len(RATES), -1))
-        found.add_row(method, *map(grid.with_spread, by_rate))
-    return found
+        rows.add_row(method, *map(grid.with_spread, by_rate))
+    return rows
 
 
 def caption(config: Config) -> str:
@@ -298,5 +250,14 @@ def caption(config: Config) -> str:
     )
 
 
+STUDY = Study(
+    "small_batch",
+    cells=cells,
+    train=train,
+    report=report,
+    draw=draw,
+    smoke={**SMOKE, "methods": METHODS[:1]},
+)
+
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(study.main(STUDY, tyro.cli(Config, description=__doc__)))

@@ -98,7 +98,7 @@ def test_picture_of_records(tmp_path):
         for size in (2, 8)
     ]
     start = {"versions": {"jax": "1"}, "hardware": {"cpu": "any", "cores": 2}}
-    layer.picture(start, records, tmp_path / "bench.png")
+    layer.draw(start, records, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(PNG)
     assert layer.means(records, "ratio")["flax"]["both"] == pytest.approx(2)
 

@@ -33,6 +33,7 @@ from experiments.common import (
     norms,
     plot,
     results,
+    study,
     tables,
     virtual,
 )
@@ -366,16 +367,17 @@ def test_small_batches_smoke_shows_the_claim(small_batches):
     assert {"versions", "hardware", "commit", "time"} <= first.keys()
     assert (last["kind"], last["finished"]) == ("end", True)
     error = {
-        (r["cell"]["method"], r["cell"]["order"]): r["errors"]["running"] for r in found
+        (r["cell"]["method"], r["cell"]["order"]): r["result"]["running"] for r in found
     }
     assert error["batch_norm", "by class"] > error["batch_norm", "mixed"] + 0.2
-    assert set(found[0]["errors"]) == {"running", "pooled", "pooled_groups", "batch"}
+    assert set(found[0]["result"]) == {"running", "pooled", "pooled_groups", "batch"}
 
 
 def test_small_batches_are_not_trained_twice(small_batches, tmp_path, monkeypatch):
     lines = (small_batches[0] / "small_batch.jsonl").read_bytes().splitlines(True)
     path = tmp_path / "small_batch.jsonl"
-    config = small_batch.Config(out=tmp_path, smoke=True)
+    config = small_batch.Config(out=tmp_path, **small_batch.STUDY.smoke)
+    main = functools.partial(study.main, small_batch.STUDY, config)
     trained = []
 
     def evaluate(cell, network, data):
@@ -385,28 +387,27 @@ def test_small_batches_are_not_trained_twice(small_batches, tmp_path, monkeypatc
     monkeypatch.setattr(small_batch, "evaluate", evaluate)
     for method in ("make_network", "load_images"):
         monkeypatch.setattr(small_batch, method, lambda *_: object())
-    with monkeypatch.context() as undone:
-        undone.setattr(jax.config, "update", lambda *_: None)
-        path.write_bytes(b"".join(lines))
-        assert small_batch.main(config) == 0
-        assert (trained, path.read_bytes()) == ([], b"".join(lines))
-        picture = (tmp_path / "small_batch_digits.png").read_bytes()
-        kept = small_batches[0] / "small_batch_digits.png"
-        assert picture == kept.read_bytes()
-        assert len(picture) > 20_000
+    path.write_bytes(b"".join(lines))
+    assert main() == 0
+    assert (trained, path.read_bytes()) == ([], b"".join(lines))
+    picture = (tmp_path / "small_batch_digits.png").read_bytes()
+    kept = small_batches[0] / "small_batch_digits.png"
+    assert picture == kept.read_bytes()
+    assert len(picture) > 20_000
 
-        path.write_bytes(b"".join([*lines[:2], *lines[3:-1], lines[-1][:9]]))
-        assert small_batch.main(config) == 0
-        assert trained == [("batch_norm", "by class")]
+    path.write_bytes(b"".join([*lines[:2], *lines[3:-1], lines[-1][:9]]))
+    assert main() == 0
+    assert trained == [("batch_norm", "by class")]
 
 
 def test_small_batches_refuse(tmp_path, capsys):
     config = small_batch.Config(out=tmp_path, sizes=(2, 3))
-    assert small_batch.main(config) == 1
+    assert study.main(small_batch.STUDY, config) == 1
     assert "sizes has [3]: expected divisors of batch_size, 128" in capture(capsys)
     (tmp_path / "small_batch.jsonl").write_text("")
-    assert small_batch.main(small_batch.Config(out=tmp_path, plot_only=True)) == 1
-    assert "none of the 0 networks in the file has these" in capture(capsys)
+    config = small_batch.Config(out=tmp_path, plot_only=True)
+    assert study.main(small_batch.STUDY, config) == 1
+    assert "none of the 0 trainings in" in capture(capsys)
 
 
 def capture(capsys) -> str:

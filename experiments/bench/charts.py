@@ -33,8 +33,14 @@ class Measure(NamedTuple):
 
 
 def last_run(path: Path) -> list[results.Record]:
-    """The records of the newest run in a file; the first says what was run, on what."""
+    """The records of the newest run in a file; the first says what was run, on what.
+
+    Raises:
+        LookupError: there is none.
+    """
     records = results.read(path)
+    if not records:
+        raise LookupError(f"{path} holds no run: expected one. Run the bench first.")
     return [record for record in records if record["run"] == records[-1]["run"]]
 
 

@@ -94,7 +94,7 @@ def main(config: Config) -> None:
     console.print(table(records))
     for name, reason in start["left_out"].items():
         console.print(f"{name} is left out: {reason}", highlight=False)
-    picture(start, records, path)
+    draw(start, records, path)
     console.print(f"{output}\n{path}", highlight=False, soft_wrap=True)
 
 
@@ -187,7 +187,7 @@ def shown(shape: list[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def picture(start: results.Record, records: list[results.Record], path: Path) -> None:
+def draw(start: results.Record, records: list[results.Record], path: Path) -> None:
     """Ratios of forward + backward, a panel for each dtype."""
     panels = {}
     for dtype, some in by_dtype(records).items():

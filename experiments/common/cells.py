@@ -1,8 +1,6 @@
 """One network of a comparison of normalizations: trained, and its errors counted."""
 
 import dataclasses
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,7 +11,6 @@ from experiments.common import cifar
 from experiments.common.batches import Order, cover, draw, split
 from experiments.common.data import Dataset, Split, load
 from experiments.common.norms import ONE_CALL, ConvNet, Method, make_norm
-from experiments.common.results import Record
 from experiments.common.virtual import Network
 
 ESTIMATED = 4_096  # images at most, for population statistics
@@ -78,15 +75,6 @@ class Cell:
     widths: tuple[int, ...]
     strides: tuple[int, ...]
     measured: Literal["test", "validation"]
-
-    def key(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
-
-def finished(records: Sequence[Record]) -> dict[str, Errors]:
-    """The errors of the networks that have been trained, by `Cell.key`."""
-    cells = (record for record in records if record["kind"] == "cell")
-    return {json.dumps(r["cell"], sort_keys=True): r["errors"] for r in cells}
 
 
 def make_network(cell: Cell) -> Network:

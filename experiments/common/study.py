@@ -107,7 +107,7 @@ def main(study: Study, config: Any) -> int:
 
 
 def complete(study: Study, config: Any, path: Path, console: Console) -> None:
-    """Trains the cells that the file has no result of, and appends what they come to."""
+    """Trains the cells that the file has no result of, and appends theirs."""
     known = finished(path)
     cells = dict.fromkeys(study.cells(config))  # each once
     missing = [cell for cell in cells if key(cell) not in known]
@@ -133,8 +133,8 @@ def load(study: Study, config: Any, path: Path) -> dict[Any, Record]:
     found = {c: known[key(c)] for c in study.cells(config) if key(c) in known}
     if not found:
         raise LookupError(
-            f"none of the {len(known)} trainings in {path} has these settings: expected "
-            "some. Leave out --plot-only to run them."
+            f"none of the {len(known)} trainings in {path} has these settings: "
+            "expected some. Leave out --plot-only to run them."
         )
     return found
 

@@ -1,0 +1,103 @@
+"""Draws every picture again, from the results alone.
+
+    python -m experiments.figures
+
+Time: ten seconds. The pictures in experiments/figures come from the results that are
+committed, experiments/results/*.jsonl, and from nothing else.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from experiments import mnist, population, small_batch
+from experiments.bench import charts, compile, layer, scaling, step, whitening
+from experiments.common import curves, plot, results, study
+
+HERE = Path(__file__).parent
+STUDIES: dict[Any, list[Any]] = {
+    small_batch: [
+        small_batch.Config(),
+        small_batch.Config(data="cifar10", seeds=(0,)),
+    ],
+}
+"""The settings of the runs whose results are committed."""
+BENCHES = layer, compile, scaling, step, whitening
+Figure = Callable[[Path, Path], Iterator[Path]]
+"""(the folder of results, the folder of pictures) -> the pictures drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """From where to where; each is an option of the command line."""
+
+    results: Path = HERE / "results"
+    """The folder of the JSON lines."""
+    out: Path = HERE / "figures"
+    """The folder of the pictures."""
+
+
+def main(config: Config) -> int:
+    """Draws all that there are results for; returns the exit status."""
+    console = Console()
+    config.out.mkdir(parents=True, exist_ok=True)
+    missing = False
+    for name, figure in FIGURES.items():
+        try:
+            for path in figure(config.results, config.out):
+                console.print(str(path), highlight=False, soft_wrap=True)
+        except (FileNotFoundError, LookupError) as error:
+            message = f"{name}: {error}"
+            console.print(message, style="red", markup=False, soft_wrap=True)
+            missing = True
+    return int(missing)
+
+
+def of_study(module: Any, runs: list[Any], source: Path, folder: Path):
+    """The pictures of an experiment of many trainings, for the settings of each run."""
+    for config in runs:
+        path = source / f"{module.STUDY.name}.jsonl"
+        found = study.load(module.STUDY, config, path)
+        yield from module.STUDY.draw(config, found, folder)
+
+
+def of_bench(module: ModuleType, source: Path, folder: Path) -> Iterator[Path]:
+    """The picture of the newest run of a bench."""
+    name = f"bench_{module.__name__.rpartition('.')[2]}"
+    start, *records = charts.last_run(source / f"{name}.jsonl")
+    module.draw(start, records, folder / f"{name}.png")
+    yield folder / f"{name}.png"
+
+
+def of_mnist(source: Path, folder: Path) -> Iterator[Path]:
+    """Figure 1 of the paper."""
+    records = results.read(source / "mnist.jsonl")
+    start, networks = curves.last_run(records, "mnist")
+    plot.figure_1(networks, mnist.caption(start), folder / "mnist.png")
+    yield folder / "mnist.png"
+
+
+def of_population(source: Path, folder: Path) -> Iterator[Path]:
+    """Accuracy against steps, by each kind of statistics."""
+    records = results.read(source / "population.jsonl")
+    start, rows = population.last_run(records, "digits")
+    population.draw(start, rows, folder / "population.png")
+    yield folder / "population.png"
+
+
+FIGURES: dict[str, Figure] = {
+    "mnist": of_mnist,
+    "population": of_population,
+    **{m.STUDY.name: partial(of_study, m, runs) for m, runs in STUDIES.items()},
+    **{m.__name__: partial(of_bench, m) for m in BENCHES},
+}
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))
