@@ -26,6 +26,9 @@ rate of a grid is that with the highest mean final accuracy on 10,000 images hel
 training; and the deviation, 0.1 = 1/sqrt(100), suits the plain network, which learns
 more slowly from 0.03. Accuracies are those with the running statistics.
 
+All networks train at once, so that a run that was stopped starts anew; what it measured
+until then is drawn.
+
 References: Ioffe & Szegedy 2015, section 4.1 and figure 1.
 """
 
@@ -107,6 +110,8 @@ def main(config: Config) -> int:
     picture = config.out / f"mnist_{config.data}.png"
     plot.figure_1(networks, caption(start), picture)
     console.print(f"{path}\n{picture}", highlight=False, soft_wrap=True)
+    if not finished:
+        console.print("interrupted: the same command starts anew", soft_wrap=True)
     return 0 if finished else 130
 
 

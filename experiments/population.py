@@ -24,6 +24,8 @@ by the same weights with five kinds of statistics: those of the test images them
 (as in training), the running average, the debiased one, Algorithm 2's and the pooled
 ones, the last two from training images in batches of the size of training's.
 
+A run that was stopped is of no use to the next, which starts anew.
+
 References: Ioffe & Szegedy 2015, Algorithm 2; Wu & Johnson 2021, section 3.
 """
 

@@ -12,10 +12,11 @@ _UNKNOWN = (
 )
 
 _LINEAR = ("_Conv", "Conv", "ConvTranspose", "Dense", "Linear")
-_NORMS = {  # those that infer by an affine map of each feature
+_NORMS = {  # the classes that define the call of layers that infer by an affine map
     "flax": ("BatchNorm",),
-    "bnjax": ("BatchNorm", "GhostBatchNorm", "BatchRenorm", "SplitBatchNorm"),
+    "bnjax": ("Normalization", "BatchRenorm", "SplitBatchNorm"),
 }
+_LAYERS = "BatchNorm, GhostBatchNorm, BatchRenorm, SplitBatchNorm"
 
 # A method is known by where it is defined: a subclass that overrides it is not, but
 # what it inherits, or calls with super(), is.
@@ -55,5 +56,5 @@ def unknown(layer: Any, variables: Iterable[str]) -> str:
     return _UNKNOWN.format(
         layer=type(layer).__name__,
         variables=", ".join(sorted(variables)),
-        known=", ".join(_NORMS["bnjax"]),
+        known=_LAYERS,
     )

@@ -10,8 +10,8 @@ eigenvalues are slow: there this bench has yet to run.) Control: `batch_norm` of
 same input, compiled and called the same way, in turns; a number is a ratio of medians
 to it.
 
-Measured (two cores of an AMD EPYC, jax 0.10.2): 5.5 to 18 times batch normalization;
-the eigenvalues 0.91 to 1.06 times the iteration, Cholesky 0.90 to 1.03.
+Measured (two cores of an AMD EPYC, jax 0.10.2): 5.5 to 19 times batch normalization;
+the eigenvalues 0.91 to 1.07 times the iteration, Cholesky 0.90 to 1.03 (two runs).
 """
 
 from dataclasses import asdict, dataclass, replace
