@@ -15,9 +15,9 @@ network ends at 97.21 % (standard deviation 0.07; rate 3), the normalized one at
 be it 0.3, 1 or 3, it reaches the plain network's last accuracy in 0.22 to 0.43 of the
 steps after which that one first did, and ends 0.2 to 0.3 points higher. At rate 10 it
 still ends at 97.16 %, while one plain network of three stays at chance. In the first
-5,000 steps the two are alike at their best rates: the plain network learns fast too, but
-stops early. Rates 1 and 3 are so close for the normalized network (97.57 and 97.42 %)
-that rounding decides which of them is best on the held-out images.
+5,000 steps the two are alike at their best rates: the plain network learns fast too,
+but stops early. Rates 1 and 3 are so close for the normalized network (97.57 and
+97.42 %) that rounding decides which of them is best on the held-out images.
 
 The network: 28x28 pixels, 1 from half the largest value on, else 0; three hidden layers
 of 100 sigmoids; softmax; batches of 60; plain gradient descent at a constant rate. The
