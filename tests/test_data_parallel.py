@@ -340,7 +340,12 @@ def test_launcher_does_not_repeat_a_mistake(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (9, -9)]
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        (9, -9),  # the hardest: nothing can be done on the way out
+    ],
 )
 def test_launcher_leaves_no_orphan(run, tmp_path, number, status):
     out = tmp_path / "out"
