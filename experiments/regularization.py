@@ -100,10 +100,16 @@ class Config(Settings):
     """Of training; None: as many as suit the data."""
     batch_size: int = 64
     """Images per step."""
-    seeds: tuple[int, ...] = (0, 1)
-    """Each gives the first weights and the batches of one training."""
+    seeds: tuple[int, ...] | None = None
+    """Each gives the first weights and the batches of one training; None: from 0 on, as
+    many as suit the data."""
     tune: bool = False
     """Compare learning rates on images held out of training, and do nothing else."""
+
+
+def seeds_of(config: Config) -> Sequence[int]:
+    """The seeds of each kind of training."""
+    return config.seeds or range(TASKS[config.data].seeds)
 
 
 def cell_of(
@@ -138,9 +144,9 @@ def cells(config: Config) -> list[Cell]:
             f"{', '.join(map(repr, REMOVED))}. Quote what has spaces."
         )
     if config.tune:
-        every = itertools.product(WITH, (NOTHING, EVERYTHING), config.seeds, RATES)
+        every = itertools.product(WITH, (NOTHING, EVERYTHING), seeds_of(config), RATES)
     else:
-        every = itertools.product(WITH, config.removed, config.seeds)
+        every = itertools.product(WITH, config.removed, seeds_of(config))
     return [cell_of(config, *which) for which in every]
 
 
@@ -157,7 +163,7 @@ def errors(config: Config, found: dict[Cell, Record]) -> changes.Errors:
     """By kind of network and what was removed, if all seeds have been trained."""
     every: changes.Errors = {}
     for normalize, removed in itertools.product(WITH, config.removed):
-        seeds = [cell_of(config, normalize, removed, seed) for seed in config.seeds]
+        seeds = [cell_of(config, normalize, removed, seed) for seed in seeds_of(config)]
         if all(cell in found for cell in seeds):
             shares = np.array([found[cell]["error"] for cell in seeds])
             every.setdefault(WITH[normalize], {})[removed] = shares
@@ -173,7 +179,9 @@ def report(config: Config, found: dict[Cell, Record]) -> list[str | Table]:
     for normalize, removed in itertools.product(WITH, (NOTHING, EVERYTHING)):
         row = []
         for rate in RATES:
-            seeds = (cell_of(config, normalize, removed, s, rate) for s in config.seeds)
+            seeds = (
+                cell_of(config, normalize, removed, s, rate) for s in seeds_of(config)
+            )
             known = np.array([found[c]["error"] for c in seeds if c in found])
             row.append(changes.spread(known) if len(known) else "-")
         table.add_row(WITH[normalize], removed, *row)
@@ -186,10 +194,10 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
     if config.tune or not known:
         return []
     task, path = TASKS[config.data], folder / f"regularization_{config.data}.png"
+    seeds = len(seeds_of(config))
     title = (
         f"{task.name}, {config.steps or task.steps:,} steps of {config.batch_size} "
-        f"images: what removing each costs; mean and deviation of {len(config.seeds)} "
-        "seeds"
+        f"images: what removing each costs; mean and deviation of {seeds} seeds"
     )
     changes.draw(known, title, path)
     return [path]

@@ -116,7 +116,7 @@ class Config(Settings):
     """Of training."""
     batch_size: int = 60
     """Images per step."""
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
     """Each gives the first weights and the batches of all networks."""
 
 
