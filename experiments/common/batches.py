@@ -5,14 +5,39 @@ from typing import Literal
 import numpy as np
 
 Order = Literal["mixed", "by class"]
+Shuffling = Literal["full", "within shards", "none"]
+SHARDS = 10
 
 
-def draw(seed: int, examples: int, steps: int, size: int) -> np.ndarray:
-    """Batches of examples, (step, size), epoch by epoch without replacement."""
+def draw(
+    seed: int, examples: int, steps: int, size: int, shuffling: Shuffling = "full"
+) -> np.ndarray:
+    """Batches of examples, (step, size), epoch by epoch without replacement.
+
+    Args:
+        seed: of the order.
+        examples: how many there are; the last ones of an epoch that fill no batch are
+            left out.
+        steps: the number of batches.
+        size: of each.
+        shuffling: "full": every epoch in a new order. "none": every epoch in the random
+            order of the first, so that the batches are the same. "within shards": that
+            order is cut into SHARDS pieces, which follow on each other in every epoch;
+            each is shuffled anew.
+    """
     random = np.random.default_rng(seed)
     whole = examples // size * size
-    epochs = range(-(-steps * size // whole))
-    drawn = [random.permutation(examples)[:whole] for _ in epochs]
+    first = random.permutation(examples)[:whole]
+
+    def epoch(number: int) -> np.ndarray:
+        if number == 0 or shuffling == "none":
+            return first
+        if shuffling == "full":
+            return random.permutation(examples)[:whole]
+        shards = np.array_split(first, SHARDS)
+        return np.concatenate([random.permutation(shard) for shard in shards])
+
+    drawn = [epoch(number) for number in range(-(-steps * size // whole))]
     return np.concatenate(drawn).reshape(-1, size)[:steps]
 
 
