@@ -60,11 +60,11 @@ from experiments.common.rated import Rated, table
 from experiments.common.results import Record
 from experiments.common.study import Settings, Study, Trained
 
-STEPS = {"digits": 300, "cifar10": 500}
+STEPS = {"digits": 300, "cifar10": 350}
 SEEDS = {"digits": (0, 1, 2), "cifar10": (0,)}
 WHITENED = {"digits": 16, "cifar10": 12}  # channels at once
 BATCH = 128
-SEEN = 2_000  # of the test images, for the points of a curve
+SEEN = 1_000  # of the test images, for the points of a curve
 
 
 @dataclasses.dataclass(frozen=True)
