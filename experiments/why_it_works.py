@@ -180,11 +180,13 @@ def measure(
     old, new = (state.variables["params"] for state in (before, after))
     line = landscape.along_gradient(gradient, old, rate * np.array(FACTORS))
     shift = landscape.covariate_shift(gradient, old, new, layers_of(old))
+    with np.errstate(invalid="ignore"):  # a layer may be dead: 0/0
+        relative = shift.distance / shift.length
     return {
         "losses": [line.losses.min(), line.losses.max()],
         "changes": [line.changes.min(), line.changes.max()],
         "smoothness": line.smoothness(),
-        "shift": shift.distance / shift.length,
+        "shift": relative,
         "cosine": shift.cosine,
     }
 
