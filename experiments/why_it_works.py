@@ -226,7 +226,7 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
 SMOKE = {
     "data": "digits",
     "nets": ("plain", "bn"),
-    "rates": (0.1,),
+    "rates": (1.0,),
     "seeds": (0,),
     "steps": 20,
     "depth": 3,

@@ -31,8 +31,8 @@ def test_smoke_and_again(tmp_path, capsys):
         assert [row[0] for row in result["shift"]] == [0, 0]
         low, high = np.transpose(result["losses"])
         assert (low < high).all()
-    # A step of ten times the gradient does far more harm without normalization.
-    assert cells["plain"]["first"][-1] > 3 * cells["bn"]["first"][-1]
+    # At a large rate, the network with BN learns faster.
+    assert cells["bn"]["loss"][-1] < cells["plain"]["loss"][-1] - 0.2
 
     trained = []
 
@@ -55,7 +55,7 @@ def test_smoke_and_again(tmp_path, capsys):
 @pytest.mark.usefixtures("quickly")
 def test_a_training_that_fails_is_recorded_as_far_as_it_went():
     config = dataclasses.replace(
-        why_it_works.Config(), **why_it_works.SMOKE | {"steps": 40, "rates": (1e3,)}
+        why_it_works.Config(), **why_it_works.SMOKE | {"steps": 40, "rates": (1e38,)}
     )
     cell = why_it_works.cells(config)[0]
     assert cell.net == "plain"

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 DATA = {"digits": "Digits", "cifar10": "CIFAR-10"}
 DPI = 180
@@ -44,6 +45,14 @@ def line(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG."""
+    """Writes a PNG, with plain numbers along logarithmic axes."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                low, high = axis.get_view_interval()
+                subs = (1, 2, 5) if high < 100 * low else (1,)
+                axis.set_major_locator(LogLocator(subs=subs))
+                axis.set_major_formatter(lambda value, _: f"{value:g}")
+                axis.set_minor_formatter(NullFormatter())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

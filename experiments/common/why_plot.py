@@ -15,7 +15,6 @@ SMOOTHED = 10  # steps whose losses are averaged
 FIRST = tuple(float(f"{10 ** (k / 4):.2g}") for k in range(-8, 5))
 """Step sizes along the first gradient, 0.01 to 10."""
 QUIET = "plain", "bn"
-LEGEND = {"fontsize": 7, "frameon": False}
 
 
 class Look(NamedTuple):
@@ -71,8 +70,10 @@ def draw(runs: Rated, data: str, every: int, path: Path) -> None:
     panels.label(axes[4], title, "training steps", name, log="y")
     title = "Covariate shift: a cosine of 1 is none"
     panels.label(axes[5], title, "training steps", "cosine of G and G', mean of layers")
-    for panel in axes:
-        panel.legend(**LEGEND)
+    axes[0].legend(fontsize=7, frameon=False)
+    handles, names = axes[1].get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": len(names)}
+    figure.legend(handles, names, fontsize=8, frameon=False, **place)
     panels.save(figure, path)
 
 
@@ -107,7 +108,7 @@ def _first(axes: Axes, runs: Rated) -> None:
             panels.line(axes, FIRST, first, **style(net))
     axes.axhline(1, color="0.5", lw=0.8, ls=":")
     title = "Along the gradient before training"
-    panels.label(axes, title, "step size", "loss after over loss before", log="xy")
+    panels.label(axes, title, "step size", "loss after over loss before", log="x")
 
 
 def _ranges(axes: Axes, runs: Rated, rate: float, every: int) -> None:
