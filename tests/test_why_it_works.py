@@ -55,7 +55,7 @@ def test_smoke_and_again(tmp_path, capsys):
 @pytest.mark.usefixtures("quickly")
 def test_a_training_that_fails_is_recorded_as_far_as_it_went():
     config = dataclasses.replace(
-        why_it_works.Config(), **why_it_works.SMOKE | {"steps": 40, "rates": (1e38,)}
+        why_it_works.Config(), **why_it_works.SMOKE | {"rates": (1e38,)}
     )
     cell = why_it_works.cells(config)[0]
     assert cell.net == "plain"
@@ -63,10 +63,10 @@ def test_a_training_that_fails_is_recorded_as_far_as_it_went():
     result = why_it_works.run(
         cell, why_it_works.make_descent(config, "plain", data), data
     )
-    assert result["smoothness"][0] > 0
+    assert np.isfinite(result["first"]).all()
     assert result["smoothness"][-1] is None
     assert result["cosine"][-1] == [None] * 4
-    assert np.shape(result["loss"]) == (4,)
+    assert np.shape(result["loss"]) == (2,)
     assert result["loss"][-1] is None
 
 
