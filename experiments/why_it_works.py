@@ -3,7 +3,8 @@
     python -m experiments.why_it_works
     python -m experiments.why_it_works --data cifar10
 
-Time: some minutes on two CPU cores; with --smoke some seconds.
+Time: about four minutes on two CPU cores (estimated from a run on a busy machine); with
+--smoke some seconds.
 
 Expected: along its gradient the loss with BN changes less, and its gradient too (by
 about two orders of magnitude in the paper, read off a plot); noise that makes
@@ -12,7 +13,34 @@ alone prevents training; the internal covariate shift is no smaller with BN. At 
 small learning rate that the network without BN needs, BN gains little: its gain is the
 larger rate.
 
-Measured: not yet in full.
+Measured (digits, 2 seeds, jax 0.10.2, two cores of an AMD EPYC; test accuracy in %):
+
+    learning rate         0.01   0.03    0.1    0.3      1      3
+    without BN            16.8   80.4   93.5   51.9    7.9    9.5
+    with BN               83.6   90.8   92.9   93.9   95.1   95.2
+    BN and noise          81.1   91.5   93.6   94.5   95.2   94.6
+    noise alone           27.0   88.0   86.2   70.0    7.9    9.5
+
+    at 0.1, medians    range of   change of   smooth-   |G - G'|   cosine of
+    over training      the loss   gradient    ness      / |G|      G and G'
+    without BN         2.55       17.7        22.7      0.22       0.98
+    with BN            0.029      0.70         6.4      0.32       0.96
+    BN and noise       0.078      1.25         7.6      0.40       0.92
+
+(standard deviations up to 1.6 where BN is and at 0.1; up to 60 at 0.3 without). Along
+the gradient the loss ranges over 90 times less with BN, and the gradient changes 25
+times less; per distance 3.6 times less, not a hundred times. At 0.1, the best rate
+without BN, BN gains nothing in accuracy (-0.6 points), though its training loss ends
+at 0.018 and not at 0.13; its gain, 1.6 points, is at ten times that rate. Noise takes
+nothing from BN. The covariate shift is larger with BN in the lower half of the layers
+and smaller in the upper half, where without BN G and G' end almost at right angles; it
+is the largest with BN and noise, by the median, and does not tell which network trains.
+
+Not as in the paper: noise alone slows training, and costs five points or more, but
+does not prevent it. And before training, without BN, the gradient is so small here that
+no step up to 10 changes the loss by more than 4 %; with BN one of 0.5 to 1 takes off a
+quarter, and one of 10 adds three quarters.
+
 
 The network: 3x3 convolutions with He's initial weights, rectified, some of stride 2
 (the digits eight, CIFAR-10 eight), the mean over positions and a matrix. Noise: after
