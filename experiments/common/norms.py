@@ -30,6 +30,7 @@ ONE_CALL: tuple[Method, ...] = ("ghost", *UNSPLIT)
 """Methods that are called on a whole batch, not on each of its groups."""
 
 Norm = Callable[[jax.Array, bool, ArrayLike], jax.Array]
+Conv = Callable[..., nn.Module]
 
 
 def make_norm(name: Method, size: int, steps: int, momentum: float) -> Norm:
@@ -87,6 +88,11 @@ def make_norm(name: Method, size: int, steps: int, momentum: float) -> Norm:
     }[name]
 
 
+def without_bias(width: int, size: tuple[int, ...], *, strides: int) -> nn.Module:
+    """A convolution that a normalization with a bias of its own follows."""
+    return nn.Conv(width, size, strides=strides, use_bias=False)
+
+
 class ConvNet(nn.Module):
     """Convolutions of 3x3, each normalized and rectified, then the mean and a matrix.
 
@@ -96,6 +102,7 @@ class ConvNet(nn.Module):
         norm: see `make_norm`.
         center: what is subtracted from pixels.
         spread: what they are then divided by.
+        conv: (channels, size, strides=...) to the layer.
     """
 
     widths: tuple[int, ...]
@@ -103,6 +110,7 @@ class ConvNet(nn.Module):
     norm: Norm
     center: float = 0.0
     spread: float = 1.0
+    conv: Conv = without_bias
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, train: bool, step: ArrayLike = 0) -> jax.Array:
@@ -115,6 +123,6 @@ class ConvNet(nn.Module):
         """
         y = (jnp.asarray(x, np.float32) - self.center) / self.spread
         for width, stride in zip(self.widths, self.strides, strict=True):
-            y = nn.Conv(width, (3, 3), strides=stride, use_bias=False)(y)
+            y = self.conv(width, (3, 3), strides=stride)(y)
             y = nn.relu(self.norm(y, train, step))
         return nn.Dense(10)(y.mean((1, 2)))
