@@ -21,6 +21,8 @@ from experiments.common import (
     decoding,
     distortions,
     idx,
+    imagenet,
+    networks,
     photos,
     pipeline,
     records,
@@ -139,7 +141,8 @@ def test_crops_are_those_of_inception(size):
         shares = w * h / (width * height)
         assert 0.079 < shares.min() < 0.09
         assert 0.95 < shares.max() <= 1
-        assert 0.45 < shares.mean() < 0.55
+        always = shares[shares < 0.75**2]  # of any aspect, these fit
+        assert abs(always.mean() - (0.08 + 0.75**2) / 2) < 0.015
         assert 0.74 < (w / h).min() < 0.76
         assert 1.32 < (w / h).max() < 1.35
         assert len(np.unique(left)) > 200
@@ -205,19 +208,22 @@ def test_colours_against_real_numbers():
     assert rng.integers(100) == np.random.default_rng(0).integers(100)
 
 
-def test_colours_of_images_in_memory():
-    """Of three channels as of one; the crops are those without."""
-    for channels in (1, 3):
-        images = np.full((4, 6, 6, channels), 100, np.uint8)
-        batch = pipeline.Batch(images, np.arange(4, dtype=np.int32))
-        plain = pipeline.ImageData(batch, batch, padding=2, flip=True)
-        vivid = plain._replace(colours="strong")
-        for k in range(4):
-            one, other = (pipeline.training(d, 0, 4, 0, 1)[k] for d in (plain, vivid))
-            assert one.images.shape == other.images.shape
-            assert (one.images > 0).tolist() == (other.images > 0).tolist()
-            assert (one.images != other.images).any()
-        assert (plain.classes, plain.shape) == (4, (6, 6, channels))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_of_images_in_memory(channels):
+    """They are changed after all else."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 5, channels), np.uint8)
+    batch = pipeline.Batch(images, np.arange(2, dtype=np.int32))
+    plain = pipeline.ImageData(batch, batch, padding=2, flip=True)
+    vivid = plain._replace(colours="strong")
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        image = plain.training_example(1, rng).images
+        mode = Image.fromarray(image[..., 0] if channels == 1 else image)
+        expected = np.asarray(distortions.photometric(mode, rng, "strong"))
+        found = vivid.training_example(1, np.random.default_rng(seed))
+        np.testing.assert_array_equal(found.images, expected.reshape(image.shape))
+        assert (found.images != image).any()
+    assert (plain.classes, plain.shape) == (2, (6, 5, channels))
 
 
 def stored(count: int, seed: int = 0) -> list[Encoded]:
@@ -257,7 +263,7 @@ def test_streams_do_not_depend_on_the_number_of_processes(shuffle):
     assert other.images.tolist() != together[0].images.tolist()
 
 
-CUT = KINDS["rgb"][0][:-100]  # within the pixels
+CUT = stored(1)[0].content[:-300]  # within the pixels
 
 
 def test_damaged_files_are_skipped_and_named_once():
@@ -265,7 +271,7 @@ def test_damaged_files_are_skipped_and_named_once():
     sound = stored(10)
     damaged = [*sound]
     damaged[3] = Encoded(b"", 3, "an empty file")
-    damaged[4] = Encoded(sound[4].content[: len(sound[4].content) // 2], 4, "half")
+    damaged[4] = Encoded(sound[4].content[:-300], 4, "the middle")
     damaged[9] = Encoded(b"GIF? No.", 9, "the last file")
     before, shares = (
         pipeline.training(source(s), 0, 4, 0, 1) for s in (sound, damaged)
@@ -275,8 +281,8 @@ def test_damaged_files_are_skipped_and_named_once():
     texts = sorted(str(warning.message) for warning in caught)
     assert len(texts) == 3
     assert texts[0].startswith("an empty file cannot be decoded (0 bytes of no known f")
-    assert texts[1].startswith("half cannot be decoded (image file is truncated")
-    assert texts[2].startswith("the last file cannot be decoded (8 bytes of no known")
+    assert texts[2].startswith("the middle cannot be decoded (image file is trunca")
+    assert texts[1].startswith("the last file cannot be decoded (8 bytes of no known")
     assert all("left out, and the next image takes its place." in t for t in texts)
     replaced = {3: 5, 4: 5, 9: 0}
     for k in range(10):
@@ -658,7 +664,7 @@ def test_file_that_is_no_tfrecord(tmp_path):
     assert text in fails(tmp_path)
 
 
-@pytest.mark.parametrize("missing", [1, 4, 5, 16, 17])
+@pytest.mark.parametrize("missing", [1, 4, 5, 6, 16])
 def test_tfrecord_that_is_cut_off(tmp_path, missing):
     """In a checksum, in the data, in a header."""
     path = tmp_path / "train-00000-of-00001"
@@ -671,7 +677,6 @@ def test_tfrecord_that_is_cut_off(tmp_path, missing):
             error.value
         )
     else:
-        assert f"{path} has 01000000" in str(error.value)
         assert "at byte 19: expected an uncompressed TFRecord" in str(error.value)
 
 
@@ -687,8 +692,12 @@ def test_damaged_array_record(tmp_path):
 
 
 @pytest.mark.usefixtures("quickly")
-def test_trains_on_photographs(layout, tmp_path):
-    """ResNet-18 at 224 x 224, on a folder with one damaged file."""
+@pytest.mark.parametrize(
+    "stages", [(1,), pytest.param((2, 2, 2, 2), marks=pytest.mark.slow)]
+)
+def test_trains_on_photographs(layout, tmp_path, monkeypatch, stages):
+    """Part of ResNet-18, or all, at 224 x 224, on a folder with one damaged file."""
+    monkeypatch.setitem(networks.STAGES, 18, (imagenet.Basic, stages))
     config = Config(
         data="imagenet",
         data_dir=layout,
