@@ -33,7 +33,7 @@ def crop(width: int, height: int, rng: np.random.Generator) -> Box:
     """
     for _ in range(ATTEMPTS):
         area = width * height * rng.uniform(*AREA)
-        aspect = math.exp(rng.uniform(*map(math.log, ASPECT)))
+        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers((width - w + 1, height - h + 1)).tolist()

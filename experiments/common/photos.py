@@ -64,7 +64,7 @@ class Photos:
             except decoding.Undecodable as error:
                 self._warn(name, error, "the next image takes its place")
             else:
-                return Batch(image, np.int32(label))
+                return Batch(image, np.array(label, np.int32))
         raise DataError(
             f"{PATIENCE} training images in a row, or all, cannot be decoded, the last "
             f"of them {name}: expected JPEG or PNG files. See how they were copied."
@@ -77,8 +77,8 @@ class Photos:
             image = decoding.validation(content, self.shape[0])
         except decoding.Undecodable as error:
             self._warn(name, error, "no prediction for it is right")
-            return Batch(np.zeros(self.shape, np.uint8), np.int32(-1))
-        return Batch(image, np.int32(label))
+            return Batch(np.zeros(self.shape, np.uint8), np.array(-1, np.int32))
+        return Batch(image, np.array(label, np.int32))
 
     def _warn(self, name: str, error: Exception, then: str) -> None:
         mine = object()

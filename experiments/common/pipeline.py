@@ -6,6 +6,7 @@ the same, in the same order, however many processes share it.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -84,7 +85,7 @@ class _Test(grain.transforms.Map):
     def map(self, element: int) -> Batch:
         if element < self._data.test_count:
             return self._data.test_example(element)
-        return Batch(np.zeros(self._data.shape, np.uint8), np.int32(-1))
+        return Batch(np.zeros(self._data.shape, np.uint8), np.array(-1, np.int32))
 
 
 class _Lazy(Sequence[Batch]):
@@ -97,7 +98,8 @@ class _Lazy(Sequence[Batch]):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Batch:
-        return self._batches[index]
+        batch: Any = self._batches[index]
+        return batch
 
     def __iter__(self) -> Iterator[Batch]:
         return from_step(self._batches, 0)

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 
@@ -123,9 +123,10 @@ def _open(path: Path) -> Sequence[bytes]:
     if not ARRAY.search(path.name):
         return TFRecord(path)
     try:
-        return grain.sources.ArrayRecordDataSource(str(path))
+        file: Any = grain.sources.ArrayRecordDataSource(str(path))
     except (RuntimeError, ValueError, OSError) as error:
         raise DataError(
             f"{path} cannot be read as an ArrayRecord file ({error}): expected a whole "
             "one, as its name says. Fetch it again, or name it for what it is."
         ) from error
+    return file
