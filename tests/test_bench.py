@@ -13,6 +13,8 @@ from experiments.bench import bars, collectives, layer, rivals, timing
 from experiments.bench.right import check
 from experiments.common import results
 
+pytestmark = pytest.mark.experiment
+
 REPOSITORY = Path(__file__).parent.parent
 PNG = b"\x89PNG"
 

@@ -13,6 +13,8 @@ import pytest
 from experiments.bench import charts, collectives, compile, step
 from experiments.common import steps
 
+pytestmark = pytest.mark.experiment
+
 REPOSITORY = Path(__file__).parent.parent
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from experiments.common import curves, guard, idx, launcher, results
 
+pytestmark = pytest.mark.experiment
+
 REPOSITORY = Path(__file__).parents[1]
 STEPS = 23  # of one epoch of 1,397 digits in batches of 60
 SETTINGS = {

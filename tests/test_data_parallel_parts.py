@@ -33,6 +33,8 @@ from experiments.common import (
 from experiments.common.checkpoints import CheckpointError, Checkpoints
 from experiments.data_parallel import Config
 
+pytestmark = pytest.mark.experiment
+
 REPOSITORY = Path(__file__).parents[1]
 
 

@@ -40,6 +40,8 @@ from experiments.common import (
 from experiments.common.models import SigmoidMLP
 from tests.helpers import assert_close, assert_trees_close
 
+pytestmark = pytest.mark.experiment
+
 REPOSITORY = Path(__file__).parents[1]
 PIXELS = [round(inches * plot.DPI) for inches in plot.INCHES]
 MODULES = [

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from experiments import figures
+
+pytestmark = pytest.mark.experiment
 
 HERE = Path(figures.__file__).parent
 

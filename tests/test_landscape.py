@@ -9,6 +9,8 @@ from helpers import assert_close, assert_trees_close
 
 from experiments.common import classifier, data, descent, landscape, layers
 
+pytestmark = pytest.mark.experiment
+
 
 @pytest.mark.usefixtures("x64")
 def test_along_the_gradient_of_a_quadratic():

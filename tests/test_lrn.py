@@ -11,6 +11,8 @@ from experiments.common import lrn
 from experiments.common.lrn import local_response_norm
 from tests.helpers import assert_close
 
+pytestmark = pytest.mark.experiment
+
 # Strong enough that every term shows; those of the paper change the third digit.
 STRONG = {"size": 5, "k": 0.7, "alpha": 0.3, "beta": 0.75}
 PAPER = {"size": 5, "k": 2.0, "alpha": 1e-4, "beta": 0.75}

@@ -7,6 +7,8 @@ from experiments import normalizers
 from experiments.common import contest, results, study
 from experiments.common.rated import Rated
 
+pytestmark = pytest.mark.experiment
+
 NAME, PICTURE = "normalizers.jsonl", "normalizers_digits.png"
 
 

@@ -35,6 +35,8 @@ from experiments.common import (
 from experiments.common.folders import Encoded
 from experiments.data_parallel import Config
 
+pytestmark = pytest.mark.experiment
+
 
 def saved(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
     file = io.BytesIO()

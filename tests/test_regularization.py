@@ -17,6 +17,8 @@ from experiments.common.regularized import RegularizedNet
 from experiments.common.results import read
 from tests.helpers import assert_close
 
+pytestmark = pytest.mark.experiment
+
 CONFIG = regularization.Config()
 BASE = regularization.cell_of(CONFIG, True, regularization.NOTHING, 0)
 

@@ -16,6 +16,8 @@ from experiments.common.heatmaps import Map
 from experiments.common.results import read
 from tests.helpers import assert_close, assert_trees_close, plain_batch_norm
 
+pytestmark = pytest.mark.experiment
+
 KINDS = [(a, n) for a in ("sigmoid", "tanh") for n in (False, True)]
 
 

@@ -10,6 +10,8 @@ from experiments.common import results, study, why_plot, why_tables
 from experiments.common.cells import load_images
 from experiments.common.rated import Rated
 
+pytestmark = pytest.mark.experiment
+
 NAME, PICTURE = "why_it_works.jsonl", "why_it_works_digits.png"
 
 
