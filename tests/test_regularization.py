@@ -187,12 +187,13 @@ def test_decay_is_of_kernels():
         "BatchNorm_0": {"scale": jnp.full(2, 3.0), "bias": jnp.full(2, 3.0)},
     }
     optimizer, zero = ablation.descent(10), jax.tree.map(jnp.zeros_like, params)
+    update = jax.jit(optimizer.update)
     moved = {}
     for decay, rate in ((5e-4, 0.1), (1e-4, 0.1), (5e-4, 0.3), (0.0, 0.1)):
         strengths = {"rate": jnp.float32(rate), "decay": jnp.float32(decay)}
         state = optimizer.init(params)._replace(hyperparams=strengths)
         for _ in range(2):  # the rate begins at 0, and is at its height after a tenth
-            change, state = optimizer.update(zero, state, params)
+            change, state = update(zero, state, params)
         assert not np.any(change["Conv_0"]["bias"])
         assert not any(np.any(v) for v in change["BatchNorm_0"].values())
         moved[decay, rate] = float(change["Conv_0"]["kernel"][0, 0])
