@@ -33,8 +33,9 @@ times less; per distance 3.6 times less, not a hundred times. At 0.1, the best r
 without BN, BN gains nothing in accuracy (-0.6 points), though its training loss ends
 at 0.018 and not at 0.13; its gain, 1.6 points, is at ten times that rate. Noise takes
 nothing from BN. The covariate shift is larger with BN in the lower half of the layers
-and smaller in the upper half, where without BN G and G' end almost at right angles; it
-is the largest with BN and noise, by the median, and does not tell which network trains.
+and smaller in the upper half, where without BN, in the last two, G and G' are almost at
+right angles; by the median it is the largest with BN and noise. It does not tell which
+network trains.
 
 Not as in the paper: noise alone slows training, and costs five points or more, but
 does not prevent it. And before training, without BN, the gradient is so small here that
