@@ -128,8 +128,9 @@ def train(config: Config, cells: Sequence[Cell | Timing]) -> Iterator[Trained]:
 
     for cell in cells:
         if isinstance(cell, Timing):
-            seconds = time_steps({name: descent(name) for name in cell.timed}, cell)
-            yield Trained(cell, {"seconds": seconds}, "the time of a step")
+            timed: dict[str, Descent] = {name: descent(name) for name in cell.timed}
+            result = {"seconds": time_steps(timed, cell)}
+            yield Trained(cell, result, "the time of a step")
         else:
             result = run(cell, descent(cell.method), data)
             shown = f"{cell.method} {cell.rate:g}: {result['final']:.1%}"
@@ -150,9 +151,7 @@ def make_descent(data: str, method: Normalizer, split: Split) -> Descent:
     return Descent(Classifier(model, optax.sgd(1.0, 0.9, nesterov=True)), split)
 
 
-def time_steps(
-    descents: dict[Normalizer, Descent], cell: Timing
-) -> dict[Normalizer, float]:
+def time_steps(descents: dict[str, Descent], cell: Timing) -> dict[str, float]:
     """The median seconds of a step of each, on one batch; they take turns."""
     batch = np.arange(BATCH)
 

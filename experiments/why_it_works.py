@@ -163,12 +163,13 @@ def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
             yield Trained(cell, result, f"{net} {cell.rate:g}: {result['test']:.1%}")
 
 
-def make_descent(config: Config, net: Net, data: Dataset) -> Descent:
+def make_descent(config: Config, net: str, data: Dataset) -> Descent:
     """How a network is trained."""
     size, task = SIZES[config.data], TASKS[config.data]
     sizes = size.widths[: config.depth], size.strides[: config.depth]
-    pixels = {"center": task.center, "spread": task.spread}
-    model = make_network(NETS[net].layers, *sizes, **pixels)
+    model = make_network(
+        NETS[net].layers, *sizes, center=task.center, spread=task.spread
+    )
     return Descent(Classifier(model, optax.sgd(1.0)), data.train)
 
 
