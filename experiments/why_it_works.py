@@ -33,8 +33,9 @@ times less; per distance 3.6 times less, not a hundred times. At 0.1, the best r
 without BN, BN gains nothing in accuracy (-0.6 points), though its training loss ends
 at 0.018 and not at 0.13; its gain, 1.6 points, is at ten times that rate. Noise takes
 nothing from BN. The covariate shift is larger with BN in the lower half of the layers
-and smaller in the upper half, where without BN G and G' end almost at right angles; it
-is the largest with BN and noise, by the median, and does not tell which network trains.
+and smaller in the upper half, where without BN, in the last two, G and G' are almost at
+right angles; by the median it is the largest with BN and noise. It does not tell which
+network trains.
 
 Not as in the paper: noise alone slows training, and costs five points or more, but
 does not prevent it. And before training, without BN, the gradient is so small here that
@@ -162,12 +163,13 @@ def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
             yield Trained(cell, result, f"{net} {cell.rate:g}: {result['test']:.1%}")
 
 
-def make_descent(config: Config, net: Net, data: Dataset) -> Descent:
+def make_descent(config: Config, net: str, data: Dataset) -> Descent:
     """How a network is trained."""
     size, task = SIZES[config.data], TASKS[config.data]
     sizes = size.widths[: config.depth], size.strides[: config.depth]
-    pixels = {"center": task.center, "spread": task.spread}
-    model = make_network(NETS[net].layers, *sizes, **pixels)
+    model = make_network(
+        NETS[net].layers, *sizes, center=task.center, spread=task.spread
+    )
     return Descent(Classifier(model, optax.sgd(1.0)), data.train)
 
 
