@@ -552,6 +552,16 @@ def test_checksums():
     assert tfrecord.crc32c(b"123456789") == 0xE3069283
 
 
+def test_record_as_tensorflow_writes_it(tmp_path):
+    """The first of every file of events, and its checksums."""
+    content = b"\x09\x00\x00\xc0%\xdd\x75\xd5\x41\x1a\x0dbrain.Event:1"
+    record = b"\x18" + bytes(7) + b"\xa3\x7fK\x22" + content + b"\xec\xf3\x32\x8d"
+    (tmp_path / "events").write_bytes(record)
+    assert list(tfrecord.TFRecord(tmp_path / "events")) == [content]
+    write_tfrecord(tmp_path / "ours", [content])
+    assert (tmp_path / "ours").read_bytes() == record
+
+
 def write_tfrecord(path: Path, contents: list[bytes]) -> None:
     with path.open("wb") as file:
         for content in contents:
