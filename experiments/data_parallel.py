@@ -44,7 +44,14 @@ import tyro
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from experiments.common import cluster, commands, pipeline, replicas, results
+from experiments.common import (
+    cluster,
+    commands,
+    pipeline,
+    replicas,
+    results,
+    sources,
+)
 from experiments.common.checkpoints import CheckpointError, Checkpoints
 from experiments.common.cluster import Preempted, SettingsError
 from experiments.common.guard import FAILED, Guard
@@ -157,13 +164,13 @@ def run(config: Config, guard: Guard, console: Console) -> None:
     process, processes = cluster.connect(config, guard)
     check(config)
     guard.enter("reading the data", config.start_timeout)
-    data = pipeline.load(config.data, config.data_dir)
+    data = sources.load(config.data, config.data_dir)
     share = config.batch_size, process, processes
     batches = pipeline.training(data, config.seed, *share)
     tests = pipeline.testing(data, *share)
 
     guard.enter("compiling", config.start_timeout)
-    epoch = len(data.train.labels) / config.batch_size
+    epoch = data.train_count / config.batch_size
     total, warmup = round(config.epochs * epoch), round(config.warmup_epochs * epoch)
     peak = config.learning_rate * config.batch_size / 128
     network = ResNet(config.depth, config.width, config.dtype)
@@ -187,8 +194,7 @@ def run(config: Config, guard: Guard, console: Console) -> None:
         step = examples // config.batch_size
         report.add("run", experiment="data_parallel", from_step=step, **layout)
         report.add("about", settings=dataclasses.asdict(config), **results.stamp())
-        count = len(data.test.labels)
-        loop = Loop(config, guard, report, functions, saved, tests, count)
+        loop = Loop(config, guard, report, functions, saved, tests, data.test_count)
         state = loop.train(state, pipeline.from_step(batches, step), step, total)
         guard.enter("waiting for the last checkpoint")
         saved.close()

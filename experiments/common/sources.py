@@ -1,0 +1,35 @@
+"""The data sets of images by name, as sources of examples."""
+
+from pathlib import Path
+
+import numpy as np
+
+from experiments.common import cifar
+from experiments.common.examples import Batch, ImageData
+
+
+def load(name: str, data_dir: Path | None = None) -> ImageData:
+    """The data set `name`: "digits" or "cifar10".
+
+    Raises:
+        idx.DataError: files are missing, altered, or cannot be downloaded.
+    """
+    if name == "digits":
+        return _digits()
+    *train, images, labels = cifar.load(data_dir)
+    return ImageData(Batch(*train), Batch(images, labels), padding=4, flip=True)
+
+
+def _digits() -> ImageData:
+    """1,797 digits of 8x8 pixels, in a fixed random order."""
+    from sklearn.datasets import load_digits  # slow to import; only needed here
+
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    images = (pixels[order] * 15).astype(np.uint8).reshape(-1, 8, 8, 1)
+    labels = labels[order].astype(np.int32)
+    train, test = (
+        Batch(images[:1397], labels[:1397]),
+        Batch(images[1397:], labels[1397:]),
+    )
+    return ImageData(train, test, padding=1, flip=False)
