@@ -2,6 +2,7 @@
 
     python -m experiments.data_parallel                      # the digits, one process
     python -m experiments.data_parallel --data cifar10 --depth 20 --epochs 100
+    python -m experiments.data_parallel --data imagenet --depth 50 --width 64 ...
     python -m experiments.data_parallel --local-processes 3  # to try out several
     srun python -m experiments.data_parallel --distributed --resume --data cifar10 ...
 
@@ -47,6 +48,7 @@ from rich.console import Console
 from experiments.common import (
     cluster,
     commands,
+    networks,
     pipeline,
     replicas,
     results,
@@ -58,7 +60,6 @@ from experiments.common.guard import FAILED, Guard
 from experiments.common.idx import DataError
 from experiments.common.pipeline import Batch
 from experiments.common.report import Diverged, Report
-from experiments.common.resnet import ResNet
 
 MODULE = "experiments.data_parallel"
 OUT = Path(__file__).parent / "results" / "data_parallel"
@@ -76,12 +77,13 @@ SMOKE: dict[str, Any] = {
 class Training:
     """The settings that make a run what it is: it is resumed with the same only."""
 
-    data: Literal["digits", "cifar10"] = "digits"
-    """The images. The digits come with scikit-learn; CIFAR-10 is downloaded once."""
-    depth: Literal[8, 14, 20, 32, 44, 56, 110] = 8
-    """Layers of the network."""
+    data: Literal["digits", "cifar10", "imagenet"] = "digits"
+    """The images. The digits come with scikit-learn; CIFAR-10 is downloaded once;
+    ImageNet, or what is laid out as it is, lies in --data-dir."""
+    depth: Literal[8, 14, 20, 32, 44, 56, 110, 18, 34, 50] = 8
+    """Layers of the network; the last three are of those of ImageNet."""
     width: int = 16
-    """Channels of its first stage."""
+    """Channels of its first stage; ImageNet's is 64 in the paper."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters and statistics are float32."""
     batch_size: int = 128
@@ -103,7 +105,7 @@ class Config(cluster.Cluster, Training):
     """The settings of a run; each is an option of the command line."""
 
     data_dir: Path | None = None
-    """Where CIFAR-10's binary files lie, if not to be downloaded; or BNJAX_DATA."""
+    """Where ImageNet lies, or CIFAR-10 if not to be downloaded; or BNJAX_DATA."""
     checkpoint_every: int = 200
     """Steps between two checkpoints."""
     keep: int = 3
@@ -173,7 +175,9 @@ def run(config: Config, guard: Guard, console: Console) -> None:
     epoch = data.train_count / config.batch_size
     total, warmup = round(config.epochs * epoch), round(config.warmup_epochs * epoch)
     peak = config.learning_rate * config.batch_size / 128
-    network = ResNet(config.depth, config.width, config.dtype)
+    network = networks.build(
+        config.data, config.depth, config.width, config.dtype, data.classes
+    )
     optimizer = replicas.sgd(total, warmup, peak, config.weight_decay)
     state, functions = replicas.start(network, optimizer, tests[0], config.seed)
 
@@ -206,7 +210,8 @@ def run(config: Config, guard: Guard, console: Console) -> None:
 
 
 def check(config: Config) -> None:
-    """Raises SettingsError if a batch or a schedule does not come out even."""
+    """Raises SettingsError if settings do not go together."""
+    networks.check(config.data, config.depth)
     if config.batch_size % jax.device_count():
         raise SettingsError(
             f"received --batch-size {config.batch_size}: expected a multiple of the "

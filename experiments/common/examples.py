@@ -82,7 +82,7 @@ class ImageData(NamedTuple):
 
     @property
     def classes(self) -> int:
-        return int(self.train.labels.max()) + 1
+        return 1 + max(int(split.labels.max()) for split in (self.train, self.test))
 
     def training_example(self, index: int, rng: np.random.Generator) -> Batch:
         """Crops and mirrors an image, and changes its colours."""

@@ -1,21 +1,30 @@
 """The data sets of images by name, as sources of examples."""
 
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 
-from experiments.common import cifar
-from experiments.common.examples import Batch, ImageData
+from experiments.common import cifar, photos
+from experiments.common.examples import Batch, ImageData, Source
 
 
-def load(name: str, data_dir: Path | None = None) -> ImageData:
-    """The data set `name`: "digits" or "cifar10".
+@overload
+def load(
+    name: Literal["digits", "cifar10"], data_dir: Path | None = None
+) -> ImageData: ...
+@overload
+def load(name: str, data_dir: Path | None = None) -> Source: ...
+def load(name: str, data_dir: Path | None = None) -> Source:
+    """The data set `name`: "digits", "cifar10" or "imagenet".
 
     Raises:
         idx.DataError: files are missing, altered, or cannot be downloaded.
     """
     if name == "digits":
         return _digits()
+    if name == "imagenet":
+        return photos.load(data_dir)
     *train, images, labels = cifar.load(data_dir)
     return ImageData(Batch(*train), Batch(images, labels), padding=4, flip=True)
 
