@@ -91,10 +91,11 @@ PAPER = {
 SMOKE: dict[str, Any] = {
     "data": "digits",
     "models": ("inception", "bn_x5"),
-    "modules": ("3a", "3c"),
+    "modules": ("3c",),
     "divisor": 16,
     "steps": 60,
     "evaluate_every": 20,
+    "learning_rate": 0.02,
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from rich.console import Console
@@ -10,11 +11,24 @@ from experiments.common import curves, entries, results, training
 from experiments.common.entries import Cell, Ensemble
 from experiments.common.examples import ImageData
 from experiments.common.guard import Guard
-from experiments.common.loop import Options
+from experiments.common.loop import Job, Options
 from experiments.common.photos import Splits
+from experiments.common.replicas import Replicas, TrainState
 from experiments.common.report import Diverged
 from experiments.common.results import Record
 from experiments.common.voting import Votes, together, votes
+
+
+class Trained(NamedTuple):
+    """Attributes: what was trained, the last state, the compiled functions."""
+
+    job: Job
+    state: TrainState
+    functions: Replicas
+
+    def votes(self) -> Votes:
+        """On all test images."""
+        return votes(self.job.network, self.state, self.functions.place, self.job.tests)
 
 
 def train(
@@ -23,8 +37,8 @@ def train(
     options: Options,
     guard: Guard,
     cell: Cell,
-) -> tuple[Record, Votes | None]:
-    """The curve of a training, and the last votes unless it diverged.
+) -> tuple[Record, Trained | None]:
+    """The curve of a training, and its end unless it diverged.
 
     Args:
         data: see `entries.load`.
@@ -35,11 +49,9 @@ def train(
     """
     job = entries.make_job(data, folder, cell)
     options = dataclasses.replace(options, evaluate_every=cell.evaluate_every)
-    voted = None
+    last = None
     try:
-        state, functions = training.run(job, options, guard, Console())
-        guard.enter("voting", options.start_timeout)
-        voted = votes(job.network, state, functions.place, job.tests)
+        last = Trained(job, *training.run(job, options, guard, Console()))
     except Diverged:
         pass
     first = jax.process_index() == 0  # the others keep no records
@@ -48,9 +60,9 @@ def train(
     return {
         "steps": list(measured),
         "accuracy": [record["accuracy"] for record in measured.values()],
-        "diverged": voted is None,
+        "diverged": last is None,
         "seconds": sum({r["run"]: r["seconds"] for r in records}.values()),
-    }, voted
+    }, last
 
 
 def vote(
@@ -61,12 +73,14 @@ def vote(
     ensemble: Ensemble,
 ) -> Record:
     """The last accuracies of the members, and that of all together."""
-    found, seconds = [], 0.0
+    found: list[Votes] = []
+    seconds = 0.0
     for member in ensemble.members:
         place = folder / entries.name(member)
-        result, voted = train(data, place, options, guard, member)
+        result, last = train(data, place, options, guard, member)
         seconds += result["seconds"]
-        found += [] if voted is None else [voted]
+        guard.enter("voting", options.start_timeout)
+        found += [] if last is None else [last.votes()]
     accuracies = [member.accuracy() for member in found]
     all_of_them = together(found).accuracy() if found else float("nan")
     return {
