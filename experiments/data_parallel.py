@@ -16,8 +16,8 @@ with no axis name. What the processes need to agree on, they compute alike.
 
 If a process is lost, the others end within --timeout seconds, with a message that says
 which one, and the command that goes on from the last checkpoint. The parts lie in
-`experiments.common`: guard (when to give up), roll (who is lost), checkpoints and
-launcher.
+`experiments.common`: loop, training (what is around it), guard (when to give up),
+roll (who is lost), checkpoints and launcher.
 
 Expected: three processes of two devices train as one of six does, but for rounding. A
 run that is killed anywhere and resumed has the losses, the final parameters and the
@@ -36,34 +36,28 @@ import dataclasses
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import tyro
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 from experiments.common import (
     cluster,
     commands,
     networks,
+    optimizers,
     pipeline,
-    replicas,
-    results,
     sources,
+    training,
 )
-from experiments.common.checkpoints import CheckpointError, Checkpoints
-from experiments.common.cluster import Preempted, SettingsError
-from experiments.common.guard import FAILED, Guard
-from experiments.common.idx import DataError
-from experiments.common.pipeline import Batch
-from experiments.common.report import Diverged, Report
+from experiments.common.cluster import SettingsError
+from experiments.common.guard import Guard
+from experiments.common.loop import Job, Options
 
 MODULE = "experiments.data_parallel"
 OUT = Path(__file__).parent / "results" / "data_parallel"
-EXPECTED = DataError, SettingsError, CheckpointError, Diverged
 SMOKE: dict[str, Any] = {
     "data": "digits",
     "width": 4,
@@ -101,19 +95,11 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(cluster.Cluster, Training):
+class Config(Options, Training):
     """The settings of a run; each is an option of the command line."""
 
     data_dir: Path | None = None
     """Where ImageNet lies, or CIFAR-10 if not to be downloaded; or BNJAX_DATA."""
-    checkpoint_every: int = 200
-    """Steps between two checkpoints."""
-    keep: int = 3
-    """How many checkpoints remain."""
-    log_every: int = 10
-    """Steps between two records of the loss."""
-    evaluate_every: int = 100
-    """Steps between two measurements on the test images."""
     smoke: bool = False
     """A run of seconds on the digits, to see that all works."""
 
@@ -137,26 +123,15 @@ def main(config: Config) -> int:
     if config.launches:
         return commands.launch(MODULE, config)
     console = Console()
-    checkpoints = config.folder() / "checkpoints"
-    advice = commands.advice(MODULE, config, checkpoints)
-    with Guard(
-        config.folder() / "processes",
-        active=config.several,
-        timeout=config.timeout,
-        advice=advice,
-    ) as guard:
-        try:
-            run(config, guard, console)
-        except EXPECTED as error:
-            console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-            return guard.end(1)
-        except Preempted as error:
-            console.print(f"{error}\n{advice}", markup=False, soft_wrap=True)
-            return guard.end(FAILED)
-        except KeyboardInterrupt:
-            console.print(advice, markup=False, soft_wrap=True)
-            return guard.end(130)
-    return 0
+
+    def work(guard: Guard) -> int:
+        run(config, guard, console)
+        return 0
+
+    folder = config.folder()
+    return training.supervise(
+        MODULE, config, folder, folder / "checkpoints", work, console
+    )
 
 
 def run(config: Config, guard: Guard, console: Console) -> None:
@@ -166,44 +141,7 @@ def run(config: Config, guard: Guard, console: Console) -> None:
     process, processes = cluster.connect(config, guard)
     check(config)
     guard.enter("reading the data", config.start_timeout)
-    data = sources.load(config.data, config.data_dir)
-    share = config.batch_size, process, processes
-    batches = pipeline.training(data, config.seed, *share)
-    tests = pipeline.testing(data, *share)
-
-    guard.enter("compiling", config.start_timeout)
-    epoch = data.train_count / config.batch_size
-    total, warmup = round(config.epochs * epoch), round(config.warmup_epochs * epoch)
-    peak = config.learning_rate * config.batch_size / 128
-    network = networks.build(
-        config.data, config.depth, config.width, config.dtype, data.classes
-    )
-    optimizer = replicas.sgd(total, warmup, peak, config.weight_decay)
-    state, functions = replicas.start(network, optimizer, tests[0], config.seed)
-
-    guard.enter("opening the checkpoints", config.start_timeout)
-    saved = Checkpoints(
-        config.folder() / "checkpoints",
-        config.fixed(),
-        replicas.digest,
-        keep=config.keep,
-    )
-    state, examples = saved.begin(state, resume=config.resume)
-    guard.enter("waiting for the others to compile", config.start_timeout)
-    multihost_utils.sync_global_devices("compiled")
-
-    path = config.folder() / "data_parallel.jsonl"
-    with Report(path, total, console, speaks=process == 0) as report:
-        layout = {"processes": processes, "devices": jax.device_count()}
-        step = examples // config.batch_size
-        report.add("run", experiment="data_parallel", from_step=step, **layout)
-        report.add("about", settings=dataclasses.asdict(config), **results.stamp())
-        loop = Loop(config, guard, report, functions, saved, tests, data.test_count)
-        state = loop.train(state, pipeline.from_step(batches, step), step, total)
-        guard.enter("waiting for the last checkpoint")
-        saved.close()
-        guard.enter("comparing the devices")
-        report.add("end", step=total, sha256=replicas.compare(state))
+    training.run(make_job(config, process, processes), config, guard, console)
     if processes > 1:
         guard.enter("leaving together")
         jax.distributed.shutdown()
@@ -212,11 +150,7 @@ def run(config: Config, guard: Guard, console: Console) -> None:
 def check(config: Config) -> None:
     """Raises SettingsError if settings do not go together."""
     networks.check(config.data, config.depth)
-    if config.batch_size % jax.device_count():
-        raise SettingsError(
-            f"received --batch-size {config.batch_size}: expected a multiple of the "
-            f"{jax.device_count()} devices."
-        )
+    training.check(config.batch_size)
     if not 0 <= config.warmup_epochs < config.epochs:
         raise SettingsError(
             f"received --warmup-epochs {config.warmup_epochs}: expected less than the "
@@ -224,67 +158,29 @@ def check(config: Config) -> None:
         )
 
 
-class Loop(NamedTuple):
-    """Training and measurement; each phase is announced to the guard.
-
-    Attributes:
-        tests: this process's share of the test batches.
-        count: of all test images.
-    """
-
-    config: Config
-    guard: Guard
-    report: Report
-    functions: replicas.Replicas
-    saved: Checkpoints
-    tests: Sequence[Batch]
-    count: int
-
-    def train(
-        self,
-        state: replicas.TrainState,
-        batches: Iterator[Batch],
-        begin: int,
-        total: int,
-    ) -> replicas.TrainState:
-        """The state after `total` steps, from that after `begin`."""
-        running = None  # while a step runs on the devices, the next batch is read
-        for step in range(begin + 1, total + 1):
-            self.guard.enter(f"reading the batch of step {step}")
-            batch = self.functions.place(next(batches))
-            self.guard.enter(f"step {step}")
-            state, metrics = self.functions.train(state, batch)
-            self.finish(running)
-            running = step, metrics
-            preempted = cluster.preempted(self.config, step)
-            saves = preempted or step % self.config.checkpoint_every == 0
-            measures = step % self.config.evaluate_every == 0
-            if saves or measures or step == total:
-                self.finish(running)
-                running = None
-            if saves or step == total:
-                self.guard.enter(f"saving step {step}")
-                self.saved.save(step, state, step * self.config.batch_size)
-            if preempted:
-                self.saved.close()
-                raise Preempted(f"saved step {step} since this run was told to end")
-            if measures or step == total:
-                self.evaluate(state, step)
-        return state
-
-    def finish(self, running: tuple[int, dict[str, jax.Array]] | None) -> None:
-        """Waits for a step, if there is one, and records it."""
-        if running is not None:
-            step, metrics = running
-            self.report.step(step, metrics, record=step % self.config.log_every == 0)
-
-    def evaluate(self, state: replicas.TrainState, step: int) -> None:
-        """Records the accuracy on the test images, by the running statistics."""
-        right = 0
-        for batch in self.tests:
-            self.guard.enter(f"testing after step {step}")
-            right += int(self.functions.correct(state, self.functions.place(batch)))
-        self.report.test(step, right / self.count)
+def make_job(config: Config, process: int, processes: int) -> Job:
+    """What one process trains; together they are one job."""
+    data = sources.load(config.data, config.data_dir)
+    share = config.batch_size, process, processes
+    epoch = data.train_count / config.batch_size
+    total, warmup = round(config.epochs * epoch), round(config.warmup_epochs * epoch)
+    peak = config.learning_rate * config.batch_size / 128
+    return Job(
+        name="data_parallel",
+        folder=config.folder(),
+        settings=config.fixed(),
+        about=dataclasses.asdict(config),
+        network=networks.build(
+            config.data, config.depth, config.width, config.dtype, data.classes
+        ),
+        optimizer=optimizers.cosine(total, warmup, peak, config.weight_decay),
+        batches=pipeline.training(data, config.seed, *share),
+        tests=pipeline.testing(data, *share),
+        count=data.test_count,
+        batch_size=config.batch_size,
+        total=total,
+        seed=config.seed,
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ def command(module: str, config: Cluster) -> list[str]:
         value = getattr(config, field.name)
         if value != field.default:
             options.append("--" + field.name.replace("_", "-"))
-            options += [] if isinstance(value, bool) else [str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            options += [] if isinstance(value, bool) else map(str, values)
     return ["-m", module, *options]
 
 

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.common.optimizers import Optimizer
 from experiments.common.pipeline import Batch
 
 
@@ -29,7 +30,7 @@ class TrainState(NamedTuple):
 
 
 class Replicas(NamedTuple):
-    """The compiled functions of a model, for one size of batch.
+    """The compiled functions of a model, for one size of batch each.
 
     Attributes:
         place: a process's share of a batch, to the whole batch on the devices.
@@ -42,37 +43,18 @@ class Replicas(NamedTuple):
     correct: Callable[[TrainState, Batch], jax.Array]
 
 
-def sgd(
-    steps: int, warmup: int, peak: float, weight_decay: float
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Nesterov momentum; the rate rises linearly, then falls as a cosine to 0.
-
-    Kernels decay; biases and what belongs to batch normalization do not.
-    """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
-
-    def kernels(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
-
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, kernels),
-        optax.sgd(schedule, momentum=0.9, nesterov=True),
-    ), schedule
-
-
 def start(
-    model: nn.Module,
-    optimizer: tuple[optax.GradientTransformation, optax.Schedule],
-    share: Batch,
-    seed: int,
+    model: nn.Module, optimizer: Optimizer, share: Batch, tested: Batch, seed: int
 ) -> tuple[TrainState, Replicas]:
     """The state at step 0 and the compiled functions.
 
     Args:
-        model: called as `model(images, train=...)`; it returns logits.
-        optimizer: see `sgd`.
-        share: this process's share of some batch.
-        seed: of the first weights.
+        model: called as `model(images, train=...)`, in training with an rng "dropout"
+            of the step; it returns logits.
+        optimizer: see `optimizers`.
+        share: this process's share of some training batch.
+        tested: the same of some test batch.
+        seed: of the first weights and of dropout.
     """
     mesh = Mesh(np.array(jax.devices()), ("data",))
     split, copied = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -82,35 +64,45 @@ def start(
 
     def init(images: jax.Array) -> TrainState:
         variables = model.init(jax.random.key(seed), images, train=False)
-        params = variables["params"]
-        return TrainState(params, variables["batch_stats"], optimizer[0].init(params))
+        params, stats = variables["params"], variables.get("batch_stats", {})
+        return TrainState(params, stats, optimizer.transformation.init(params))
 
-    batch = place(share)
     blank = np.zeros((1, *share.images.shape[1:]), share.images.dtype)
     state = jax.jit(init, out_shardings=copied)(blank)
-    train, correct = _functions(model, *optimizer)
+    train, correct = _functions(model, *optimizer, seed)
     trained = jax.jit(train, donate_argnums=0, out_shardings=copied)
     counted = jax.jit(correct, out_shardings=copied)
-    functions = (f.lower(state, batch).compile() for f in (trained, counted))
-    return state, Replicas(place, *functions)
+    compiled = (
+        function.lower(state, place(batch)).compile()
+        for function, batch in ((trained, share), (counted, tested))
+    )
+    return state, Replicas(place, *compiled)
 
 
-def _functions(model: nn.Module, optimizer, schedule) -> tuple[Callable, Callable]:
+def _functions(
+    model: nn.Module, optimizer, schedule, seed: int
+) -> tuple[Callable, Callable]:
     """`Replicas.train` and `Replicas.correct`, before they are compiled."""
 
-    def loss(params, batch_stats, batch: Batch):
+    def loss(params, batch_stats, batch: Batch, key: jax.Array):
         variables = {"params": params, "batch_stats": batch_stats}
         logits, updates = model.apply(
-            variables, batch.images, train=True, mutable=["batch_stats"]
+            variables,
+            batch.images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         right = logits.argmax(-1) == batch.labels
-        return losses.mean(), (updates["batch_stats"], right.mean())
+        return losses.mean(), (updates.get("batch_stats", {}), right.mean())
 
     def train(state: TrainState, batch: Batch):
+        step = optax.tree_utils.tree_get(state.optimizer, "count")
+        key = jax.random.fold_in(jax.random.key(seed), step)
         of_params = jax.value_and_grad(loss, has_aux=True)
-        (value, (stats, accuracy)), gradient = of_params(*state[:2], batch)
-        rate = schedule(optax.tree_utils.tree_get(state.optimizer, "count"))
+        (value, (stats, accuracy)), gradient = of_params(*state[:2], batch, key)
+        rate = schedule(step)
         updates, state_after = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, "accuracy": accuracy, "learning_rate": rate}

@@ -19,18 +19,32 @@ class Diverged(Exception):
 class Report(contextlib.ExitStack):
     """Speaks in process 0; in the others, which run the same code, it is silent."""
 
-    def __init__(self, path: Path, steps: int, console: Console, *, speaks: bool):
+    def __init__(
+        self,
+        path: Path,
+        steps: int,
+        console: Console,
+        *,
+        speaks: bool,
+        bar: bool = True,
+        title: str = "",
+    ):
         """
         Args:
             path: the file of records, which is appended to.
             steps: of the whole run.
             console: where the bar is drawn.
             speaks: whether this is process 0.
+            bar: whether there is a progress bar.
+            title: before each line that is printed.
         """
         super().__init__()
         self._log = self._bar = None
+        self._console = console if speaks else None
+        self._title = title
         if speaks:
             self._log = self.enter_context(results.Log(path, digits=None))
+        if speaks and bar:
             columns = (
                 BarColumn(),
                 TextColumn("{task.completed:,}/{task.total:,} steps"),
@@ -69,6 +83,6 @@ class Report(contextlib.ExitStack):
     def test(self, step: int, accuracy: float) -> None:
         """Records and prints the accuracy on the test images."""
         self.add("test", step=step, accuracy=accuracy)
-        if self._bar is not None:
+        if self._console is not None:
             text = f"step {step:,}: {accuracy:.2%} of the test images are right"
-            self._bar.console.print(text, highlight=False)
+            self._console.print(self._title + text, highlight=False)
