@@ -162,8 +162,9 @@ class Cell:
 
 def kinds(config: Config) -> Iterator[Kind]:
     """Of the networks of a run; those that are compared follow on each other."""
-    for depth, activation in itertools.product(config.depths, config.activations):
-        yield from ((activation, normalize, depth) for normalize in WITH)
+    every = itertools.product(config.depths, config.activations, WITH)
+    for depth, activation, normalize in every:
+        yield activation, normalize, depth
 
 
 def cell_of(config: Config, kind: Kind, seed: int) -> Cell:
