@@ -144,9 +144,9 @@ def cells(config: Config) -> list[Cell]:
             f"{', '.join(map(repr, REMOVED))}. Quote what has spaces."
         )
     if config.tune:
-        every = itertools.product(WITH, (NOTHING, EVERYTHING), seeds_of(config), RATES)
-    else:
-        every = itertools.product(WITH, config.removed, seeds_of(config))
+        tried = itertools.product(WITH, (NOTHING, EVERYTHING), seeds_of(config), RATES)
+        return [cell_of(config, *which) for which in tried]
+    every = itertools.product(WITH, config.removed, seeds_of(config))
     return [cell_of(config, *which) for which in every]
 
 

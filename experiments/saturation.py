@@ -47,13 +47,37 @@ whose gradient is a hundred times as large.
 
     python -m experiments.saturation
 
-Time: NOT MEASURED.
+Time: about four minutes on two CPU cores (estimated from the processor time of a run on
+a busy machine); with --smoke some seconds.
 
 Expected: without batch normalization, sigmoid networks of more than a few layers do not
 train at any rate from any first weights, and tanh networks only from some; with it they
 train from all of them, at rates that are larger.
 
-Measured: NOT MEASURED.
+Measured (digits, 500 steps, 1 seed, 30 networks of each kind, jax 0.10.2, two cores of
+an AMD EPYC):
+
+    hidden layers                                      3     5    10    20    50
+    networks that train (%)    sigmoid, without BN    33    17     7     0     0
+                               sigmoid, with BN      100   100    90    80    47
+                               tanh, without BN       53    33    17    10     3
+                               tanh, with BN          83    70    67    63    27
+    accuracy of the best (%)   sigmoid, without BN  94.8  91.8  81.8  37.0   9.5
+                               sigmoid, with BN     92.5  92.2  92.5  92.8  88.8
+                               tanh, without BN     93.8  93.0  92.0  91.8  75.5
+                               tanh, with BN        93.5  94.0  92.8  93.5  86.5
+    largest rate that trains   sigmoid, without BN     5     1     1     -     -
+                               sigmoid, with BN       20    20    20     5     5
+                               tanh, without BN        1     1   0.2   0.2  0.01
+                               tanh, with BN           5     5     1     1   0.2
+
+As expected, but for four things. Plain sigmoid networks of 5 and 10 layers do train, if
+they start from weights of scale 3 or 10. At three layers the best plain network of
+either kind is no worse than the best one with BN: what BN adds there is room for other
+rates and scales. Tanh networks of scale 1 train in 20 layers without it. And BN itself
+has its limit: of 50 layers not all train, none at the highest rate; what is lost are
+small scales at large rates, and large scales at small ones, since with BN the scale
+does nothing but change the effective rate. 400 test images: one is 0.25 %.
 
 The networks: equal hidden layers, each batch-normalized before its activation or not;
 binary images; plain gradient descent at a constant rate. The scale is the standard
@@ -138,8 +162,9 @@ class Cell:
 
 def kinds(config: Config) -> Iterator[Kind]:
     """Of the networks of a run; those that are compared follow on each other."""
-    for depth, activation in itertools.product(config.depths, config.activations):
-        yield from ((activation, normalize, depth) for normalize in WITH)
+    every = itertools.product(config.depths, config.activations, WITH)
+    for depth, activation, normalize in every:
+        yield activation, normalize, depth
 
 
 def cell_of(config: Config, kind: Kind, seed: int) -> Cell:
@@ -224,7 +249,7 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
     every = maps(config, found)
     rows = list(itertools.product(config.activations, WITH))
     path = folder / f"saturation_{config.data}.png"
-    seeds = len(config.seeds)
+    over = f"; mean of {len(config.seeds)} seeds" * (len(config.seeds) > 1)
     heatmaps.draw(
         [[every.get((a, n, depth)) for depth in config.depths] for a, n in rows],
         [f"{activation}\n{WITH[normalize]}" for activation, normalize in rows],
@@ -232,7 +257,7 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
         config.rates,
         config.scales,
         f"{NAMES[config.data]}: test accuracy after {config.steps:,} steps of "
-        f"{config.batch_size} images; mean of {seeds} seed{'s' * (seeds > 1)}",
+        f"{config.batch_size} images{over}",
         path,
     )
     return [path]

@@ -75,7 +75,9 @@ class Net:
                 used = {"mean": moments.mean, "var": moments.variance()}
             else:
                 used = {"mean": own["mean"], "var": own["var"]}
-                z = bnjax.normalize(z, *used.values(), own["scale"], own["bias"])
+                z = bnjax.normalize(
+                    z, own["mean"], own["var"], own["scale"], own["bias"]
+                )
             return ACTIVATIONS[self.activation](z), used
 
         known = statistics or {"first": {}, "rest": {}}

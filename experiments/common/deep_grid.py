@@ -91,9 +91,10 @@ def _train(net: Net, params, rates, data: Dataset, batches):
 
 def _test(net: Net, params, data: Dataset) -> jax.Array:
     """The accuracies of one network on the validation and the test set."""
-    _, statistics = net.apply(params, data.train.images[:KNOWN].astype(jnp.float32))
+    known = data.train.images[:KNOWN]
+    _, statistics = net.apply(params, jnp.asarray(known, jnp.float32))
     shares = []
     for images, labels in (data.validation, data.test):
-        logits, _ = net.apply(params, images.astype(jnp.float32), statistics)
+        logits, _ = net.apply(params, jnp.asarray(images, jnp.float32), statistics)
         shares.append((logits.argmax(-1) == labels).mean())
     return jnp.stack(shares)

@@ -81,9 +81,10 @@ def draw(
     for axes in panels[-1]:
         axes.set_xlabel("learning rate", fontsize=9)
         labels = [f"{rate:g}" for rate in rates]
-        axes.set_xticks(range(len(rates)), labels, rotation=90 * (len(rates) > 6))
+        rotation = 90 * (len(rates) > 6)
+        axes.set_xticks(range(len(rates)), labels, rotation=rotation, fontsize=7)
     for axes in panels.flat:
-        axes.tick_params(labelsize=8, length=2)
+        axes.tick_params(axis="y", labelsize=8, length=2)
     if image is not None:
         bar = figure.colorbar(image, ax=panels, shrink=0.6, pad=0.01)
         bar.set_label("test accuracy (%)", fontsize=9)
