@@ -28,6 +28,9 @@ three processes against one, losses differ by 2e-7 at most; resumed, by nothing.
 length the digits end at 97.5 % of the test images, and CIFAR-10 with --depth 8 --epochs
 12 at 78.1 %.
 
+ImageNet was not trained on. Its layout was tried with 200 synthetic photographs (see
+`experiments.common.synthetic`), one of them damaged: ResNet-18 in full size.
+
 References: He et al. 2016 (the network); Goyal et al. 2017 (the rate grows with the
 batch, after a warm-up; no decay but of kernels).
 """
