@@ -416,6 +416,18 @@ def test_divergence_is_a_result(tmp_path, capsys):
     assert list((tmp_path / "inception").iterdir()) == []
 
 
+@pytest.mark.usefixtures("quickly")
+def test_ensemble(tmp_path, capsys):
+    two = config(ensemble=2, steps=20, evaluate_every=20, out=tmp_path)
+    assert study.main(inception.STUDY, two) == 0
+    (found,) = study.finished(tmp_path / "inception.jsonl").values()
+    assert len(found["members"]) == 2
+    assert found["diverged"] == 0
+    gain = found["together"] - np.mean(found["members"])
+    assert abs(found["gain"] - gain) < 1e-5
+    assert "points over their mean" in capsys.readouterr().out
+
+
 def test_cells():
     def models(**changed):
         return [cell.model for cell in inception.cells(config(**changed))]

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -76,8 +77,9 @@ def run(
         Preempted: told to end.
     """
     guard.enter("compiling", options.start_timeout)
+    first: Any = job.batches[0]  # None only of data sets that leave some out
     state, functions = replicas.start(
-        job.network, job.optimizer, job.batches[0], job.tests[0], job.seed
+        job.network, job.optimizer, first, job.tests[0], job.seed
     )
     guard.enter("opening the checkpoints", options.start_timeout)
     folder = job.folder / "checkpoints"
