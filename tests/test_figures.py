@@ -1,10 +1,12 @@
 """Every committed picture is drawn from committed results."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from experiments import figures
+from experiments.common import results
 
 pytestmark = pytest.mark.experiment
 
@@ -31,3 +33,14 @@ def test_missing_results_are_named(tmp_path, capsys):
     assert "mnist: [Errno 2]" in printed
     assert "bench.step: " in printed
     assert "holds no run" in printed
+
+
+def test_the_table_names_the_commits_of_the_records():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    row = r"\| `experiments\.([\w.]+)[^|]*\|.*\| ([0-9a-f]{7}) \|$"
+    rows = re.findall(row, text, re.MULTILINE)
+    assert len(rows) >= 11
+    for name, commit in rows:
+        path = HERE / "results" / f"{name.replace('.', '_')}.jsonl"
+        stamps = [r["commit"] for r in results.read(path) if "commit" in r]
+        assert stamps[-1].startswith(commit), name
