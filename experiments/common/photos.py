@@ -34,7 +34,7 @@ class Photos:
 
     A training image that cannot be decoded is replaced by the next one that can be, so
     that the stream remains a function of seed and position; a test image, by an empty
-    one with label -1, so that none counts twice. A warning names each, once.
+    one with label -1, so that none counts twice. A warning names each, once a process.
     """
 
     def __init__(self, splits: Splits, size: int = 224, colours: Strength = "weak"):
