@@ -58,7 +58,7 @@ from experiments.common.ablation import TASKS, Cell, errors_of
 from experiments.common.results import Record
 from experiments.common.study import Settings, Study, Trained
 
-RATES = (0.01, 0.03, 0.1, 0.3)  # tried by --tune
+RATES = (0.03, 0.1, 0.3, 1.0)  # tried by --tune
 WITH = {True: "with BN", False: "without BN"}
 ON: dict[str, Any] = {
     "dropout": 0.4,
