@@ -3,14 +3,17 @@
     python -m experiments.regularization
     python -m experiments.regularization --data cifar10
 
-Time: NOT MEASURED.
+Time: not measured yet; with --smoke some seconds.
 
 Expected: with batch normalization, dropout and local response normalization (LRN) can
 be removed, L2 cut to a fifth, and photometric distortions be left out, at no cost or at
 a gain, and thorough shuffling helps by about one point. Without it, removing them costs
 more.
 
-Measured: NOT MEASURED.
+Measured: nothing yet but the learning rates of the digits (`--tune --seeds 0`): 0.3 is
+the best one for both. With everything on, 9.7 % of the held-out digits are wrong with
+BN and 39.3 % without; with everything removed, 4.0 and 6.7 %. Those of CIFAR-10 are
+not tuned yet.
 
 The network: convolutions of 3x3, batch-normalized or with a bias, rectified; the mean
 over positions, and a matrix. On CIFAR-10 six of them, and the first 5,000 training
