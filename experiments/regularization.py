@@ -3,17 +3,38 @@
     python -m experiments.regularization
     python -m experiments.regularization --data cifar10
 
-Time: NOT MEASURED.
-
 Expected: with batch normalization, dropout and local response normalization (LRN) can
 be removed, L2 cut to a fifth, and photometric distortions be left out, at no cost or at
 a gain, and thorough shuffling helps by about one point. Without it, removing them costs
 more.
 
-Measured: NOT MEASURED.
+Time: on the digits at most six minutes (342 s on a busy machine; not measured alone);
+CIFAR-10 not measured yet; with --smoke some seconds.
+
+Measured (digits, 2 seeds, jax 0.10.2, two cores of an AMD EPYC; test error in %, and
+its change in points when one is removed):
+
+                               with BN                without BN
+    nothing                    9.5 ± 1.8              33.2 ± 5.3
+    dropout                    9.9   +0.4 ± 1.2       18.0   -15.2 ± 4.9
+    four fifths of L2          8.5   -1.0 ± 1.4       32.8    -0.5 ± 1.1
+    L2                         8.6   -0.9 ± 1.6       30.0    -3.2 ± 0.7
+    LRN                        8.2   -1.2 ± 1.4       12.1   -21.1 ± 1.9
+    distortions               10.0   +0.5 ± 0.4       28.9    -4.4 ± 8.0
+    augmentation               4.9   -4.6 ± 1.9        6.9   -26.4 ± 4.4
+    shuffling across shards   10.0   +0.5 ± 0.0       28.2    -5.0 ± 4.6
+    all shuffling             11.1   +1.6 ± 0.5       26.2    -7.0 ± 4.9
+    as in the paper            6.4   -3.1 ± 0.9       10.6   -22.6 ± 6.9
+    all but shuffling          5.1   -4.4 ± 1.9        7.8   -25.5 ± 6.0
+
+With BN as in the paper: dropout and LRN go at no cost that can be seen with two seeds,
+and shuffling is worth 1.6 points. Without it, against what was expected, everything
+costs more than it brings: in 300 steps that network is underfitted with all of them on.
+What removing costs a plain network that has converged is not shown here. CIFAR-10 has
+neither been tuned nor run.
 
 The network: convolutions of 3x3, batch-normalized or with a bias, rectified; the mean
-over positions, and a matrix. On CIFAR-10 six of them, and the first 5,000 training
+over positions, and a matrix. On CIFAR-10 six of them, and the first 2,500 training
 images: all 50,000 are seen too seldom in these steps to be learned by heart. With
 everything on: dropout of 40 % of the means; L2 of 5e-4 on kernels; LRN after the first
 two convolutions, over 5 channels with k = 2, beta = 0.75 and alpha = 1e-4 for pixels of
@@ -58,7 +79,7 @@ from experiments.common.ablation import TASKS, Cell, errors_of
 from experiments.common.results import Record
 from experiments.common.study import Settings, Study, Trained
 
-RATES = (0.01, 0.03, 0.1, 0.3)  # tried by --tune
+RATES = (0.03, 0.1, 0.3, 1.0)  # tried by --tune
 WITH = {True: "with BN", False: "without BN"}
 ON: dict[str, Any] = {
     "dropout": 0.4,

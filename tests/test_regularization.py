@@ -251,7 +251,7 @@ def test_what_is_removed():
     assert differ == {regularization.NOTHING: set(), **expected}
     assert cells["four fifths of L2"]["decay"] == pytest.approx(1e-4)
     assert cells["as in the paper"]["augmentation"] == "weak"
-    assert len(regularization.cells(CONFIG)) == 2 * 11 * 4
+    assert len(regularization.cells(CONFIG)) == 2 * 11 * 2
 
 
 def test_orders_and_seeds_are_compiled_once(monkeypatch):

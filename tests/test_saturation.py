@@ -194,7 +194,7 @@ def test_validation_and_test_are_not_exchanged(images):
 
 def test_what_trains():
     test = np.full((2, 3, 2), 0.1)  # (seed, rate, scale)
-    test[:, 0] = 0.9
+    test[:, 0] = 0.9, 0.7
     test[0, 1, 0] = 0.95  # of one seed: 0.525 on average
     test[0, 2] = 0.8  # 0.45 on average
     validation = np.full((2, 3, 2), 0.3)

@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "digits": Task("Digits", 1_097, 300, 4, 1, 1.0, {True: 0.1, False: 0.1}),
+    "digits": Task("Digits", 1_097, 300, 2, 1, 1.0, {True: 0.3, False: 0.3}),
     "cifar10": Task("CIFAR-10", 2_500, 500, 2, 4, 255.0, {True: 0.1, False: 0.03}),
 }
 
