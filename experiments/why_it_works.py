@@ -3,8 +3,8 @@
     python -m experiments.why_it_works
     python -m experiments.why_it_works --data cifar10
 
-Time: about four minutes on two CPU cores (estimated from a run on a busy machine); with
---smoke some seconds.
+Time: about four minutes on two CPU cores (estimated from a run on a busy machine;
+CIFAR-10 was not run in full); with --smoke some seconds.
 
 Expected: along its gradient the loss with BN changes less, and its gradient too (by
 about two orders of magnitude in the paper, read off a plot); noise that makes
