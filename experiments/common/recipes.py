@@ -8,7 +8,7 @@ import flax.linen as nn
 from experiments.common import optimizers
 from experiments.common.convolutions import Style
 from experiments.common.distortions import Strength
-from experiments.common.inception import MODULES, Inception
+from experiments.common.inception import Inception
 from experiments.common.optimizers import Optimizer
 from experiments.common.shuffling import Shuffle
 
@@ -85,7 +85,7 @@ class Amounts:
     """The strengths of what the changes change, before they do."""
 
     learning_rate: float = 0.01
-    """Of Inception and of BN-Baseline, at first. The best of --tune."""
+    """Of Inception and of BN-Baseline, at first; see --tune."""
     decay: float = 0.5
     """What is left of the rate at the end; with faster decay its sixth power."""
     l2: float = 1e-4
@@ -94,7 +94,7 @@ class Amounts:
     """The share of features that are dropped before the last matrix."""
     divisor: int = 8
     """Of the paper's widths; 1 for its own network."""
-    modules: tuple[str, ...] = tuple(MODULES)
+    modules: tuple[str, ...] = ("3a", "3c", "4a", "4e", "5a", "5b")
     """Of the paper's table, which ones."""
 
 
