@@ -17,12 +17,22 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments import mnist, population, saturation, small_batch, why_it_works
+from experiments import (
+    mnist,
+    normalizers,
+    population,
+    regularization,
+    saturation,
+    small_batch,
+    why_it_works,
+)
 from experiments.bench import charts, compile, layer, scaling, step, whitening
 from experiments.common import curves, plot, results, study
 
 HERE = Path(__file__).parent
 STUDIES: dict[Any, list[Any]] = {
+    normalizers: [normalizers.Config()],
+    regularization: [regularization.Config()],
     saturation: [saturation.Config()],
     why_it_works: [why_it_works.Config()],
     small_batch: [

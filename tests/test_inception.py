@@ -416,6 +416,7 @@ def test_divergence_is_a_result(tmp_path, capsys):
     assert list((tmp_path / "inception").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quickly")
 def test_ensemble(tmp_path, capsys):
     two = config(ensemble=2, steps=20, evaluate_every=20, out=tmp_path)
