@@ -66,8 +66,7 @@ class Convolution(nn.Module):
 def pool(x: jax.Array, kind: Literal["mean", "max"], strides: int) -> jax.Array:
     """The mean or the maximum of 3x3 windows, padded as "SAME" (zeros are counted).
 
-    One axis after the other, by slices: on a CPU, faster than XLA's windows and their
-    derivative.
+    One axis after the other, by slices, whose derivatives are sums of slices.
     """
     fill = 0 if kind == "mean" else -jnp.inf
     for axis in (1, 2):
