@@ -22,7 +22,7 @@ image costs 1.9 ms of a core, or 2.4 ms with its colours changed, that is 540 an
 images per second and core; decoding is 61 and 47 % of that. At the full size it costs
 the same: of 500 x 375 pixels, a crop is seldom twice as large as what it is resized to.
 For validation it costs 2.4 ms. By the clock two threads give 1.7 times the images of
-one, 1.5 with colours, where NumPy holds Python's lock for longer.
+one, 1.5 times with colours.
 """
 
 import statistics
