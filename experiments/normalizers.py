@@ -209,11 +209,9 @@ def run(cell: Cell, descent: Descent, data: Dataset) -> Record:
 
 def rated(found: dict[Any, Record]) -> Rated:
     """The trainings, by method and rate."""
-    records: dict[tuple[str, float], list[Record]] = {}
-    for cell, result in found.items():
-        if isinstance(cell, Cell):
-            records.setdefault((cell.method, cell.rate), []).append(result)
-    return Rated(records)
+    return Rated.grouped(
+        (c.method, c.rate, r) for c, r in found.items() if isinstance(c, Cell)
+    )
 
 
 def seconds(found: dict[Any, Record]) -> dict[str, float]:

@@ -235,10 +235,7 @@ def layers_of(params: Record) -> list[list[str]]:
 
 def rated(found: dict[Cell, Record]) -> Rated:
     """What there is, by network and rate."""
-    records: dict[tuple[str, float], list[Record]] = {}
-    for cell, result in found.items():
-        records.setdefault((cell.net, cell.rate), []).append(result)
-    return Rated(records)
+    return Rated.grouped((c.net, c.rate, r) for c, r in found.items())
 
 
 def report(config: Config, found: dict[Cell, Record]) -> list[Table | str]:

@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-import jax
 import optax
+
+import bnjax
 
 
 class Optimizer(NamedTuple):
@@ -37,11 +38,8 @@ def exponential(
 
 
 def _sgd(schedule: optax.Schedule, weight_decay: float, *, nesterov: bool) -> Optimizer:
-    def kernels(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
-
     transformation = optax.chain(
-        optax.add_decayed_weights(weight_decay, kernels),
+        optax.add_decayed_weights(weight_decay, bnjax.training.weight_decay_mask),
         optax.sgd(schedule, momentum=0.9, nesterov=nesterov),
     )
     return Optimizer(transformation, schedule)

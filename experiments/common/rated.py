@@ -1,6 +1,6 @@
 """Results of networks, each trained at several learning rates from several seeds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,14 @@ class Rated(NamedTuple):
     """What is recorded, a record for each seed, by name of the network and rate."""
 
     records: dict[tuple[str, float], list[Record]]
+
+    @classmethod
+    def grouped(cls, results: Iterable[tuple[str, float, Record]]) -> "Rated":
+        """From the name, the rate and the record of each training."""
+        records: dict[tuple[str, float], list[Record]] = {}
+        for name, rate, record in results:
+            records.setdefault((name, rate), []).append(record)
+        return cls(records)
 
     def names(self) -> list[str]:
         """Those of which there is something, in the order of training."""
