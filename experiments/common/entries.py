@@ -24,11 +24,11 @@ class Training(Amounts):
     data: Literal["digits", "cifar10", "imagenet"] = "cifar10"
     """The images. The digits come with scikit-learn; CIFAR-10 is downloaded once;
     ImageNet, or what is laid out as it is, lies in --data-dir."""
-    steps: int = 8000
+    steps: int = 6000
     """Of each training."""
     batch_size: int = 32
     """Images per step, of all processes together."""
-    evaluate_every: int = 400
+    evaluate_every: int = 300
     """Steps between two measurements on the test images."""
 
 

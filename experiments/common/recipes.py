@@ -84,7 +84,7 @@ MODELS: dict[Model, Recipe] = {
 class Amounts:
     """The strengths of what the changes change, before they do."""
 
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     """Of Inception and of BN-Baseline, at first; see --tune."""
     decay: float = 0.5
     """What is left of the rate at the end; with faster decay its sixth power."""
