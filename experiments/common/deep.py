@@ -55,6 +55,34 @@ class Net:
                 params[part]["scale"] = jnp.ones(shape)
         return params
 
+    def preactivation(
+        self, x: jax.Array, own: dict[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What one hidden layer's activation is given, and the statistics used.
+
+        Args:
+            x: (example, input).
+            own: the layer's parameters; with "mean" and "var" it normalizes by these,
+                otherwise by those of its batch.
+        """
+        z, used = x @ own["kernel"], {}
+        if not self.normalize:
+            z = z + own["bias"][None]
+        elif "mean" in own:
+            used = {"mean": own["mean"], "var": own["var"]}
+            z = bnjax.normalize(z, own["mean"], own["var"], own["scale"], own["bias"])
+        else:
+            z, moments = bnjax.batch_norm(z, own["scale"], own["bias"])
+            used = {"mean": moments.mean, "var": moments.variance()}
+        return z, used
+
+    def layer(
+        self, x: jax.Array, own: dict[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """One hidden layer with its activation; see `preactivation`."""
+        z, used = self.preactivation(x, own)
+        return ACTIVATIONS[self.activation](z), used
+
     def apply(
         self, params: dict[str, Any], x: jax.Array, statistics: Any = None
     ) -> tuple[jax.Array, Any]:
@@ -65,25 +93,10 @@ class Net:
             x: (example, pixel).
             statistics: to normalize by, as they are returned; None for those of `x`.
         """
-
-        def layer(x: jax.Array, own: dict[str, jax.Array]):
-            z, used = x @ own["kernel"], {}
-            if not self.normalize:
-                z = z + own["bias"][None]
-            elif statistics is None:
-                z, moments = bnjax.batch_norm(z, own["scale"], own["bias"])
-                used = {"mean": moments.mean, "var": moments.variance()}
-            else:
-                used = {"mean": own["mean"], "var": own["var"]}
-                z = bnjax.normalize(
-                    z, own["mean"], own["var"], own["scale"], own["bias"]
-                )
-            return ACTIVATIONS[self.activation](z), used
-
         known = statistics or {"first": {}, "rest": {}}
-        x, first = layer(x, params["first"] | known["first"])
+        x, first = self.layer(x, params["first"] | known["first"])
         # A loop, or 50 layers take a minute to compile.
-        x, rest = lax.scan(layer, x, params["rest"] | known["rest"])
+        x, rest = lax.scan(self.layer, x, params["rest"] | known["rest"])
         logits = x @ params["last"]["kernel"] + params["last"]["bias"][None]
         return logits, {"first": first, "rest": rest}
 
