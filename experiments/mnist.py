@@ -37,7 +37,7 @@ import dataclasses
 import signal
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -46,20 +46,19 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.common import curves, plot, results, tables, train
+from experiments.common import curves, plot, results, study, tables, train
 from experiments.common.data import Dataset, load
 from experiments.common.idx import DataError
 from experiments.common.models import SigmoidMLP
+from experiments.common.study import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """The settings of a run; each is an option of the command line."""
 
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
     """The images. The digits come with scikit-learn; the others are downloaded once."""
-    data_dir: Path | None = None
-    """Where the IDX files of the others lie, if not to be downloaded; or BNJAX_DATA."""
     steps: int = 50_000
     """Training steps of each network."""
     batch_size: int = 60
@@ -76,29 +75,26 @@ class Config:
     """Steps between two measurements."""
     unit: int = 0
     """The unit of the last hidden layer whose inputs are shown."""
-    out: Path = Path(__file__).parent / "results"
-    """The folder of mnist.jsonl, which is appended to, and of the picture."""
-    smoke: bool = False
-    """A run of seconds on the digits, to see that all works."""
-    plot_only: bool = False
-    """Train nothing; print and draw the newest run on these data again."""
+
+
+SMOKE: dict[str, Any] = {
+    "data": "digits",
+    "steps": 300,
+    "every": 50,
+    "learning_rates": (0.3, 1.0),
+    "seeds": (0, 1),
+}
 
 
 def main(config: Config) -> int:
     """Trains, prints the tables and draws the picture; returns the exit status."""
-    if config.smoke:
-        config = dataclasses.replace(
-            config,
-            data="digits",
-            steps=300,
-            every=50,
-            learning_rates=(0.3, 1.0),
-            seeds=(0, 1),
-        )
-        # So few steps take less time than their optimization.
-        jax.config.update("jax_disable_most_optimizations", True)
+    return study.start(_main, SMOKE, config)
+
+
+def _main(config: Config) -> int:
     console = Console()
-    path = config.out / "mnist.jsonl"
+    folder = config.out or study.RESULTS
+    path = folder / "mnist.jsonl"
     try:
         finished = True if config.plot_only else run(config, path, console)
         start, networks = curves.last_run(results.read(path), config.data)
@@ -107,7 +103,7 @@ def main(config: Config) -> int:
         return 1
     console.print(tables.against_steps(networks), tables.steps_to_plain(networks))
     console.print(tables.conclusion(networks), highlight=False)
-    picture = config.out / f"mnist_{config.data}.png"
+    picture = folder / f"mnist_{config.data}.png"
     plot.figure_1(networks, caption(start), picture)
     console.print(f"{path}\n{picture}", highlight=False, soft_wrap=True)
     if not finished:

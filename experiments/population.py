@@ -48,10 +48,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 import bnjax
-from experiments.common import results
+from experiments.common import results, study
 from experiments.common.data import Dataset, Split, load
 from experiments.common.idx import DataError
 from experiments.common.models import SigmoidMLP
+from experiments.common.study import Settings
 
 NAMES = {
     "batch": "of the batch, as in training",
@@ -71,13 +72,11 @@ COLLECTIONS = ["batch_stats", "batch_moments"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """The settings of a run; each is an option of the command line."""
 
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
     """The images. The digits come with scikit-learn; the others are downloaded once."""
-    data_dir: Path | None = None
-    """Where the IDX files of the others lie, if not to be downloaded; or BNJAX_DATA."""
     steps: int = 1_000
     """Training steps."""
     batch_size: int = 60
@@ -90,12 +89,9 @@ class Config:
     """Each gives the weights and the mini-batches of one run."""
     estimate_batches: int = 100
     """Most batches that the population statistics are estimated from."""
-    out: Path = Path(__file__).parent / "results"
-    """The folder of population.jsonl, which is appended to, and of the picture."""
-    smoke: bool = False
-    """A run of seconds, to see that all works."""
-    plot_only: bool = False
-    """Train nothing; print and draw the newest run on these data again."""
+
+
+SMOKE = {"data": "digits", "steps": 50, "seeds": (0, 1)}
 
 
 class State(NamedTuple):
@@ -108,12 +104,13 @@ class State(NamedTuple):
 
 def main(config: Config) -> int:
     """Trains, prints the table and draws the picture; returns the exit status."""
-    if config.smoke:
-        config = dataclasses.replace(config, data="digits", steps=50, seeds=(0, 1))
-        # So few steps take less time than their optimization.
-        jax.config.update("jax_disable_most_optimizations", True)
+    return study.start(_main, SMOKE, config)
+
+
+def _main(config: Config) -> int:
     console = Console()
-    path = config.out / "population.jsonl"
+    folder = config.out or study.RESULTS
+    path = folder / "population.jsonl"
     try:
         if not config.plot_only:
             run(config, path, console)
@@ -122,7 +119,7 @@ def main(config: Config) -> int:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     console.print(table(rows))
-    picture = config.out / f"population_{config.data}.png"
+    picture = folder / f"population_{config.data}.png"
     draw(start, rows, picture)
     console.print(f"{path}\n{picture}", highlight=False, soft_wrap=True)
     return 0

@@ -44,7 +44,7 @@ from rich.table import Table
 
 import bnjax
 from experiments.bench.timing import interleaved, keep_memory
-from experiments.common import results
+from experiments.common import results, study
 from experiments.common.imagenet import Basic, Norm, ResNet
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -82,14 +82,28 @@ class Config:
     """Images per call, for the timings; a fresh process gets batches of these too."""
     seconds: float = 15.0
     """For the timings of each batch size."""
-    output: Path = Path(__file__).parent / "results" / "serve.jsonl"
-    """Appended to."""
+    out: Path | None = None
+    """The folder of serve.jsonl, which is appended to. By default experiments/results,
+    or with --smoke one that is removed."""
     smoke: bool = False
     """A narrow network on tiny images, and few timings."""
 
 
+SMOKE: dict[str, Any] = {
+    "image_size": 16,
+    "width": 8,
+    "stages": (1, 1),
+    "batch_sizes": (1, 3),
+    "seconds": 0.05,
+}
+
+
 def main(config: Config) -> int:
     """Folds, exports, serves, compares and measures; returns the exit status."""
+    return study.start(_main, SMOKE, config)
+
+
+def _main(config: Config) -> int:
     console = Console()
     if importlib.util.find_spec("flatbuffers") is None:
         console.print(
@@ -99,16 +113,6 @@ def main(config: Config) -> int:
             soft_wrap=True,
         )
         return 1
-    if config.smoke:
-        jax.config.update("jax_disable_most_optimizations", True)
-        config = dataclasses.replace(
-            config,
-            image_size=16,
-            width=8,
-            stages=(1, 1),
-            batch_sizes=(1, 3),
-            seconds=0.05,
-        )
     models, variables = trained(config)
     example = images(config, 2)
     folded = bnjax.fold.fold_model(models["bnjax"], variables, example)
@@ -209,9 +213,10 @@ def measure(
 
 def record(config: Config, error: float, times: dict[int, dict[str, float]]) -> None:
     """Appends the results to the file of records."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
     settings["file"] = str(config.file)
-    with results.Log(config.output, digits=None) as log:
+    folder = config.out or study.RESULTS
+    with results.Log(folder / "serve.jsonl", digits=None) as log:
         log.add("run", experiment="serve", settings=settings, **results.stamp())
         log.add("served", error=error)
         for size, medians in times.items():

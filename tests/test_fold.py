@@ -661,7 +661,7 @@ def test_other_models_are_refused():
 def test_serving_in_a_fresh_process(tmp_path):
     """The example exports for three platforms, and compares what is served."""
     command = [sys.executable, "-m", "experiments.serve", "--smoke"]
-    command += ["--output", tmp_path / "serve.jsonl", "--file", tmp_path / "model.bin"]
+    command += ["--out", tmp_path, "--file", tmp_path / "model.bin"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 of 6 batch normalizations folded" in done.stdout

@@ -6,6 +6,7 @@ trained again, so that a run that was stopped anywhere goes on where it was.
 """
 
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -77,14 +78,29 @@ class Study(NamedTuple):
     smoke: dict[str, Any]
 
 
+def start(work: Callable[[Any], int], smoke: dict[str, Any], config: Any) -> int:
+    """Does the work of an experiment; with --smoke, in seconds, and leaves nothing.
+
+    Args:
+        work: (config) -> the exit status.
+        smoke: the settings of a run of seconds.
+        config: with the fields `smoke` and `out` of `Settings`.
+    """
+    if not config.smoke:
+        return work(config)
+    # So few steps take less time than their optimization.
+    jax.config.update("jax_disable_most_optimizations", True)
+    with tempfile.TemporaryDirectory() as folder:
+        changed = {"smoke": False, "out": config.out or Path(folder), **smoke}
+        return work(dataclasses.replace(config, **changed))
+
+
 def main(study: Study, config: Any) -> int:
     """Trains, prints and draws; returns the exit status."""
-    if config.smoke:
-        # So few steps take less time than their optimization.
-        jax.config.update("jax_disable_most_optimizations", True)
-        with tempfile.TemporaryDirectory() as folder:
-            changed = {"smoke": False, "out": config.out or Path(folder), **study.smoke}
-            return main(study, dataclasses.replace(config, **changed))
+    return start(functools.partial(_main, study), study.smoke, config)
+
+
+def _main(study: Study, config: Any) -> int:
     console = Console()
     console.width = max(console.width, 120)  # tables whole, to be copied
     folder = config.out or RESULTS
