@@ -29,7 +29,7 @@ length the digits end at 97.5 % of the test images, and CIFAR-10 with --depth 8 
 12 at 78.1 %.
 
 ImageNet was not trained on. Its layout was tried with 200 synthetic photographs (see
-`experiments.common.synthetic`), one of them damaged: ResNet-18 in full size.
+`experiments.common.data.synthetic`), one of them damaged: ResNet-18 in full size.
 
 References: He et al. 2016 (the network); Goyal et al. 2017 (the rate grows with the
 batch, after a warm-up; no decay but of kernels).
@@ -46,18 +46,12 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments.common import (
-    cluster,
-    commands,
-    networks,
-    optimizers,
-    pipeline,
-    sources,
-    training,
-)
-from experiments.common.cluster import SettingsError
-from experiments.common.guard import Guard
-from experiments.common.loop import Job, Options
+from experiments.common.data import pipeline, sources
+from experiments.common.models import networks
+from experiments.common.settings import SettingsError
+from experiments.common.training import cluster, commands, optimizers, runs
+from experiments.common.training.guard import Guard
+from experiments.common.training.loop import Job, Options
 
 MODULE = "experiments.data_parallel"
 OUT = Path(__file__).parent / "results" / "data_parallel"
@@ -132,9 +126,7 @@ def main(config: Config) -> int:
         return 0
 
     folder = config.folder()
-    return training.supervise(
-        MODULE, config, folder, folder / "checkpoints", work, console
-    )
+    return runs.supervise(MODULE, config, folder, folder / "checkpoints", work, console)
 
 
 def run(config: Config, guard: Guard, console: Console) -> None:
@@ -144,7 +136,7 @@ def run(config: Config, guard: Guard, console: Console) -> None:
     process, processes = cluster.connect(config, guard)
     check(config)
     guard.enter("reading the data", config.start_timeout)
-    training.run(make_job(config, process, processes), config, guard, console)
+    runs.run(make_job(config, process, processes), config, guard, console)
     if processes > 1:
         guard.enter("leaving together")
         jax.distributed.shutdown()
@@ -153,7 +145,7 @@ def run(config: Config, guard: Guard, console: Console) -> None:
 def check(config: Config) -> None:
     """Raises SettingsError if settings do not go together."""
     networks.check(config.data, config.depth)
-    training.check(config.batch_size)
+    runs.check(config.batch_size)
     if not 0 <= config.warmup_epochs < config.epochs:
         raise SettingsError(
             f"received --warmup-epochs {config.warmup_epochs}: expected less than the "

@@ -18,22 +18,27 @@ import tyro
 from rich.console import Console
 
 from experiments import (
+    inception,
     mnist,
     normalizers,
     population,
     regularization,
     saturation,
+    scale_invariance,
     small_batch,
     why_it_works,
 )
 from experiments.bench import charts, compile, layer, scaling, step, whitening
-from experiments.common import curves, plot, results, study
+from experiments.common import results, study
+from experiments.common.studies import curves, figure_1
 
 HERE = Path(__file__).parent
 STUDIES: dict[Any, list[Any]] = {
+    inception: [inception.Config()],
     normalizers: [normalizers.Config()],
     regularization: [regularization.Config()],
     saturation: [saturation.Config()],
+    scale_invariance: [scale_invariance.Config()],
     why_it_works: [why_it_works.Config()],
     small_batch: [
         small_batch.Config(),
@@ -92,7 +97,7 @@ def of_mnist(source: Path, folder: Path) -> Iterator[Path]:
     """Figure 1 of the paper."""
     records = results.read(source / "mnist.jsonl")
     start, networks = curves.last_run(records, "mnist")
-    plot.figure_1(networks, mnist.caption(start), folder / "mnist.png")
+    figure_1.draw(networks, mnist.caption(start), folder / "mnist.png")
     yield folder / "mnist.png"
 
 

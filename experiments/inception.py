@@ -24,7 +24,7 @@ Kernels are as He's at first, biases 0. SGD with momentum 0.9, batches of 32, an
 learning rate that decays exponentially: to half of it at the end, or six times as fast.
 Its beginning is tuned for Inception, on a tenth of the training images that is held out
 (`--tune`), and is multiplied by 5 or 30 as in the paper. What the changes change is in
-`experiments.common.recipes`.
+`experiments.common.studies.recipes`.
 
 All processes of a run are started alike, as for `experiments.data_parallel`, whose loop
 this uses. A run that was stopped goes on where it was, inside a training too.
@@ -45,23 +45,16 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments.common import (
-    cluster,
-    commands,
-    entries,
-    races,
-    recipes,
-    study,
-    training,
-    trainings,
-)
-from experiments.common.cluster import SettingsError
-from experiments.common.entries import Cell, Ensemble, Training
-from experiments.common.guard import Guard
-from experiments.common.loop import Options
-from experiments.common.recipes import CHANGES, MODELS, Model, Recipe
+from experiments.common import panels, study
 from experiments.common.results import Record
-from experiments.common.study import Settings, Study, Trained
+from experiments.common.settings import RESULTS, Settings, SettingsError
+from experiments.common.studies import entries, races, recipes, trainings
+from experiments.common.studies.entries import Cell, Ensemble, Training
+from experiments.common.studies.recipes import CHANGES, MODELS, Model, Recipe
+from experiments.common.study import Study, Trained
+from experiments.common.training import cluster, commands, runs
+from experiments.common.training.guard import Guard
+from experiments.common.training.loop import Options
 
 MODULE = "experiments.inception"
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -118,7 +111,7 @@ class Config(Training, Options, Settings):
 
     def folder(self) -> Path:
         """The folder of the results."""
-        return study.RESULTS if self.out is None else self.out
+        return RESULTS if self.out is None else self.out
 
 
 def cells(config: Config) -> Sequence[Cell | Ensemble]:
@@ -153,7 +146,7 @@ def train(
     folder = config.folder() / "inception"
     guard = guard or Guard(folder, active=False, timeout=config.timeout, advice="")
     guard.enter("reading the data", config.start_timeout)
-    training.check(config.batch_size)
+    runs.check(config.batch_size)
     data = entries.load(config.data, config.data_dir)
     options = dataclasses.replace(config, resume=True)
     for cell in missing:
@@ -217,7 +210,7 @@ def draw(config: Config, found: dict[Any, Record], folder: Path) -> Sequence[Pat
         return []
     kind = "_ablated" if config.ablate else ""
     path = folder / f"inception{kind}_{config.data}.png"
-    title = f"Inception on {config.data}, batches of {config.batch_size}"
+    title = f"{panels.DATA[config.data]}, batches of {config.batch_size}"
     races.picture(grouped(found), "inception", labels(config), title, path)
     return [path]
 
@@ -232,7 +225,7 @@ def main(config: Config) -> int:
     console = Console()
     work = functools.partial(run, config)
     folder = config.folder() / "inception"
-    return training.supervise(MODULE, config, folder, folder, work, console)
+    return runs.supervise(MODULE, config, folder, folder, work, console)
 
 
 def run(config: Config, guard: Guard) -> int:

@@ -46,11 +46,13 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.common import curves, plot, results, study, tables, train
-from experiments.common.data import Dataset, load
-from experiments.common.idx import DataError
-from experiments.common.models import SigmoidMLP
-from experiments.common.study import Settings
+from experiments.common import panels, results
+from experiments.common.data.idx import DataError
+from experiments.common.data.splits import Dataset, load
+from experiments.common.models.mlp import SigmoidMLP
+from experiments.common.settings import RESULTS, Settings, start
+from experiments.common.studies import curves, figure_1, tables
+from experiments.common.training import grids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +90,12 @@ SMOKE: dict[str, Any] = {
 
 def main(config: Config) -> int:
     """Trains, prints the tables and draws the picture; returns the exit status."""
-    return study.start(_main, SMOKE, config)
+    return start(_main, SMOKE, config)
 
 
 def _main(config: Config) -> int:
     console = Console()
-    folder = config.out or study.RESULTS
+    folder = config.out or RESULTS
     path = folder / "mnist.jsonl"
     try:
         finished = True if config.plot_only else run(config, path, console)
@@ -104,7 +106,7 @@ def _main(config: Config) -> int:
     console.print(tables.against_steps(networks), tables.steps_to_plain(networks))
     console.print(tables.conclusion(networks), highlight=False)
     picture = folder / f"mnist_{config.data}.png"
-    plot.figure_1(networks, caption(start), picture)
+    figure_1.draw(networks, caption(start), picture)
     console.print(f"{path}\n{picture}", highlight=False, soft_wrap=True)
     if not finished:
         console.print("interrupted: the same command starts anew", soft_wrap=True)
@@ -121,7 +123,7 @@ def run(config: Config, path: Path, console: Console) -> bool:
         log.add("run", experiment="mnist", settings=settings, **results.stamp())
         bar = progress.add_task("", total=config.steps, accuracy="compiling")
         with contextlib.suppress(KeyboardInterrupt):
-            networks = grids(config, data)
+            networks = untrained(config, data)
             step = 0
             for goal in measured_steps(config.steps, config.every):
                 accuracy = {}
@@ -140,13 +142,13 @@ def run(config: Config, path: Path, console: Console) -> bool:
     return finished
 
 
-def grids(config: Config, data: Dataset) -> dict[str, train.Grid]:
+def untrained(config: Config, data: Dataset) -> dict[str, grids.Grid]:
     """Both kinds of network, before training."""
     models: dict[str, nn.Module] = {
         name: SigmoidMLP(name == "bn", config.weight_std, config.momentum)
         for name in curves.NAMES
     }
-    return train.make_grids(
+    return grids.make_grids(
         models,
         data,
         config.learning_rates,
@@ -177,15 +179,15 @@ def progress_bar(console: Console) -> Progress:
 def caption(start: results.Record) -> str:
     """The picture's title, from the first record of a run."""
     settings = start["settings"]
-    name = {"digits": "Digits", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
     return (
-        f"{name[settings['data']]}, binarised: three layers of 100 sigmoids, batches "
-        f"of {settings['batch_size']}; mean and range of {len(settings['seeds'])} seeds"
+        f"{panels.DATA[settings['data']]}, binarised: three layers of 100 sigmoids, "
+        f"batches of {settings['batch_size']}; "
+        f"mean and range of {len(settings['seeds'])} seeds"
     )
 
 
 if __name__ == "__main__":
-    train.use_cores(results.cores())
+    grids.use_cores(results.cores())
     # Started in the background of a shell, Python would ignore this signal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(tyro.cli(Config, description=__doc__)))

@@ -69,17 +69,19 @@ import tyro
 from rich.table import Table
 
 from experiments.bench.timing import interleaved, keep_memory
-from experiments.common import contest, panels, study
-from experiments.common.batches import draw as draw_batches
-from experiments.common.cells import TASKS, load_images
-from experiments.common.classifier import Classifier
-from experiments.common.data import Dataset, Split
-from experiments.common.descent import Descent
-from experiments.common.grid import with_spread
-from experiments.common.layers import Normalizer, make_network
-from experiments.common.rated import Rated, table
+from experiments.common import panels, study
+from experiments.common.data.batches import draw as draw_batches
+from experiments.common.data.splits import Dataset, Split
+from experiments.common.models.layers import Normalizer, make_network
 from experiments.common.results import Record
-from experiments.common.study import Settings, Study, Trained
+from experiments.common.settings import Settings
+from experiments.common.studies import contest
+from experiments.common.studies.cells import TASKS, load_images
+from experiments.common.studies.grid import with_spread
+from experiments.common.studies.rated import Rated, table
+from experiments.common.study import Study, Trained
+from experiments.common.training.classifier import Classifier
+from experiments.common.training.descent import Descent
 
 STEPS = {"digits": 300, "cifar10": 350}
 SEEDS = {"digits": (0, 1, 2), "cifar10": (0,)}

@@ -48,11 +48,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 import bnjax
-from experiments.common import results, study
-from experiments.common.data import Dataset, Split, load
-from experiments.common.idx import DataError
-from experiments.common.models import SigmoidMLP
-from experiments.common.study import Settings
+from experiments.common import panels, results
+from experiments.common.data.idx import DataError
+from experiments.common.data.splits import Dataset, Split, load
+from experiments.common.models.mlp import SigmoidMLP
+from experiments.common.settings import RESULTS, Settings, start
 
 NAMES = {
     "batch": "of the batch, as in training",
@@ -104,12 +104,12 @@ class State(NamedTuple):
 
 def main(config: Config) -> int:
     """Trains, prints the table and draws the picture; returns the exit status."""
-    return study.start(_main, SMOKE, config)
+    return start(_main, SMOKE, config)
 
 
 def _main(config: Config) -> int:
     console = Console()
-    folder = config.out or study.RESULTS
+    folder = config.out or RESULTS
     path = folder / "population.jsonl"
     try:
         if not config.plot_only:
@@ -306,10 +306,10 @@ def draw(
     axes.set_xlabel("training steps", fontsize=9)
     axes.set_ylabel("test accuracy (%)", fontsize=9)
     axes.set_ylim(0, 100)
-    name = {"digits": "Digits", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
     axes.set_title(
-        f"{name[settings['data']]}, momentum {momentum:g}: the same weights, evaluated "
-        f"by different statistics\n(mean and range of {len(settings['seeds'])} seeds)",
+        f"{panels.DATA[settings['data']]}, momentum {momentum:g}: the same weights, "
+        "evaluated by different statistics\n"
+        f"(mean and range of {len(settings['seeds'])} seeds)",
         fontsize=9,
     )
     axes.tick_params(labelsize=8)

@@ -73,11 +73,13 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from experiments.common import cells as networks
-from experiments.common import changes, study
-from experiments.common.ablation import TASKS, Cell, errors_of
+from experiments.common import study
 from experiments.common.results import Record
-from experiments.common.study import Settings, Study, Trained
+from experiments.common.settings import Settings
+from experiments.common.studies import cells as networks
+from experiments.common.studies import changes
+from experiments.common.studies.ablation import TASKS, Cell, errors_of
+from experiments.common.study import Study, Trained
 
 RATES = (0.03, 0.1, 0.3, 1.0)  # tried by --tune
 WITH = {True: "with BN", False: "without BN"}

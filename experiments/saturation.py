@@ -103,17 +103,18 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from experiments.common import heatmaps, results, study
-from experiments.common.batches import draw as draw_batches
-from experiments.common.data import load
-from experiments.common.deep import Activation, Net
-from experiments.common.deep_grid import train_grid
-from experiments.common.heatmaps import TRAINS, Map
+from experiments.common import panels, results, study
+from experiments.common.data.batches import draw as draw_batches
+from experiments.common.data.splits import load
+from experiments.common.models.deep import Activation, Net
 from experiments.common.results import Record
-from experiments.common.study import Settings, Study, Trained
-from experiments.common.train import use_cores
+from experiments.common.settings import Settings
+from experiments.common.studies import heatmaps
+from experiments.common.studies.heatmaps import TRAINS, Map
+from experiments.common.study import Study, Trained
+from experiments.common.training.deep_grid import train_grid
+from experiments.common.training.grids import use_cores
 
-NAMES = {"digits": "Digits", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 WITH = {False: "without BN", True: "with BN"}
 
 Kind = tuple[Activation, bool, int]
@@ -256,7 +257,7 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
         [f"{depth} layers" for depth in config.depths],
         config.rates,
         config.scales,
-        f"{NAMES[config.data]}: test accuracy after {config.steps:,} steps of "
+        f"{panels.DATA[config.data]}: test accuracy after {config.steps:,} steps of "
         f"{config.batch_size} images{over}",
         path,
     )

@@ -44,8 +44,9 @@ from rich.table import Table
 
 import bnjax
 from experiments.bench.timing import interleaved, keep_memory
-from experiments.common import results, study
-from experiments.common.imagenet import Basic, Norm, ResNet
+from experiments.common import results
+from experiments.common.models.imagenet import Basic, Norm, ResNet
+from experiments.common.settings import RESULTS, start
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5  # relative to the largest logit
@@ -100,7 +101,7 @@ SMOKE: dict[str, Any] = {
 
 def main(config: Config) -> int:
     """Folds, exports, serves, compares and measures; returns the exit status."""
-    return study.start(_main, SMOKE, config)
+    return start(_main, SMOKE, config)
 
 
 def _main(config: Config) -> int:
@@ -215,7 +216,7 @@ def record(config: Config, error: float, times: dict[int, dict[str, float]]) -> 
     """Appends the results to the file of records."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
     settings["file"] = str(config.file)
-    folder = config.out or study.RESULTS
+    folder = config.out or RESULTS
     with results.Log(folder / "serve.jsonl", digits=None) as log:
         log.add("run", experiment="serve", settings=settings, **results.stamp())
         log.add("served", error=error)

@@ -88,9 +88,12 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from experiments.common import grid, study
-from experiments.common.batches import Order
-from experiments.common.cells import (
+from experiments.common import panels, study
+from experiments.common.data.batches import Order
+from experiments.common.models.norms import METHODS, UNSPLIT, Method
+from experiments.common.settings import Settings
+from experiments.common.studies import grid
+from experiments.common.studies.cells import (
     TASKS,
     Cell,
     Errors,
@@ -98,11 +101,9 @@ from experiments.common.cells import (
     load_images,
     make_network,
 )
-from experiments.common.norms import METHODS, UNSPLIT, Method
-from experiments.common.study import Settings, Study, Trained
+from experiments.common.study import Study, Trained
 
 RATES = (0.03, 0.1, 0.3, 1.0)  # tried by --tune
-NAMES = {"digits": "Digits", "cifar10": "CIFAR-10"}
 SMOKE = {"data": "digits", "sizes": (4,), "steps": 20, "seeds": (0,)}
 
 
@@ -244,7 +245,7 @@ def caption(config: Config) -> str:
     task = TASKS[config.data]
     seeds = len(config.seeds)
     return (
-        f"{NAMES[config.data]}, {len(task.widths)} convolutions, "
+        f"{panels.DATA[config.data]}, {len(task.widths)} convolutions, "
         f"{config.steps or task.steps:,} steps of {config.batch_size} images; "
         f"mean of {seeds} seed{'s' * (seeds > 1)}"
     )

@@ -77,17 +77,19 @@ import tyro
 from rich.table import Table
 
 from experiments.bench.timing import keep_memory
-from experiments.common import landscape, study, why_plot, why_tables
-from experiments.common.batches import draw as draw_batches
-from experiments.common.cells import TASKS, load_images
-from experiments.common.classifier import Classifier, State
-from experiments.common.data import Dataset
-from experiments.common.descent import Descent
-from experiments.common.layers import make_network
-from experiments.common.rated import Rated
+from experiments.common import study
+from experiments.common.data.batches import draw as draw_batches
+from experiments.common.data.splits import Dataset
+from experiments.common.models.layers import make_network
 from experiments.common.results import Record, plain
-from experiments.common.study import Settings, Study, Trained
-from experiments.common.why_plot import FIRST, NETS, SMOOTHED, Net
+from experiments.common.settings import Settings
+from experiments.common.studies import landscape, why_plot, why_tables
+from experiments.common.studies.cells import TASKS, load_images
+from experiments.common.studies.rated import Rated
+from experiments.common.studies.why_plot import FIRST, NETS, SMOOTHED, Net
+from experiments.common.study import Study, Trained
+from experiments.common.training.classifier import Classifier, State
+from experiments.common.training.descent import Descent
 
 BATCH = 128
 FACTORS = 0.5, 1.0, 2.0, 4.0  # of the learning rate: steps along the gradient

@@ -160,3 +160,24 @@ def test_signatures_of_the_design():
         "activation dtype implementation"
     ).split()
     assert signature["batch_norm"][: len(batch_norm)] == batch_norm
+
+
+def test_the_rooms_of_the_experiments():
+    """What they share: records below data and models, then training, then studies."""
+    below = {"data": {"data"}, "models": {"models"}}
+    below["training"] = {"data", "models", "training"}
+    below["studies"] = {*below["training"], "studies"}
+    common = ROOT.parent / "experiments" / "common"
+    assert {path.name for path in common.iterdir() if path.is_dir()} - {
+        "__pycache__"
+    } == below.keys()
+    for path in common.rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 151, path
+        room = path.parent.name
+        used = {
+            name.split(".")[2]
+            for name in imported(ast.parse(text))
+            if name.startswith("experiments.common.")
+        }
+        assert not used & (below.keys() - below.get(room, below["data"])), path

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import charts, collectives, compile, step
-from experiments.common import steps
+from experiments.common.training import steps
 
 pytestmark = pytest.mark.experiment
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.common import curves, guard, idx, launcher, results
+from experiments.common import results
+from experiments.common.data import idx
+from experiments.common.studies import curves
+from experiments.common.training import guard, launcher
 
 pytestmark = pytest.mark.experiment
 

@@ -18,19 +18,11 @@ import tyro
 from rich.console import Console
 
 from experiments import data_parallel
-from experiments.common import (
-    cifar,
-    commands,
-    curves,
-    guard,
-    idx,
-    pipeline,
-    replicas,
-    report,
-    results,
-    roll,
-)
-from experiments.common.checkpoints import CheckpointError, Checkpoints
+from experiments.common import results
+from experiments.common.data import cifar, idx, pipeline
+from experiments.common.studies import curves
+from experiments.common.training import commands, guard, replicas, report, roll
+from experiments.common.training.checkpoints import CheckpointError, Checkpoints
 from experiments.data_parallel import Config
 
 pytestmark = pytest.mark.experiment
@@ -334,7 +326,7 @@ def test_advice_of_a_launched_process_is_the_launchers(tmp_path):
 HANG = """
 import time
 from pathlib import Path
-from experiments.common.guard import Guard
+from experiments.common.training.guard import Guard
 with Guard(Path("notes"), active=True, timeout={timeout}, advice="advice") as guard:
     guard.join(1, 2)
     guard.enter("a phase")

@@ -25,25 +25,18 @@ from jax import lax
 
 import experiments
 from experiments import mnist, small_batch
-from experiments.common import (
-    batches,
-    curves,
-    data,
-    idx,
-    norms,
-    plot,
-    results,
-    study,
-    tables,
-    virtual,
-)
-from experiments.common.models import SigmoidMLP
+from experiments.common import results, study
+from experiments.common.data import batches, idx, splits
+from experiments.common.models import norms
+from experiments.common.models.mlp import SigmoidMLP
+from experiments.common.studies import curves, figure_1, tables
+from experiments.common.training import virtual
 from tests.helpers import assert_close, assert_trees_close
 
 pytestmark = pytest.mark.experiment
 
 REPOSITORY = Path(__file__).parents[1]
-PIXELS = [round(inches * plot.DPI) for inches in plot.INCHES]
+PIXELS = [round(inches * figure_1.DPI) for inches in figure_1.INCHES]
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(experiments.__path__, "experiments.")
@@ -238,7 +231,7 @@ def test_one_key_gives_both_networks_the_same_weights():
 
 
 def test_digits_are_binary_and_split():
-    digits = data.load("digits")
+    digits = splits.load("digits")
     assert [len(split.labels) for split in digits] == [1097, 300, 400]
     for images, labels in digits:
         assert set(np.unique(images)) == {0, 1}
@@ -251,7 +244,7 @@ def test_idx_files_become_splits(tiny, monkeypatch, where):
     if where == "variable":
         monkeypatch.setenv(idx.VARIABLE, str(tiny.parent))
     folder = {"folder": tiny, "parent": tiny.parent, "variable": None}[where]
-    loaded = data.load("mnist", folder)
+    loaded = splits.load("mnist", folder)
     assert [split.images.shape for split in loaded] == [(10, 12), (2, 12), (5, 12)]
     images = idx.read(tiny / idx.FILES[0])
     labels = idx.read(tiny / idx.FILES[1])
@@ -264,9 +257,9 @@ def test_idx_files_become_splits(tiny, monkeypatch, where):
 def test_missing_files(tiny):
     (tiny / idx.FILES[3]).unlink()
     with pytest.raises(idx.DataError, match=f"mnist lacks {idx.FILES[3]}: expected"):
-        data.load("mnist", tiny)
+        splits.load("mnist", tiny)
     with pytest.raises(idx.DataError, match=r"lacks .*leave out --data-dir"):
-        data.load("mnist", tiny / "nowhere")
+        splits.load("mnist", tiny / "nowhere")
 
 
 def test_wrong_checksum(tiny):
@@ -274,7 +267,7 @@ def test_wrong_checksum(tiny):
     path.write_bytes(idx_gz(np.zeros((12, 4, 3), np.uint8)))
     received = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(idx.DataError, match=f"sha256 {received}: expected ") as error:
-        data.load("mnist", tiny)
+        splits.load("mnist", tiny)
     assert "{" not in str(error.value)
 
 
@@ -324,14 +317,14 @@ def server(tiny, monkeypatch, tmp_path):
 
 
 def test_download(server):
-    assert data.load("mnist").test.images.shape == (5, 12)
+    assert splits.load("mnist").test.images.shape == (5, 12)
     assert sorted(p.name for p in (server / "mnist").iterdir()) == sorted(idx.FILES)
 
 
 def test_download_of_something_else_leaves_nothing(server, tiny):
     (tiny / idx.FILES[0]).write_bytes(b"a page that says sorry")
     with pytest.raises(idx.DataError, match=r"could not be downloaded .*--data digits"):
-        data.load("mnist")
+        splits.load("mnist")
     assert [p for p in server.rglob("*") if p.is_file()] == []
 
 
@@ -437,7 +430,7 @@ def test_batches_split_by_class():
 def images():
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (13, 5, 4, 2)).astype(np.uint8)
-    return data.Split(pixels, random.integers(0, 3, 13).astype(np.int32))
+    return splits.Split(pixels, random.integers(0, 3, 13).astype(np.int32))
 
 
 def network(method: str, size: int) -> virtual.Network:

@@ -17,25 +17,15 @@ import tyro
 from rich.console import Console
 
 from experiments import inception
-from experiments.common import (
-    commands,
-    entries,
-    optimizers,
-    pipeline,
-    races,
-    recipes,
-    replicas,
-    results,
-    sources,
-    study,
-    trainings,
-    voting,
-)
-from experiments.common.convolutions import Convolution, Style, pool
-from experiments.common.examples import Batch
-from experiments.common.guard import Guard
-from experiments.common.inception import Inception, Module
-from experiments.common.recipes import CHANGES, MODELS, ORIGINAL, X5, Recipe
+from experiments.common import results, study
+from experiments.common.data import pipeline, sources
+from experiments.common.data.examples import Batch
+from experiments.common.models.convolutions import Convolution, Style, pool
+from experiments.common.models.inception import Inception, Module
+from experiments.common.studies import entries, races, recipes, trainings
+from experiments.common.studies.recipes import CHANGES, MODELS, ORIGINAL, X5, Recipe
+from experiments.common.training import commands, optimizers, replicas, voting
+from experiments.common.training.guard import Guard
 from tests.helpers import assert_close
 from tests.test_experiments import png_size
 
@@ -392,7 +382,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch)
                     time.sleep(0.05)
                 raise Stopped
 
-        patch.setattr("experiments.common.report.Report.step", stop)
+        patch.setattr("experiments.common.training.report.Report.step", stop)
         with pytest.raises(Stopped):
             trained(tmp_path / "stopped", cell, config())
     again, other = trained(tmp_path / "stopped", cell, config())

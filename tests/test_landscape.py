@@ -7,7 +7,10 @@ import optax
 import pytest
 from helpers import assert_close, assert_trees_close
 
-from experiments.common import classifier, data, descent, landscape, layers
+from experiments.common.data import splits
+from experiments.common.models import layers
+from experiments.common.studies import landscape
+from experiments.common.training import classifier, descent
 
 pytestmark = pytest.mark.experiment
 
@@ -115,7 +118,7 @@ NORMALIZERS = ("batch", "whitening", "iternorm", "group", "layer", "weight", "no
 def images():
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (13, 6, 5, 2)).astype(np.uint8)
-    return data.Split(pixels, random.integers(0, 3, 13).astype(np.int32))
+    return splits.Split(pixels, random.integers(0, 3, 13).astype(np.int32))
 
 
 def network(name):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common import lrn
-from experiments.common.lrn import local_response_norm
+from experiments.common.models import lrn
+from experiments.common.models.lrn import local_response_norm
 from tests.helpers import assert_close
 
 pytestmark = pytest.mark.experiment

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from experiments import normalizers
-from experiments.common import contest, results, study
-from experiments.common.rated import Rated
+from experiments.common import results, study
+from experiments.common.studies import contest
+from experiments.common.studies.rated import Rated
 
 pytestmark = pytest.mark.experiment
 

@@ -16,23 +16,22 @@ from PIL import Image, ImageChops
 
 from experiments import data_parallel
 from experiments.bench import decode
-from experiments.common import (
-    curves,
+from experiments.common import results
+from experiments.common.data import (
     decoding,
     distortions,
     idx,
-    imagenet,
-    networks,
     photos,
     pipeline,
     records,
-    results,
     shuffling,
     synthetic,
     tfexample,
     tfrecord,
 )
-from experiments.common.folders import Encoded
+from experiments.common.data.folders import Encoded
+from experiments.common.models import imagenet, networks
+from experiments.common.studies import curves
 from experiments.data_parallel import Config
 
 pytestmark = pytest.mark.experiment

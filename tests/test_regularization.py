@@ -11,10 +11,12 @@ import pytest
 from jax import lax
 
 from experiments import regularization
-from experiments.common import ablation, augment, batches, changes, study
-from experiments.common.lrn import local_response_norm
-from experiments.common.regularized import RegularizedNet
+from experiments.common import study
+from experiments.common.data import augment, batches
+from experiments.common.models.lrn import local_response_norm
+from experiments.common.models.regularized import RegularizedNet
 from experiments.common.results import read
+from experiments.common.studies import ablation, changes
 from tests.helpers import assert_close
 
 pytestmark = pytest.mark.experiment

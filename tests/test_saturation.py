@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from experiments import saturation
-from experiments.common import deep_grid, heatmaps, study
-from experiments.common.data import Dataset, Split
-from experiments.common.deep import Net
-from experiments.common.heatmaps import Map
+from experiments.common import study
+from experiments.common.data.splits import Dataset, Split
+from experiments.common.models.deep import Net
 from experiments.common.results import read
+from experiments.common.studies import heatmaps
+from experiments.common.studies.heatmaps import Map
+from experiments.common.training import deep_grid
 from tests.helpers import assert_close, assert_trees_close, plain_batch_norm
 
 pytestmark = pytest.mark.experiment

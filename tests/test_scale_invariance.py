@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from experiments import scale_invariance
-from experiments.common import growth, jacobians, results, study
-from experiments.common.data import Split, load
-from experiments.common.deep import Net
-from experiments.common.growth import Rates
+from experiments.common import results, study
+from experiments.common.data.splits import Split, load
+from experiments.common.models import deep
+from experiments.common.models.deep import Net
+from experiments.common.studies import jacobians
+from experiments.common.training import growth
+from experiments.common.training.growth import Rates
 from tests.helpers import assert_close
 from tests.test_experiments import png_size
 
@@ -50,7 +53,7 @@ def test_the_jacobians_of_layers_against_numpy(net):
     found = jacobians.of_layers(net, params, statistics, jnp.asarray(x))
     assert found.shape == (DEPTH - 1, 4, WIDTH, WIDTH)
 
-    own = [jax.tree.map(np.asarray, layer) for layer in jacobians.hidden(params)]
+    own = [jax.tree.map(np.asarray, layer) for layer in deep.hidden(params)]
     slope = None
     for i, layer in enumerate(own):
         all_z, z = known @ layer["kernel"], x @ layer["kernel"]
@@ -89,7 +92,7 @@ def test_deviations_are_those_of_epsilon_or_of_the_scale(net):
         return
     # The output of each layer is off by sqrt((v + e) / (v + e / a^2)) - 1 of that unit.
     u, worst = jnp.asarray(x), np.zeros(4)
-    for own in jacobians.hidden(params):
+    for own in deep.hidden(params):
         z = np.asarray(u @ own["kernel"])
         v, y = z.var(0), (z - z.mean(0)) * np.asarray(own["scale"])
         for i, a in enumerate(factors):
@@ -140,7 +143,7 @@ def test_descent_and_what_is_measured(net, data):
                 new[part]["kernel"] = w - 0.7 * (gradient[part]["kernel"] + 0.03 * w)
         for layer in range(DEPTH):
             w, g, v = (
-                np.asarray(jacobians.hidden(p)[layer]["kernel"])
+                np.asarray(deep.hidden(p)[layer]["kernel"])
                 for p in (params, gradient, new)
             )
             assert_close(steps.length[step, layer], np.sqrt((w**2).sum(0).mean()))

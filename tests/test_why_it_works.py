@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from experiments import why_it_works
-from experiments.common import results, study, why_plot, why_tables
-from experiments.common.cells import load_images
-from experiments.common.rated import Rated
+from experiments.common import results, study
+from experiments.common.studies import why_plot, why_tables
+from experiments.common.studies.cells import load_images
+from experiments.common.studies.rated import Rated
 
 pytestmark = pytest.mark.experiment
 

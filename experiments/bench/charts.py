@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments.common import results
-from experiments.common.plot import DPI
+from experiments.common.studies.figure_1 import DPI
 
-# Flax's are warm, ours are cold; the first of each is that of experiments.common.plot.
+# Flax's are warm, ours are cold; the first of each is that of the figure for MNIST.
 COLOURS = {
     "flax": "#d55e00",
     "flax remat": "#e69f00",

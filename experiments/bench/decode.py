@@ -41,8 +41,9 @@ from rich.table import Table
 
 from experiments.bench import charts
 from experiments.bench.timing import interleaved
-from experiments.common import decoding, distortions, photos, results, synthetic
-from experiments.common.folders import Encoded
+from experiments.common import results
+from experiments.common.data import decoding, distortions, photos, synthetic
+from experiments.common.data.folders import Encoded
 
 SIZE = 224
 QUALITY = 97  # of synthetic photographs

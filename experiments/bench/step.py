@@ -38,8 +38,8 @@ from experiments.bench import charts
 from experiments.bench.charts import Measure
 from experiments.bench.timing import interleaved, keep_memory
 from experiments.common import results
-from experiments.common.imagenet import Basic, Bottleneck, Norm, ResNet
-from experiments.common.steps import Step, compiled
+from experiments.common.models.imagenet import Basic, Bottleneck, Norm, ResNet
+from experiments.common.training.steps import Step, compiled
 
 NORMS = {
     "flax": Norm(nn.BatchNorm),

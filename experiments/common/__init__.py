@@ -1,1 +1,1 @@
-"""What the experiments share: data, models, training, results, pictures."""
+"""What the experiments share; here what all of them do: records, studies, pictures."""

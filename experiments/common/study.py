@@ -8,12 +8,10 @@ trained again, so that a run that was stopped anywhere goes on where it was.
 import dataclasses
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,30 +22,15 @@ from rich.progress import (
 )
 
 from experiments.common import results
-from experiments.common.idx import DataError
+from experiments.common.data.idx import DataError
 from experiments.common.results import Record
+from experiments.common.settings import RESULTS, start
 
-RESULTS = Path(__file__).parents[1] / "results"
 EXPECTED = DataError, FileNotFoundError, LookupError, ValueError
 COLUMNS = (
     *(BarColumn(), MofNCompleteColumn()),
     *(TextColumn("{task.fields[shown]}"), TimeRemainingColumn()),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The options that every experiment has."""
-
-    data_dir: Path | None = None
-    """Where the files of the data lie, if not to be downloaded; or BNJAX_DATA."""
-    out: Path | None = None
-    """The folder of the results, which are appended to, and of the pictures. By default
-    experiments/results, or with --smoke one that is removed."""
-    smoke: bool = False
-    """A run of seconds, to see that all works."""
-    plot_only: bool = False
-    """Train nothing; print and draw what there is of these settings again."""
 
 
 class Trained(NamedTuple):
@@ -76,23 +59,6 @@ class Study(NamedTuple):
     report: Callable[[Any, dict[Any, Record]], Sequence[Any]]
     draw: Callable[[Any, dict[Any, Record], Path], Sequence[Path]]
     smoke: dict[str, Any]
-
-
-def start(work: Callable[[Any], int], smoke: dict[str, Any], config: Any) -> int:
-    """Does the work of an experiment; with --smoke, in seconds, and leaves nothing.
-
-    Args:
-        work: (config) -> the exit status.
-        smoke: the settings of a run of seconds.
-        config: with the fields `smoke` and `out` of `Settings`.
-    """
-    if not config.smoke:
-        return work(config)
-    # So few steps take less time than their optimization.
-    jax.config.update("jax_disable_most_optimizations", True)
-    with tempfile.TemporaryDirectory() as folder:
-        changed = {"smoke": False, "out": config.out or Path(folder), **smoke}
-        return work(dataclasses.replace(config, **changed))
 
 
 def main(study: Study, config: Any) -> int:

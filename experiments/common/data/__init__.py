@@ -1,0 +1,1 @@
+"""Images: found, verified, read, decoded, varied, shuffled, and put into batches."""

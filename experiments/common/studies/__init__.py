@@ -1,0 +1,1 @@
+"""What belongs to single experiments: their cells, tables and pictures."""

@@ -1,0 +1,1 @@
+"""Training: grids in one jit, single networks, and processes that can be killed."""
