@@ -8,14 +8,32 @@
         --modules 3a 3b 3c 4a 4b 4c 4d 4e 5a 5b --learning-rate 0.0015 \
         --steps 1000000 --evaluate-every 20000
 
-Time: not measured yet; with --smoke some seconds.
+Time: 41 minutes on two CPU cores; --tune 10; with --smoke some seconds.
 
 Expected: to the best accuracy of Inception, the same network with batch normalization
 needs fewer than half the steps, BN-x5 (five times the rate, and what else section
 4.2.1 changes) fewer still; BN-x30 ends highest; BN-x5-Sigmoid trains. Without
 normalization, five times the rate diverges, and sigmoids stay at chance.
 
-Measured: not yet. The learning rate of 0.01 is a guess that `--tune` is to replace.
+Measured (CIFAR-10, 6,000 steps, 1 seed, jax 0.10.2, two cores of an AMD EPYC; accuracy
+on the test images in %, measured every 300 steps):
+
+                            to 53.08 %          best    steps in the   best in
+                         steps     share                   paper      the paper
+    Inception            5,700      1.00       53.08      31.0e6       72.2
+    BN-Baseline          1,800      0.32       71.74      13.3e6       72.7
+    BN-x5                1,500      0.26       73.15       2.1e6       73.0
+    BN-x30               3,000      0.53       65.79       2.7e6       74.8
+    BN-x5-Sigmoid        2,100      0.37       71.59          -        69.8
+    Inception, x5            -         -       10.00          -    diverged
+    Inception, sigmoid       -         -       10.00          -         0.1
+
+As expected, but for two things. BN-x30 is the worst of those with batch normalization:
+the rate of 0.03 is the largest of the grid that Inception trains at (best of 1,500
+steps on held-out images: 20.7, 25.4, 33.9, 34.6 and 10.4 % at 0.001, 0.003, 0.01, 0.03
+and 0.1), and thirty times as much is 0.9. And BN-x5 is not 14 times as fast as
+Inception but 4 times, of 6,000 steps where the paper has 31e6. At chance, 10 %, are the
+two that fail; their losses stay finite.
 
 The network: six of the paper's ten modules, two of each size, at an eighth of its
 widths, of images of 32x32, which the stem halves once (for ImageNet, with the options
@@ -85,7 +103,7 @@ PAPER = {
 }
 SMOKE: dict[str, Any] = {
     "data": "digits",
-    "models": ("inception", "bn_x5"),
+    "models": ("bn_x5",),
     "modules": ("3c",),
     "divisor": 16,
     "steps": 60,

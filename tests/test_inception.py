@@ -473,16 +473,14 @@ def smoke(tmp_path_factory):
 def test_smoke(smoke):
     out, stdout = smoke
     assert "Steps to Inception's best test accuracy" in stdout
-    assert "31.0e6" in stdout
-    first, *cells, last = results.read(out / "inception.jsonl")
+    assert "2.1e6" in stdout
+    first, cell, last = results.read(out / "inception.jsonl")
     assert first["kind"] == "run"
     assert {"jax", "flax", "bnjax"} <= first["versions"].keys()
     assert (last["kind"], last["finished"]) == ("end", True)
-    assert [cell["cell"]["model"] for cell in cells] == ["inception", "bn_x5"]
-    for cell in cells:
-        assert cell["result"]["steps"] == [20, 40, 60]
-    plain, normalized = (cell["result"]["accuracy"] for cell in cells)
-    assert normalized[-1] > plain[-1]
+    assert cell["cell"]["model"] == "bn_x5"
+    assert cell["result"]["steps"] == [20, 40, 60]
+    assert cell["result"]["accuracy"][-1] > 0.3  # chance is 0.1
     assert not list((out / "inception").iterdir())
 
 
@@ -503,7 +501,7 @@ def test_finished_cells_are_not_trained_again(smoke, tmp_path):
     """Those of a file that was cut off in the middle of its last result are."""
     lines = (smoke[0] / "inception.jsonl").read_text().splitlines()
     path = tmp_path / "inception.jsonl"
-    path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:80])
+    path.write_text(lines[0] + "\n" + lines[1][:80])
     asked = []
 
     def train(config, missing):
