@@ -25,7 +25,7 @@ from jax import lax
 
 import experiments
 from experiments import mnist, small_batch
-from experiments.common import results, study
+from experiments.common import results, settings, study
 from experiments.common.data import batches, idx, splits
 from experiments.common.models import norms
 from experiments.common.models.mlp import SigmoidMLP
@@ -93,6 +93,27 @@ def test_all_modules_are_found():
     found = {name.replace(".", "/") + ".py" for name in MODULES}
     files = (REPOSITORY / "experiments").rglob("[!_]*.py")
     assert {str(path.relative_to(REPOSITORY)) for path in files} <= found
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("given", [False, True])
+def test_a_smoke_run_leaves_nothing_unless_told_where(tmp_path, given):
+    seen = []
+
+    def work(config):
+        seen.append(config)
+        assert config.out.is_dir()
+        (config.out / "file").touch()
+        return 7
+
+    config = mnist.Config(smoke=True, out=tmp_path if given else None)
+    assert settings.start(work, {"steps": 3}, config) == 7
+    (used,) = seen
+    assert (used.smoke, used.steps) == (False, 3)
+    assert used.out.exists() == given
+    assert (used.out == tmp_path) == given
+    settings.start(seen.append, {"steps": 3}, mnist.Config(steps=9))
+    assert (seen[1].steps, seen[1].out) == (9, None)
 
 
 @pytest.fixture(scope="module")
