@@ -78,7 +78,7 @@ import tyro
 
 from experiments.common import study
 from experiments.common.data.batches import draw as draw_batches
-from experiments.common.data.splits import Dataset, load
+from experiments.common.data.splits import Dataset, Split, load
 from experiments.common.models.deep import Net
 from experiments.common.results import Record, plain
 from experiments.common.settings import Settings
@@ -221,11 +221,11 @@ def run(cell: Cell, data: Dataset) -> Record:
     with np.errstate(invalid="ignore", over="ignore"):  # a network may diverge
         growing = growth.predicted_length(steps, rates.kernels)
         error = np.abs(steps.length[-1] / growing - 1).max()
-    _, statistics = _apply(net, params, known)
+    validation, test = _accuracies(net, params, known, data.validation, data.test)
     result = {
         "loss": steps.loss.reshape(-1, SMOOTHED).mean(1),
-        "validation": _accuracy(net, params, statistics, data.validation),
-        "test": _accuracy(net, params, statistics, data.test),
+        "validation": validation,
+        "test": test,
         "length": steps.length[:: cell.every],
         "turn": np.sqrt((steps.turn**2).reshape(-1, cell.every, cell.depth).mean(1)),
         "along": steps.along.max(),
@@ -250,10 +250,14 @@ def _singular(net: Net, params: Record, known: jax.Array) -> np.ndarray:
     return jacobians.singular_values(found)
 
 
-def _accuracy(net: Net, params: Record, statistics: Record, split) -> float:
-    images = jnp.asarray(split.images, jnp.float32)
-    logits, _ = _apply(net, params, images, statistics)
-    return float((logits.argmax(-1) == split.labels).mean())
+def _accuracies(net: Net, params: Record, known: jax.Array, *parts: Split):
+    """On each part, by the statistics of `known`."""
+    _, statistics = _apply(net, params, known)
+    images = np.concatenate([part.images for part in parts]).astype(np.float32)
+    logits, _ = _apply(net, params, jnp.asarray(images), statistics)
+    right = np.asarray(logits).argmax(-1) == np.concatenate([p.labels for p in parts])
+    ends = np.cumsum([len(part.labels) for part in parts])
+    return [share.mean() for share in np.split(right, ends[:-1])]
 
 
 def grouped(found: dict[Cell, Record]) -> dict[tuple[Kind, float], list[Record]]:

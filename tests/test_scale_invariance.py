@@ -183,6 +183,22 @@ def test_larger_weights_at_the_square_of_the_rate_are_the_same_network(net, data
     assert np.abs(losses(4.0, 1.0) / one - 1).max() > 0.01
 
 
+def test_accuracies_part_by_part(net):
+    params, known = random_params(net), jnp.asarray(numbers(11, PIXELS), jnp.float32)
+    _, statistics = net.apply(params, known)
+    parts, expected = [], []
+    for count in (50, 30):
+        images = np.random.default_rng(count).integers(0, 2, (count, PIXELS), np.uint8)
+        logits, _ = net.apply(params, jnp.asarray(images, jnp.float32), statistics)
+        labels = np.asarray(logits).argmax(-1)
+        labels[: count // 5 + count % 4] += 1
+        parts.append(Split(images, labels))
+        expected.append(1 - (count // 5 + count % 4) / count)
+    found = scale_invariance._accuracies(net, params, known, *parts)
+    assert found == pytest.approx(expected)
+    assert found[0] != found[1]
+
+
 def test_the_equilibrium():
     assert growth.equilibrium(0.5, 0.04) == pytest.approx(0.2)
 

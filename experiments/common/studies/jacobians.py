@@ -81,23 +81,25 @@ def deviations(
         x: (example, pixel).
         factors: a, positive.
     """
+    random = np.random.default_rng(0)
+    cotangent = jnp.asarray(random.normal(size=(len(x), net.width)), x.dtype)
     rows, u = [], x
     for own in hidden(params):
-        rows.append(_deviations(net, own, u, jnp.asarray(factors)))
+        rows.append(_deviations(net, own, u, cotangent, jnp.asarray(factors)))
         u, _ = net.layer(u, own)
     return np.max(rows, axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _deviations(net: Net, own, u: jax.Array, factors: jax.Array) -> jax.Array:
-    """Of one layer, whose input is `u`."""
+def _deviations(net: Net, own, u, cotangent, factors: jax.Array) -> jax.Array:
+    """Of one layer, whose input is `u`: (quantity, factor)."""
 
     def scaled(a):
         def preactivation(u, kernel):
             return net.preactivation(u, own | {"kernel": kernel})[0]
 
         z, pullback = jax.vjp(preactivation, u, a * own["kernel"])
-        of_u, of_kernel = pullback(jax.random.normal(jax.random.key(0), z.shape))
+        of_u, of_kernel = pullback(cotangent)
         return z, of_u, a * of_kernel
 
     def compare(a):
