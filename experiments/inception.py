@@ -3,12 +3,12 @@
     python -m experiments.inception                      # seven models on CIFAR-10
     python -m experiments.inception --ablate             # BN-x5 but for each change
     python -m experiments.inception --ensemble 4         # figure 4
-    python -m experiments.inception --tune               # the learning rate
+    python -m experiments.inception --tune --steps 1500 --evaluate-every 500
     python -m experiments.inception --data imagenet --data-dir FOLDER --divisor 1 \
         --modules 3a 3b 3c 4a 4b 4c 4d 4e 5a 5b --learning-rate 0.0015 \
         --steps 1000000 --evaluate-every 20000
 
-Time: 41 minutes on two CPU cores; --tune 10; with --smoke some seconds.
+Time: 41 minutes on two CPU cores, tuning ten; with --smoke some seconds.
 
 Expected: to the best accuracy of Inception, the same network with batch normalization
 needs fewer than half the steps, BN-x5 (five times the rate, and what else section
