@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from typing import Any
 
 PLUGIN = """
 import flax.linen
@@ -40,7 +41,9 @@ def fetch(folder: pathlib.Path) -> pathlib.Path:
     command += ["--no-binary", "flax", "--dest", str(folder), f"flax=={version}"]
     subprocess.run(command, check=True)
     with tarfile.open(next(folder.glob("flax-*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="data")
+        # Python 3.11 has filters from 3.11.4 on.
+        safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(folder, **safely)
     return folder / f"flax-{version}"
 
 
