@@ -34,7 +34,7 @@ from experiments.common.studies import curves, figure_1
 
 HERE = Path(__file__).parent
 STUDIES: dict[Any, list[Any]] = {
-    inception: [inception.Config()],
+    inception: [inception.Config(), inception.Config(ablate=True)],
     normalizers: [normalizers.Config()],
     regularization: [regularization.Config()],
     saturation: [saturation.Config()],
