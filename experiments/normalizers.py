@@ -257,5 +257,7 @@ STUDY = Study("normalizers", cells, train, report, draw, SMOKE)
 
 
 if __name__ == "__main__":
-    keep_memory("experiments.normalizers")
-    sys.exit(study.main(STUDY, tyro.cli(Config, description=__doc__)))
+    settings = tyro.cli(Config, description=__doc__)
+    if not settings.smoke:
+        keep_memory("experiments.normalizers")
+    sys.exit(study.main(STUDY, settings))

@@ -265,5 +265,7 @@ STUDY = Study("why_it_works", cells, train, report, draw, SMOKE)
 
 
 if __name__ == "__main__":
-    keep_memory("experiments.why_it_works")
-    sys.exit(study.main(STUDY, tyro.cli(Config, description=__doc__)))
+    settings = tyro.cli(Config, description=__doc__)
+    if not settings.smoke:
+        keep_memory("experiments.why_it_works")
+    sys.exit(study.main(STUDY, settings))
