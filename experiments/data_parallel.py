@@ -38,7 +38,6 @@ batch, after a warm-up; no decay but of kernels).
 import dataclasses
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +47,7 @@ from rich.console import Console
 
 from experiments.common.data import pipeline, sources
 from experiments.common.models import networks
-from experiments.common.settings import SettingsError
+from experiments.common.settings import SettingsError, start
 from experiments.common.training import cluster, commands, optimizers, runs
 from experiments.common.training.guard import Guard
 from experiments.common.training.loop import Job, Options
@@ -111,12 +110,10 @@ class Config(Options, Training):
 
 def main(config: Config) -> int:
     """Trains, or starts the processes that do; returns the exit status."""
-    if config.smoke:
-        # So few steps take less time than their optimization.
-        jax.config.update("jax_disable_most_optimizations", True)
-        with tempfile.TemporaryDirectory() as folder:
-            out = config.out or Path(folder)
-            return main(dataclasses.replace(config, smoke=False, out=out, **SMOKE))
+    return start(_main, SMOKE, config)
+
+
+def _main(config: Config) -> int:
     if config.launches:
         return commands.launch(MODULE, config)
     console = Console()
