@@ -6,18 +6,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-IMPLEMENTATIONS = (None, "xla", "reread")
+IMPLEMENTATIONS = (None, "xla", "reread", "subsample")
 
 
 def on_cpu(implementation: str | None, cpu, default):
     """`cpu` where the compiler is told what to do, `default` elsewhere."""
 
     def choose(*args):
-        if implementation == "xla":
-            return default(*args)
-        if implementation == "reread":
-            return cpu(*args)
+        if implementation is not None:
+            return cpu(*args) if implementation == "reread" else default(*args)
         return lax.platform_dependent(*args, cpu=cpu, default=default)
+
+    return choose
+
+
+def on_gpu(implementation: str | None, gpu, default):
+    """`gpu` where a condition would make the host wait, `default` elsewhere."""
+
+    def choose(*args):
+        if implementation is not None:
+            return gpu(*args) if implementation == "subsample" else default(*args)
+        return lax.platform_dependent(*args, cuda=gpu, rocm=gpu, default=default)
 
     return choose
 
@@ -48,6 +57,53 @@ def reread_cotangent(storage, implementation: str | None, tangent: jax.Array):
     if tangent.dtype == storage:
         return tangent
     return _fence(storage, implementation, tangent)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rounded(y: jax.Array, implementation: str | None) -> jax.Array:
+    """The identity, on a value that really has the precision of its dtype.
+
+    XLA lets a user that widens `y` again have what was there before the rounding. A GPU
+    may then write, and store for the backward pass, a float32 copy beside `y`. A TPU
+    fuses two results of the same inputs, such as y and dx, only if both end alike.
+    """
+    return _rounded(y, implementation)
+
+
+@rounded.defjvp
+def _(implementation, primals, tangents):
+    return rounded(*primals, implementation), tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def round_cotangent(y: jax.Array, dtype, implementation: str | None) -> jax.Array:
+    """The identity on `y`; its cotangent is `rounded` to a narrower dtype, and widened.
+
+    For a cotangent that is written in that dtype: all users read what was written.
+    """
+    return y
+
+
+@round_cotangent.defjvp
+def _(dtype, implementation, primals, tangents):
+    def rounding(t):
+        return _rounded(t.astype(dtype), implementation).astype(t.dtype)
+
+    (y,), (tangent,) = primals, tangents
+    if not jnp.iscomplexobj(tangent):
+        tangent = on_cpu(implementation, lambda t: t, rounding)(tangent)
+    return round_cotangent(y, dtype, implementation), tangent
+
+
+def _rounded(y: jax.Array, implementation: str | None) -> jax.Array:
+    if jnp.iscomplexobj(y) or jnp.finfo(y.dtype).bits >= 32:
+        return y
+    info = jnp.finfo(y.dtype)
+
+    def rounding(y):
+        return lax.reduce_precision(y, info.nexp, info.nmant)
+
+    return on_cpu(implementation, lambda y: y, rounding)(y)
 
 
 def _fence(storage, implementation: str | None, x: jax.Array, *vectors: jax.Array):

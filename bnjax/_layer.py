@@ -162,7 +162,9 @@ def forward(
     if not use_running:
         return family.train(x, stored, **over, **affine)
     y = family.infer(x, *stored, **affine)
-    return y, family.measure(x, axis=affine["axis"], **over) if measure else None
+    if not measure:
+        return y, None
+    return y, family.measure(x, axis=affine["axis"], shift=stored[0], **over)
 
 
 def updated(

@@ -52,17 +52,6 @@ def axis_size(axis_name: AxisName) -> int:
     return math.prod(lax.axis_size(name) for name in _names(axis_name))
 
 
-def gather(x: jax.Array, axis_name: AxisName, groups: Groups | None = None):
-    """Every replica's `x`, stacked on a new leading axis, in one collective.
-
-    With `groups`, only the rows of this replica's own group are kept: the others
-    are zero. Never differentiated (jax-ml/jax transposes `to='invarying'` wrongly
-    outside a typed shard_map before 0.12).
-    """
-    rows = _all_gather(x, axis_name, invarying=groups is None)
-    return rows if groups is None else _own_group(rows, axis_name, groups)
-
-
 def all_sum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None = None):
     """The sum of `x` over the replicas, or over those of this replica's group."""
     if axis_name is None:
@@ -70,25 +59,6 @@ def all_sum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None = No
     if groups is None:
         return lax.psum(_cast(x, _typed(axis_name)), axis_name)
     return _own_group(_all_gather(x, axis_name), axis_name, groups).sum(0)
-
-
-def splits(x: jax.Array, axes: tuple[int, ...]) -> dict[int, int]:
-    """Into how many equal parts jit may have split `x` along which of the axes.
-
-    Explicit mesh axes tell. Auto ones do not: they are taken to split the batch, the
-    first of the axes, as the data parallel do. If they do not, nothing is wrong.
-    """
-    sharding = jax.typeof(x).sharding
-    size_of = sharding.mesh.shape
-    parts = {a: typed_parts(x, a) for a in axes}
-    for name, kind in zip(sharding.mesh.axis_names, sharding.mesh.axis_types):
-        if kind == AxisType.Auto and axes:
-            parts[axes[0]] *= size_of[name]
-    return {
-        a: n
-        for a, n in parts.items()
-        if n > 1 and isinstance(x.shape[a], int) and x.shape[a] % n == 0
-    }
 
 
 def typed_parts(x: jax.Array, axis: int) -> int:
@@ -102,6 +72,49 @@ def packed_sum(values, axis_name: AxisName | None, groups: Groups | None = None)
     """The sums of several arrays over the replicas, in one collective."""
     vector, unpack = pack(values)
     return unpack(all_sum(vector, axis_name, groups))
+
+
+def packed_group_sums(values, axis_name: AxisName | None, groups: Groups | None):
+    """The sums of several arrays over the replicas, in one collective.
+
+    With `groups` each has a leading axis: the sums of every group, the same on all
+    replicas. Never differentiated (jax-ml/jax transposes `to="invarying"` wrongly
+    outside a typed shard_map before 0.12).
+    """
+    if axis_name is None:
+        return list(values)
+    if groups is None:
+        return packed_sum(values, axis_name)
+    vector, unpack = pack(values)
+    rows = _all_gather(vector, axis_name, invarying=True)
+    members = _groups_of(rows.shape[0], groups) == np.arange(len(groups))[:, None]
+    sums = jnp.where(members[..., None], rows[None], jnp.zeros_like(rows[None])).sum(1)
+    return jax.vmap(unpack)(sums)
+
+
+def own_rows(rows, axis_name: AxisName | None, groups: Groups | None):
+    """Of each array with a row for every group, the row of this replica's group."""
+    if groups is None or axis_name is None:
+        return list(rows)
+    group_of = jnp.asarray(_groups_of(axis_size(axis_name), groups))
+    mine = group_of[lax.axis_index(axis_name)]
+    return [lax.dynamic_index_in_dim(row, mine, keepdims=False) for row in rows]
+
+
+def group_sizes(axis_name: AxisName | None, groups: Groups | None, dtype):
+    """How many replicas sum together: (), or (group,) where there are groups."""
+    if axis_name is None:
+        return jnp.ones((), dtype)
+    sizes = axis_size(axis_name) if groups is None else [len(g) for g in groups]
+    return jnp.asarray(sizes, dtype)
+
+
+def replicated(x: jax.Array, axis_name: AxisName | None) -> bool:
+    """Whether `x` is known to be the same on every replica."""
+    if axis_name is None:
+        return True
+    typed = _typed(axis_name)
+    return typed == frozenset(_names(axis_name)) and not varying(x) & typed
 
 
 def pack(values):
@@ -156,9 +169,15 @@ def _cast(x, axes: frozenset):
 
 def _own_group(rows: jax.Array, axis_name: AxisName, groups: Groups):
     """`rows` with every row of another group set to zero (not multiplied: NaN)."""
-    group_of = np.zeros(rows.shape[0], np.int32)
-    for number, members in enumerate(groups):
-        group_of[list(members)] = number
+    group_of = _groups_of(rows.shape[0], groups)
     mine = jnp.asarray(group_of)[lax.axis_index(axis_name)]
     own = (group_of == mine).reshape((-1,) + (1,) * (rows.ndim - 1))
     return jnp.where(own, rows, jnp.zeros_like(rows))
+
+
+def _groups_of(replicas: int, groups: Groups) -> np.ndarray:
+    """The number of each replica's group."""
+    group_of = np.zeros(replicas, np.int32)
+    for number, members in enumerate(groups):
+        group_of[list(members)] = number
+    return group_of

@@ -103,7 +103,9 @@ def ghost_batch_norm(
         options.pop("axis_index_groups", None),
     )
     mean, var = options.pop("fallback", None) or (None, None)
-    vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    shift = options.pop("shift", None)
+    shift = mean if shift is None else shift
+    vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
     _check_vectors(x, options.get("axis", -1), vectors)
     batch = batch_axis(x, options)
     runs = _runs(x.shape, batch, virtual_batch_size, remainder)
@@ -114,7 +116,8 @@ def ghost_batch_norm(
         for start, stop, groups in runs
     ]
     y, rows = pieces[0] if len(pieces) == 1 else _joined(pieces, batch)
-    return y, merged_statistics(*rows, over.axis_name, over.groups)
+    shift = None if shift is None else jnp.asarray(shift)
+    return y, merged_statistics(*rows, shift, over.axis_name, over.groups)
 
 
 def _check_vectors(x: jax.Array, axis, vectors: dict[str, ArrayLike | None]) -> None:

@@ -134,11 +134,11 @@ def at_step(name: str, limit: Limit, step: ArrayLike | None) -> ArrayLike:
 
 
 def _by_corrected(given: Inputs, plan: Plan, r_max: Any, d_max: Any):
-    batch = statistics(given.x, given.mask, plan.over)
+    batch = statistics(given.x, given.mask, given.shift, plan.over)
     mean, var = usable(batch, given, plan)
     r, d = lax.stop_gradient(_corrections(mean, var, given, r_max, d_max))
     vectors = mean, var, given.scale * r, given.bias + given.scale * d
-    return by_given(given.x, vectors, given.epsilon, plan.affine), batch
+    return by_given(given.finite_x(), vectors, given.epsilon, plan.affine), batch
 
 
 def _corrections(mean, var, given: Inputs, r_max, d_max):

@@ -113,13 +113,15 @@ def split_batch_norm(
     x = _checks.inexact("x", x)
     domain = _domains(x, num_splits, domain, options)
     mean, var = options.pop("fallback", None) or (None, None)
-    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    shift = options.pop("shift", None)
+    shift = mean if shift is None else shift
+    given = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
     rows = {n: _rows(n, v, x, num_splits, options) for n, v in given.items()}
     if domain is None:
         y, found = by_group(x, options, rows, num_splits)
         return y, found.moments
     own = rows if domain.ndim else {n: _row(v, domain) for n, v in rows.items()}
-    mean, var, scale, bias = own.values()
+    mean, var, scale, bias, options["shift"] = own.values()
     if mean is not None and var is not None:
         options["fallback"] = mean, var
     if domain.ndim:
@@ -219,13 +221,13 @@ def _by_domain(given: Inputs, plan: Plan, domain: jax.Array):
     axes, batch = plan.affine.feature_axes, plan.over.axes[0]
     along = [domain.size if a == batch else 1 for a in range(given.x.ndim)]
 
-    def one(number: jax.Array) -> Moments:
+    def one(number: jax.Array, shift: jax.Array) -> Moments:
         own = (domain == number).reshape(along)
         mask = own if given.mask is None else own & given.mask
-        return statistics(given.x, mask, plan.over)
+        return statistics(given.x, mask, shift, plan.over)
 
     numbers = jnp.arange(len(given.mean), dtype=domain.dtype)
-    found = jax.vmap(one)(numbers)
+    found = jax.vmap(one)(numbers, given.shift)
     seen = beside(found.count, found.m2) > 0
     mean = jnp.where(seen, found.mean, given.mean).astype(given.mean.dtype)
     var = jnp.where(seen, found.variance(), given.var)
@@ -234,7 +236,7 @@ def _by_domain(given: Inputs, plan: Plan, domain: jax.Array):
         for rows in (mean, var, given.scale, given.bias)
     ]
     how = plan.affine._replace(feature_axes=tuple(sorted((*axes, batch))))
-    return by_given(given.x, vectors, given.epsilon, how), found
+    return by_given(given.finite_x(), vectors, given.epsilon, how), found
 
 
 def _by_example(

@@ -37,7 +37,7 @@ def mask_of(shape=(*SHAPE[:-1], 1), seed=1):
     return np.random.default_rng(seed).random(shape) < 0.6
 
 
-@pytest.mark.parametrize("implementation", [None, "xla", "reread"])
+@pytest.mark.parametrize("implementation", [None, "xla", "reread", "subsample"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_papers_gradient(dtype, masked, implementation):
@@ -448,7 +448,7 @@ def test_no_full_size_float32_copy_on_the_cpu():
     assert " f32[16,32,32,64]" not in entry
 
 
-@pytest.mark.parametrize("implementation", [None, "xla", "reread"])
+@pytest.mark.parametrize("implementation", [None, "xla", "reread", "subsample"])
 def test_bfloat16_gradient_below_an_activation_is_rounded_once(implementation):
     """The cotangent of the affine map is no bfloat16 value there."""
     x, scale, bias, dy = case("bfloat16", shape=(512, 3))
@@ -462,6 +462,29 @@ def test_bfloat16_gradient_below_an_activation_is_rounded_once(implementation):
     x, dy = wide
     (expected,) = jax.vjp(lambda x: f(x, jnp.float32), x)[1](dy)
     np.testing.assert_array_equal(dx, expected.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "reread", "subsample"])
+@pytest.mark.parametrize("activation", [jax.nn.relu, jnp.tanh])
+def test_bfloat16_gradient_with_a_residual(implementation, activation):
+    """What the residual receives is rounded, and the layer may use that: ReLU's is."""
+    x, scale, bias, dy = case("bfloat16", shape=(512, 3))
+    residual = case("bfloat16", seed=3, shape=(512, 3))[0]
+
+    def f(x, residual, dtype):
+        options = {"activation": activation, "implementation": implementation}
+        options |= {"residual": residual, "dtype": dtype}
+        return bnjax.batch_norm(x, scale, bias, **options)[0]
+
+    got = jax.vjp(lambda *a: f(*a, jnp.bfloat16), x, residual)[1](dy)
+    wide = [t.astype(jnp.float32) for t in (x, residual)]
+    exact = jax.vjp(lambda *a: f(*a, jnp.float32), *wide)[1](dy.astype(jnp.float32))
+    for one, expected in zip(got, exact, strict=True):
+        assert one.dtype == jnp.bfloat16
+        if activation is jax.nn.relu:
+            np.testing.assert_array_equal(one, expected.astype(jnp.bfloat16))
+        else:  # two roundings of 2^-9, of the largest
+            assert_close(one, np.asarray(expected), tol=2**-8, dtype=None)
 
 
 def test_frozen_statistics_cost_no_reduction_backward():

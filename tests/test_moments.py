@@ -1,5 +1,8 @@
 """Moments: values, merge laws, accuracy, masks, replicas."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 
 import bnjax
 from bnjax import Moments
-from bnjax.moments import _one_pass
+from bnjax.moments import _shifted
 
 SHAPE = (6, 4, 5, 3)
 
@@ -109,30 +112,41 @@ def test_count_is_scalar_unless_the_mask_varies_by_feature():
     assert two.count.shape == (4, 3)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 1e2, 1e3, 1e4, -1e2, -1e3, -1e4])
+@functools.partial(jax.jit, static_argnames="implementation")
+def batch_moments(x, mask=None, shift=None, implementation=None):
+    """One program for each shape, whatever the values."""
+    options = {"mask": mask, "shift": shift, "implementation": implementation}
+    return bnjax.batch_norm(x, **options)[1]
+
+
+def check_variance(x, mask=None, **options):
+    """Within 1e-5, and the mean within its rounding."""
+    axes = tuple(range(x.ndim - 1))
+    count, mean, m2 = oracle.moments(np.where(np.isfinite(x), x, 0), axes, mask)
+    m = batch_moments(x, mask, **options)
+    np.testing.assert_allclose(m.variance(), m2 / count, rtol=1e-5)
+    scale = np.abs(mean) + np.sqrt(m2 / count)
+    assert (np.abs(m.mean - mean) / scale).max() < 3e-7
+
+
+IMPLEMENTATIONS = (None, "xla", "reread", "subsample")
+
+
 @pytest.mark.parametrize("shape", [(4096, 5), (64, 28, 28, 5), (300, 3), (9, 11, 2)])
-@pytest.mark.parametrize(
-    "kind", ["clean", "outliers first", "masked NaN", "masked 1e30"]
-)
-def test_variance_at_large_mean(ratio, shape, kind):
-    """The first batch, without help of a running mean."""
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_variance_at_large_mean(implementation, shape):
+    """The first batch, without help of a running mean; outliers; garbage in a mask."""
     rng = np.random.default_rng(0)
-    x = (ratio + rng.normal(size=shape)).astype(np.float32)
-    mask, axes = None, tuple(range(x.ndim - 1))
-    if kind == "outliers first":
+    mask = rng.random((*shape[:-1], 1)) < 0.5
+    mask[: shape[0] // 3] = False
+    for ratio in (0.0, 1.0, 1e2, 1e3, 1e4, -1e2, -1e3, -1e4):
+        x = (ratio + rng.normal(size=shape)).astype(np.float32)
+        check_variance(x, implementation=implementation)
+        for garbage in (np.nan, 1e30):
+            poisoned = poison(x, mask, garbage)
+            check_variance(poisoned, mask, implementation=implementation)
         x[: max(1, shape[0] // 50)] = 1e6
-    if kind.startswith("masked"):
-        mask = rng.random((*shape[:-1], 1)) < 0.5
-        mask[: shape[0] // 3] = False
-        x = poison(x, mask, float(kind.split()[1]))
-    for implementation in (None, "xla", "reread"):
-        _, m = jax.jit(
-            lambda x, i=implementation: bnjax.batch_norm(x, mask=mask, implementation=i)
-        )(x)
-        count, mean, m2 = oracle.moments(np.where(np.isfinite(x), x, 0), axes, mask)
-        np.testing.assert_allclose(m.variance(), m2 / count, rtol=1e-5)
-        scale = np.abs(mean) + np.sqrt(m2 / count)
-        assert (np.abs(m.mean - mean) / scale).max() < 3e-7
+        check_variance(x, implementation=implementation)
 
 
 def reread(x, **kwargs):
@@ -152,20 +166,29 @@ def test_plain_sums_are_used_where_they_are_exact_enough(ratio):
 
 
 def test_which_sums_are_used(monkeypatch):
-    """Those about the mean for no feature, or for all."""
-
-    def sums(x, mask, centre, how):  # those of a mean of 7
-        return (7 - centre) * len(x), jnp.square(7 - centre) * len(x)
-
-    monkeypatch.setattr(_one_pass, "_sums", sums)
+    """Those about the shift for all features, or those about the mean for all."""
     x = np.random.default_rng(0).normal(size=(512, 3)).astype(np.float32)
     near, far = x + np.float32([2.8, -2.8, 0]), x + np.float32([0, 0, 3.3])
-    jax.clear_caches()
-    assert_close(reread(near).mean, near.mean(0))
-    assert_close(reread(far).mean, np.full(3, 7.0))
-    plain = bnjax.batch_norm(near, implementation="xla")[1]
-    assert_close(plain.mean, np.full(3, 7.0))
-    jax.clear_caches()
+
+    def second_reads(x, shift=None):
+        found, decide = [], _shifted._exact
+
+        def recorded(*sums):
+            jax.debug.callback(found.append, decide(*sums))
+            return decide(*sums)
+
+        monkeypatch.setattr(_shifted, "_exact", recorded)
+        jax.clear_caches()
+        bnjax.batch_norm(x, shift=shift, implementation="xla")
+        jax.effects_barrier()
+        monkeypatch.undo()
+        jax.clear_caches()
+        return not found[0]
+
+    assert not second_reads(near)
+    assert second_reads(far)
+    assert not second_reads(far, shift=jnp.float32([0, 0, 3]))
+    assert second_reads(near, shift=jnp.float32([0, 0, -4]))
 
 
 @pytest.mark.parametrize("garbage", [5.0, np.nan])
@@ -194,8 +217,9 @@ def test_squares_that_overflow():
 def test_vmap_computes_one_side_of_the_condition():
     """A batch of conditions would compute both."""
     x = np.random.default_rng(0).normal(size=(4, 64, 7, 3)).astype(np.float32)
-    text = str(jax.make_jaxpr(jax.vmap(reread))(x))
-    assert text.count("reduce_sum") == 3  # the shift's, and two about it
+    text = jax.jit(jax.vmap(reread)).lower(x).as_text()
+    assert text.count("stablehlo.case") == 1
+    assert "stablehlo.select" not in text
     mask = np.random.default_rng(1).random((64, 7, 1)) < 0.5
     batched = jax.vmap(lambda x: reread(x, mask=mask))(x)
     for one, *got in zip(x, *batched, strict=True):
@@ -213,7 +237,7 @@ def test_one_huge_outlier_anywhere(position):
 
 
 def test_one_value_in_thirty_two_is_enough():
-    """The bound of `_shift`, at its worst: the subsample is where the outliers are."""
+    """The bound of `_subsample_mean`, at its worst: the outliers are all in it."""
     x = np.random.default_rng(0).normal(size=(4096, 3)).astype(np.float32)
     x[::32] += 1e6
     check(bnjax.moments(x), x, (0,), tol=1e-5)
@@ -355,8 +379,7 @@ def test_the_means_of_replicas_are_merged_exactly(replicas, n):
 
 
 @pytest.mark.parametrize("replicas", [8, 72])
-def test_vmap_axis_name_gathers_or_sums(replicas):
-    """Up to 64 replicas one gather, beyond it two sums; the values are the same."""
+def test_vmap_axis_name(replicas):
     x = data((replicas, 5, 3)) + np.float32(1e4)
     mask = np.random.default_rng(0).random((replicas, 5, 1)) < 0.6
     mask[2] = False
@@ -365,3 +388,42 @@ def test_vmap_axis_name_gathers_or_sums(replicas):
     )
     for i in (0, 2, replicas - 1):
         check(jax.tree.map(lambda leaf, i=i: leaf[i], m), x, (0, 1), mask, tol=1e-5)
+
+
+SHIFTS = {
+    "near": lambda mean: mean + 0.3,
+    "0": lambda mean: 0 * mean,
+    "far": lambda mean: mean + 1e6,
+    "very far": lambda mean: -1e30 + 0 * mean,
+    "NaN": lambda mean: np.nan * mean,
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_any_shift_is_right(implementation):
+    """A running mean that is near, at its start, from another task, or diverged."""
+    noise = np.random.default_rng(0).normal(size=(64, 9, 7, 3)) * [1, 1e-3, 1e3]
+    mask = np.random.default_rng(1).random((64, 9, 7, 1)) < 0.7
+    for ratio, shift in itertools.product((0.0, 30.0, 1e4), SHIFTS.values()):
+        x = (noise + np.array([1, 1e-3, -1e3]) * ratio).astype(np.float32)
+        guess = shift(oracle.moments(x, (0, 1, 2), mask)[1]).astype(np.float32)
+        check_variance(
+            poison(x, mask), mask, shift=guess, implementation=implementation
+        )
+
+
+def test_moments_take_a_shift():
+    x = data() + np.float32(100)
+    check(bnjax.moments(x, shift=np.full(3, 98.0, np.float32)), x, (0, 1, 2))
+    with pytest.raises(ValueError, match="shift has shape"):
+        bnjax.moments(x, shift=np.zeros(4))
+    with pytest.raises(TypeError, match="shift has dtype complex64"):
+        bnjax.moments(x, shift=np.zeros(3, np.complex64))
+
+
+def test_a_constant_feature_near_its_running_mean_is_not_read_again():
+    x, shift = jnp.full((64, 3), 7.0), jnp.full(3, 7.0) * (1 + 1e-5)
+    count, d = jnp.float32(64), x - shift[None]
+    assert _shifted._exact(count, d.sum(0), (d**2).sum(0), shift)
+    d = x - (shift[None] + 0.1)
+    assert not _shifted._exact(count, d.sum(0), (d**2).sum(0), shift + 0.1)

@@ -12,7 +12,7 @@ from helpers import assert_close, assert_trees_close, poison
 import bnjax
 
 SHAPE = (6, 4, 5, 3)
-IMPLEMENTATIONS = [None, "xla", "reread"]
+IMPLEMENTATIONS = [None, "xla", "reread", "subsample"]
 
 
 def case(seed=0, shape=SHAPE, axis=-1, dtype=np.float32):

@@ -144,7 +144,7 @@ def test_no_collective_runs_twice(check_vma):
         return collectives(f, variables["params"], x)
 
     plain, kept = counts(PLAIN), counts(KEPT)
-    assert plain["all-gather"] == BLOCKS
+    assert plain["all-reduce"] >= BLOCKS  # forward; the backward ones may be joined
     assert kept == plain
 
 

@@ -194,8 +194,6 @@ def test_collectives(mode):
         rows = P("data")
         wrap = functools.partial(jax.shard_map, mesh=mesh(), in_specs=rows)
         text = jax.jit(wrap(both, out_specs=rows)).lower(x).as_text()
-        assert text.count("stablehlo.all_gather") == 1
-        assert text.count("stablehlo.all_reduce") == 2
-    first = {"all-reduce": 2} if mode == "Auto" else {"all-gather": 1, "all-reduce": 1}
-    assert count(forward) == first
-    assert sum(count(both).values()) == sum(first.values()) + 1
+        assert text.count("stablehlo.all_reduce") == 4  # one of them in a branch
+    assert count(forward) == {"all-reduce": 2}
+    assert count(both) == {"all-reduce": 3}

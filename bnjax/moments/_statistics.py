@@ -8,9 +8,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import _axes, _checks, _replicas
-from bnjax.moments._merge import merge_replicas, merge_rows
-from bnjax.moments._one_pass import Reduction, centred, reread, valid
-from bnjax.moments._parts import everywhere, of_parts
+from bnjax.moments._reduction import Reduction, deviation, valid
+from bnjax.moments._shifted import batch_moments, merged_rows
 from bnjax.moments._value import Moments, beside, mean_of
 
 # What a checkpoint policy keeps: see normalize.
@@ -27,36 +26,34 @@ def reduction(x, axis, axis_name=None, groups=None, implementation=None) -> Redu
     return Reduction(axes, x.dtype, axis_name, groups, implementation)
 
 
-def statistics(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
+def statistics(
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: Reduction
+) -> Moments:
     """The moments of a widened `x`, differentiable; arguments are checked already."""
-    return exact_statistics(x, mask, how)[0]
+    return exact_statistics(x, mask, shift, how)[0]
 
 
 # The derivative. With c = x - mean, over the valid values of every replica:
 #     dmean = sum dx / n,     dm2 = 2 sum Re(conj(c) dx)
 # because the term through dmean vanishes: sum c = 0. One stacked sum, so the transpose
-# holds one collective, and the shift and the merge are never differentiated.
+# holds one collective, and neither the shift nor the guard is differentiated.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def exact_statistics(
-    x: jax.Array, mask: jax.Array | None, how: Reduction
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: Reduction
 ) -> tuple[Moments, jax.Array]:
     """`statistics`, and what the rounded mean lacks: a merge to come needs it."""
-    local, rest = of_parts(x, mask, how)
-    if how.axis_name is None:
-        return local, rest
-    return merge_replicas(local, rest, how.axis_name, how.groups)
+    return batch_moments(x, mask, shift, how)
 
 
 @exact_statistics.defjvp
 def _(how, primals, tangents):
-    (x, mask), (dx, _) = primals, tangents
+    (x, mask, _), (dx, _, _) = primals, tangents
     # Named here, and not inside the call: a policy does not look into it.
-    result, rest = jax.tree.map(named, exact_statistics(x, mask, how))
-    deviation = valid(centred(*reread(x, result.mean, how), how), mask)
-    dx = valid(dx, mask)
-    sums = dx.sum(how.axes), (jnp.conj(deviation) * dx).sum(how.axes)
+    result, rest = jax.tree.map(named, exact_statistics(*primals, how))
+    d, dx = deviation(x, mask, result.mean, how), valid(dx, mask)
+    sums = dx.sum(how.axes), (jnp.conj(d) * dx).sum(how.axes)
     if how.axis_name is not None or _replicas.several(x):
         sums = _replicas.all_sum(jnp.stack(sums), how.axis_name, how.groups)
     dmean = mean_of(sums[0], result.count)
@@ -69,22 +66,22 @@ def _(how, primals, tangents):
 #     dm2 = sum dm2_i + 2 n_i Re(conj(mean_i - mean) dmean_i)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def merged_statistics(rows: Moments, rests: jax.Array, axis_name, groups) -> Moments:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def merged_statistics(
+    rows: Moments,
+    rests: jax.Array,
+    shift: jax.Array | None,
+    axis_name: _replicas.AxisName | None = None,
+    groups: _replicas.Groups | None = None,
+) -> Moments:
     """The merge of rows of moments, differentiable, and of those of every replica."""
-    values = (*rows, rests)
-    if _replicas.split_by_jit(rests):  # one collective, not one for each sum
-        values = (everywhere(value, 1) for value in values)
-    merged, rest = merge_rows(*values)
-    if axis_name is None:
-        return merged
-    return merge_replicas(merged, rest, axis_name, groups)[0]
+    return merged_rows(rows, axis_name, groups, rests=rests, shift=shift)
 
 
 @merged_statistics.defjvp
 def _(axis_name, groups, primals, tangents):
-    (rows, rests), (change, _) = primals, tangents
-    result = merged_statistics(rows, rests, axis_name, groups)
+    (rows, rests, _), (change, _, _) = primals, tangents
+    result = merged_statistics(*primals, axis_name, groups)
     weighted = beside(rows.count, change.mean) * change.mean
     deviation = jnp.conj(rows.mean - result.mean[None] + rests)
     sums = weighted.sum(0), (change.m2 + 2 * (deviation * weighted).real).sum(0)

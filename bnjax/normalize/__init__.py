@@ -146,6 +146,7 @@ def batch_norm(
     activation: Activation | None = None,
     dtype: DTypeLike | None = None,
     implementation: str | None = None,
+    shift: ArrayLike | None = None,
     fallback: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes `x` by its own statistics: the training transform.
@@ -174,8 +175,11 @@ def batch_norm(
         activation: an elementwise function; its input is computed again, not stored.
         dtype: of the output; None for `result_type(x, scale, bias)`.
         implementation: "xla" lets XLA share reads of `x`; "reread" has each reduction
-            read it again, and centres it only where the variance needs that, which is
-            faster on a CPU; None chooses for the platform.
+            read it again, which is faster on a CPU; "subsample" takes the shift from
+            `x`, and needs no condition, for which a GPU's host would wait. None chooses
+            for the platform.
+        shift: (feature,), a guess of the mean that does not depend on `x`; see
+            `moments`. None for the mean of `fallback`.
         fallback: (mean, var), each (feature,): normalizes the features without a valid
             value. None for (0, 1).
 
@@ -208,6 +212,7 @@ def batch_norm(
         "activation": activation,
         "dtype": dtype,
         "implementation": implementation,
+        "shift": shift,
         "fallback": fallback,
     }
     return train(by_batch, x, scale, bias, options)

@@ -48,15 +48,15 @@ def describe(x, parameters, *, axis, dtype, activation, implementation) -> Affin
 def per_feature(
     x, axis, how: Affine, leading: tuple[int, ...] = (), **given
 ) -> tuple[jax.Array, ...]:
-    """mean, var, scale and bias, checked; (0, 1, 1, 0) for those that are None.
+    """The values given by name, checked, in their order; the default for None.
 
     Each is of shape (*leading, feature).
     """
     shape = leading + _axes.sizes(x.shape, how.feature_axes)
-    default = {"mean": 0, "var": 1, "scale": 1, "bias": 0}
+    default = {"mean": 0, "var": 1, "scale": 1, "bias": 0, "shift": 0}
     vectors = []
-    for name, start in default.items():
-        value, dtype = given[name], how.compute
+    for name, value in given.items():
+        start, dtype = default[name], how.compute
         if name == "var":
             dtype = _dtypes.real(dtype)
         if value is None:

@@ -48,8 +48,8 @@ def by_group(
     Args:
         x: (batch, *spatial, feature).
         options: of `batch_norm`, but for `axis_name` and `fallback`.
-        vectors: mean, var (of groups without a valid value), scale and bias; each None,
-            (feature,), or (groups, feature).
+        vectors: mean, var (of groups without a valid value), scale, bias and shift;
+            each None, (feature,), or (groups, feature).
         groups: their number, which divides the batch.
     """
     axes = _axes.canonical(options.get("axis", -1), x.ndim)
@@ -72,10 +72,10 @@ def by_group(
 
     mask = _checks.mask(options.get("mask"), x.shape)
     residual = _checks.residual(options.get("residual"), x.shape, jnp.complex64)
-    mean, var, scale, bias = (
-        repeated(vectors[name]) for name in ("mean", "var", "scale", "bias")
+    mean, var, scale, bias, shift = (
+        repeated(vectors[name]) for name in ("mean", "var", "scale", "bias", "shift")
     )
-    inner: Options = {**options, "axis": _with(axes, batch)}
+    inner: Options = {**options, "axis": _with(axes, batch), "shift": shift}
     inner["mask"] = None if mask is None else cut(mask)
     inner["residual"] = None if residual is None else cut(residual)
     if mean is not None and var is not None:
@@ -108,10 +108,10 @@ def batch_axis(x: jax.Array, options: Options) -> int:
 
 
 def _each_group(given: Inputs, plan: Plan) -> tuple[jax.Array, Rows]:
-    over = plan.over._replace(whole=True)
-    batch, rests = exact_statistics(given.x, given.mask, over)
+    over = plan.over._replace(local=True)
+    batch, rests = exact_statistics(given.x, given.mask, given.shift, over)
     vectors = *usable(batch, given, plan), given.scale, given.bias
-    y = by_given(given.x, vectors, given.epsilon, plan.affine)
+    y = by_given(given.finite_x(), vectors, given.epsilon, plan.affine)
     return y, Rows(batch, rests)
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _axes, _checks, _dtypes, _replicas
+from bnjax import _axes, _backend, _checks, _dtypes, _replicas
 from bnjax.moments import Moments, Reduction, reduction, statistics, valid
 from bnjax.normalize._affine import Affine, affine, describe, per_feature
 from bnjax.normalize._remat import keep_moments
@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     activation: Activation | None
     dtype: DTypeLike | None
     implementation: str | None
+    shift: ArrayLike | None
     fallback: tuple[ArrayLike, ArrayLike] | None
 
 
@@ -49,8 +50,15 @@ class Inputs(NamedTuple):
     var: jax.Array
     scale: jax.Array
     bias: jax.Array
+    shift: jax.Array
     epsilon: ArrayLike
     mask: jax.Array | None
+
+    def finite_x(self) -> jax.Array:
+        """`x`, with 0 for what is not finite where the mask is False."""
+        if self.mask is None:
+            return self.x
+        return valid(self.x, self.mask | jnp.isfinite(self.x))
 
 
 class Plan(NamedTuple):
@@ -103,7 +111,8 @@ def train(
         options.get("implementation"),
     )
     mean, var = options.get("fallback") or (None, None)
-    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    shift = mean if options.get("shift") is None else options.get("shift")
+    given = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
     vectors = per_feature(x, axis, how, leading, **given)
     epsilon = options.get("epsilon", 1e-5)
     _checks.epsilon(epsilon)
@@ -117,8 +126,8 @@ def train(
         y, batch = _compiled(transform, inputs, Plan(over, how), *extra)
         return finish(y, residual, activation, how), batch
 
-    mean, var, scale, bias = vectors
-    inputs = Inputs(x, mean, var, scale, bias, epsilon, mask)
+    mean, var, scale, bias, shift = vectors
+    inputs = Inputs(x, mean, var, scale, bias, shift, epsilon, mask)
     y, batch = run(inputs, residual, *extra)
     return y, jax.tree.map(jnp.asarray, batch)  # a constant count is no array yet
 
@@ -138,18 +147,18 @@ def usable(batch: Moments, given: Inputs, plan: Plan) -> tuple[jax.Array, jax.Ar
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _compiled(transform: Transform, given: Inputs, plan: Plan, *extra):
-    x, mask = given.x, given.mask
-    if mask is not None:
-        x = valid(x, mask | jnp.isfinite(x))
-    x = x.astype(_dtypes.statistics(x.dtype))
+    narrow, wide = given.x.dtype, _dtypes.statistics(given.x.dtype)
+    x = given.x.astype(wide)
+    if narrow != wide:
+        x = _backend.round_cotangent(x, narrow, plan.affine.implementation)
     return transform(given._replace(x=x), plan, *extra)
 
 
 def by_batch(given: Inputs, plan: Plan) -> tuple[jax.Array, Moments]:
     """Batch normalization itself: Algorithm 1."""
-    batch = statistics(given.x, given.mask, plan.over)
+    batch = statistics(given.x, given.mask, given.shift, plan.over)
     vectors = *usable(batch, given, plan), given.scale, given.bias
-    return by_given(given.x, vectors, given.epsilon, plan.affine), batch
+    return by_given(given.finite_x(), vectors, given.epsilon, plan.affine), batch
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -165,10 +174,11 @@ def finish(y, residual, activation: Activation | None, how: Affine):
     shape = y.shape
     if residual is not None:
         y = y + residual.astype(y.dtype)
+        y = _backend.round_cotangent(y, residual.dtype, how.implementation)
     if activation is not None:
         y = activation(y)
         _checks.elementwise(activation, shape, y)
-    return y.astype(how.output)
+    return _backend.rounded(y.astype(how.output), how.implementation)
 
 
 def _smallest_count(shape: Sequence[int], over: Reduction):

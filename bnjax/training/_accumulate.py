@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax import _dtypes, _trees
-from bnjax.moments import Moments, merge, merge_rows
+from bnjax.moments import Moments, merge, merged_rows
 from bnjax.running import Rule, State
 
 _RULE = (
@@ -137,7 +137,7 @@ def accumulate(
 
 def _merged(rows: Moments) -> Moments:
     """The merge of Moments along the leading axis."""
-    return merge_rows(*rows, jnp.zeros_like(rows.mean))[0]
+    return merged_rows(rows)
 
 
 def _check_rule(rule: Rule) -> None:

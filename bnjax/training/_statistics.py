@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from bnjax import _checks, _dtypes, _trees
-from bnjax.moments import Moments, merge_replicas, merge_rows
+from bnjax.moments import Moments, merged_rows
 from bnjax.running import State, ema
 
 
@@ -108,10 +108,9 @@ def _merge(stats, counts, axis_name, path: str) -> tuple[jax.Array, ...]:
     seen = count.reshape(*lead, *(1 for _ in mean.shape[len(lead) :])) > 0
     mean, var = jnp.where(seen, mean, 0), jnp.where(seen, var, 0)
     m2 = var * count.reshape(seen.shape)
-    local, rest = Moments(count, mean, m2), jnp.zeros_like(mean)
-    if axis_name is None:
-        merged, _ = merge_rows(*local, rest)
-    else:
-        merged, _ = merge_replicas(local, rest, axis_name, None)
+    local = Moments(count, mean, m2)
+    if axis_name is not None:  # the axis of replicas is the named one
+        local = jax.tree.map(lambda value: value[None], local)
+    merged = merged_rows(local, axis_name)
     new = merged.mean, jnp.where(merged.count > 0, merged.variance(), 1)
     return tuple(v.astype(old.dtype) for v, old in zip(new, given))

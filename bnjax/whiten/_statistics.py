@@ -38,6 +38,7 @@ def co_moments(
     mask: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    shift: ArrayLike | None = None,
 ) -> CoMoments:
     """The co-moments of `x`, exact over every replica of `axis_name`.
 
@@ -58,6 +59,7 @@ def co_moments(
             needed under jit: the co-moments of a sharded batch are global there.
         axis_index_groups: a partition of that axis; replicas merge within their group.
             Groups may differ in size.
+        shift: (feature,), a guess of the mean; see `moments`.
 
     Returns:
         CoMoments of `promote_types(x.dtype, float32)`.
@@ -79,12 +81,15 @@ def co_moments(
     layout = _layout.layout(x, axis, group_size)
     mask = _layout.mask(mask, x, layout.axis)
     how = CoReduction(reduction(x, axis, axis_name, axis_index_groups), layout)
-    return _co_moments(x, mask, how)
+    shift = None if shift is None else jnp.asarray(shift)
+    return _co_moments(x, mask, shift, how)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _co_moments(x: jax.Array, mask: jax.Array | None, how: CoReduction) -> CoMoments:
-    return co_statistics(x.astype(_dtypes.statistics(x.dtype)), mask, how)
+@functools.partial(jax.jit, static_argnums=3)
+def _co_moments(
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: CoReduction
+) -> CoMoments:
+    return co_statistics(x.astype(_dtypes.statistics(x.dtype)), mask, shift, how)
 
 
 # The derivative. With c = x - mean, over the valid positions of every replica:
@@ -93,14 +98,16 @@ def _co_moments(x: jax.Array, mask: jax.Array | None, how: CoReduction) -> CoMom
 # holds one collective, and the merge is never differentiated.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def co_statistics(x: jax.Array, mask: jax.Array | None, how: CoReduction) -> CoMoments:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def co_statistics(
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: CoReduction
+) -> CoMoments:
     """The co-moments of a widened `x`, differentiable; arguments are checked already.
 
     The mean is rounded at its own magnitude: the products are corrected by the mean
     deviation from it.
     """
-    count, mean, _ = statistics(x, mask, how.over)
+    count, mean, _ = statistics(x, mask, shift, how.over)
     d = _deviation(x, coarse(mean), mask, how)
     s1, s2 = _total((_sum(d), _layout.products(d, d)), x, how.over)
     m2 = s2 - _layout.outer(s1, mean_of(s1, count))
@@ -109,8 +116,8 @@ def co_statistics(x: jax.Array, mask: jax.Array | None, how: CoReduction) -> CoM
 
 @co_statistics.defjvp
 def _(how, primals, tangents):
-    (x, mask), (dx, _) = primals, tangents
-    result = CoMoments._make(map(named, co_statistics(x, mask, how)))
+    (x, mask, _), (dx, _, _) = primals, tangents
+    result = CoMoments._make(map(named, co_statistics(*primals, how)))
     d = _deviation(x, result.mean, mask, how)
     dx = _layout.split(valid(dx, mask), how.layout)
     s1, s2 = _total((_sum(dx), _layout.products(d, dx)), x, how.over)

@@ -27,7 +27,7 @@ class Whitening(NamedTuple):
     ) -> tuple[jax.Array, CoMoments]:
         """The whitened x and its co-moments; `covariance` is that of an empty batch."""
         over = CoReduction(plan.over, self.layout)
-        batch = co_statistics(given.x, given.mask, over)
+        batch = co_statistics(given.x, given.mask, given.shift, over)
         compute = plan.affine.compute
         mean, own = batch.mean.astype(compute), batch.covariance().astype(compute)
         if given.mask is not None or 0 in (given.x.shape[a] for a in plan.over.axes):
@@ -35,7 +35,8 @@ class Whitening(NamedTuple):
             mean = _axes.where(seen, mean, given.mean)
             own = _axes.where(seen, own, covariance.astype(compute))
         vectors = mean, given.scale, given.bias
-        return by_given(given.x, own, vectors, given.epsilon, self, plan.affine), batch
+        x = given.finite_x()
+        return by_given(x, own, vectors, given.epsilon, self, plan.affine), batch
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

@@ -1,0 +1,286 @@
+"""The moments of one batch, from sums that wait for nothing computed from it.
+
+    s1 = sum d,   s2 = sum |d|^2,   d = x - shift        (over the valid values)
+    mean = shift + s1/n,   m2 = s2 - |s1|^2/n
+
+The shift is known before `x` is: the running mean of the layer, or 0. Then
+
+* a compiler can take the sums where `x` is produced. On a TPU they become part of the
+  convolution, while its output is still on the chip: no read of `x` at all. A shift
+  taken from `x` would prevent that, and cost a read in every layer;
+* replicas that know the same shift exchange plain sums, 2C numbers in one collective.
+
+The variance loses a factor of 1 + (mean - shift)^2/var in precision. Where that is too
+much for a feature, `x` is read again: for its mean, then for the sums about the mean.
+Means within 3 standard deviations of the shift never need that. All replicas decide
+from the same sums, so they take the same branch of the condition.
+
+What differs by platform:
+
+    TPU   as above: a branch that is not taken costs nothing.
+    CPU   the first sums are about 0, which takes two thirds of the time of sums about a
+          shift; the mean is known then.
+    GPU   the host would have to wait for the condition. Convolutions are kernels of
+          their own, so nothing is lost by a shift taken from `x`: the mean of a
+          subsample, which is near enough to the mean whatever the data. Only where
+          several GPUs need a shift in common, it is as on a TPU.
+
+References: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance",
+section 3 (shifted data).
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+
+from bnjax import _axes, _backend, _replicas
+from bnjax.moments._reduction import Reduction, count_valid, sums_about, valid
+from bnjax.moments._value import (
+    Moments,
+    abs_product,
+    beside,
+    coarse,
+    displaced,
+    mean_of,
+)
+
+# Sums are exact enough where (mean - shift)^2 <= _LOSS var: the variance is right to
+# 4e-6. A deviation of 1e-5 mean counts as that much: float32 holds little less.
+_LOSS = 9
+_RESOLUTION = 1e-10
+
+# The shift on a GPU is the mean of one value in at most this many.
+_SUBSAMPLE = 32
+
+Sums = Callable[[jax.Array | None], tuple[jax.Array, jax.Array]]
+
+
+def batch_moments(
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, reduction: Reduction
+) -> tuple[Moments, jax.Array]:
+    """The Moments over every replica, and what the rounded mean lacks.
+
+    At |mean|/std = 1e4 that is 1e-3 of a standard deviation, and the distances between
+    the means of several sets of values need it.
+    """
+    features = _axes.complement(reduction.axes, x.ndim)
+    zero = jnp.zeros(_axes.sizes(x.shape, features), x.dtype)
+    shift = _finite(shift, reduction.axis_name, zero)
+
+    def subsampled(x, mask, shift):
+        shift = _subsample_mean(x, mask, reduction)
+        count = count_valid(x, mask, reduction.axes)
+        return _from_sums(count, shift, *sums_about(x, mask, shift, reduction))
+
+    @jax.custom_batching.custom_vmap
+    def guarded(x, mask, shift):
+        return _of_batch(x, mask, shift, reduction)
+
+    @guarded.def_vmap
+    def _(size, batched, x, mask, shift):  # one condition for all: else both sides
+        axes = jax.tree.map(lambda b: 0 if b else None, batched)  # would be computed
+        result = _of_batch(x, mask, shift, reduction, size, axes)
+        return result, jax.tree.map(lambda _: True, result)
+
+    if reduction.axis_name is not None:
+        return _of_batch(x, mask, shift, reduction)
+    if _replicas.split_by_jit(x):  # a condition on what is local would be communicated
+        return (subsampled if _is_local(x, reduction) else guarded)(x, mask, shift)
+    return _backend.on_gpu(reduction.implementation, subsampled, guarded)(
+        x, mask, shift
+    )
+
+
+def _is_local(x: jax.Array, reduction: Reduction) -> bool:
+    """Whether no sum is one over several devices, as far as is known."""
+    kinds = set(jax.typeof(x).sharding.mesh.axis_types)
+    typed = kinds == {AxisType.Explicit}
+    split = any(_replicas.typed_parts(x, a) > 1 for a in reduction.axes)
+    return reduction.local or (typed and not split)
+
+
+def _of_batch(
+    x, mask, shift, reduction: Reduction, size: int | None = None, axes=(None,) * 3
+) -> tuple[Moments, jax.Array]:
+    """The guarded Moments; or those of `size` batches, along the `axes` of vmap."""
+
+    def each(function, *axes):
+        return function if size is None else jax.vmap(function, axes, axis_size=size)
+
+    # The condition is given x as it is stored, not a widened copy.
+    stored = x if jnp.iscomplexobj(x) else x.astype(reduction.storage)
+    dtype = x.dtype
+
+    def sums(centre):
+        def one(stored, mask, centre):
+            return sums_about(stored.astype(dtype), mask, centre, reduction)
+
+        along = None if centre is None else 0
+        return each(one, *axes[:2], along)(stored, mask, centre)
+
+    def about_zero(x, mask, shift):
+        return jnp.zeros_like(shift), *sums_about(x, mask, None, reduction)
+
+    def about_shift(x, mask, shift):
+        return shift, *sums_about(x, mask, shift, reduction)
+
+    first = _backend.on_cpu(reduction.implementation, about_zero, about_shift)
+    count = each(lambda x, mask: count_valid(x, mask, reduction.axes), *axes[:2])
+    return _guarded(
+        sums,
+        count(x, mask),
+        each(first, *axes)(x, mask, shift),
+        reduction.axis_name,
+        reduction.groups,
+        reduction.implementation,
+        same_count=mask is None,
+    )
+
+
+def merged_rows(
+    rows: Moments,
+    axis_name: _replicas.AxisName | None = None,
+    groups: _replicas.Groups | None = None,
+    *,
+    rests: jax.Array | None = None,
+    shift: jax.Array | None = None,
+) -> Moments:
+    """The merge of rows of Moments, and of those of every replica.
+
+    Args:
+        rows: of sets of values; their axis leads.
+        axis_name: of the replicas to merge over, or None.
+        groups: a partition of that axis, or None.
+        rests: what each rounded mean lacks, if known.
+        shift: see the module; of the shape of the merged mean.
+    """
+
+    def sums(centre):
+        d = rows.mean if centre is None else rows.mean - centre[None]
+        d = d if rests is None else d + rests
+        weighted = beside(rows.count, d) * d
+        return weighted.sum(0), (rows.m2 + abs_product(d, weighted)).sum(0)
+
+    count = rows.count.sum(0)
+    zero = jnp.zeros(rows.mean.shape[1:], rows.mean.dtype)
+    if axis_name is None and not _replicas.split_by_jit(rows.mean):
+        centre = coarse(mean_of(sums(None)[0], count))
+        return _from_sums(count, centre, *sums(centre))[0]
+    shift = _finite(shift, axis_name, zero)
+    return _guarded(sums, count, (shift, *sums(shift)), axis_name, groups, "xla")[0]
+
+
+def _guarded(
+    sums: Sums,
+    count: jax.Array,
+    first: tuple[jax.Array, jax.Array, jax.Array],
+    axis_name: _replicas.AxisName | None,
+    groups: _replicas.Groups | None,
+    implementation: str | None,
+    *,
+    same_count: bool = False,
+) -> tuple[Moments, jax.Array]:
+    """The Moments from the first sums, or from those about the mean if it is far off.
+
+    Args:
+        sums: (centre) -> this replica's sum d and sum |d|^2 about it; None for 0.
+        count: this replica's.
+        first: a centre that is the same on every replica, and the sums about it.
+        axis_name: of the replicas to sum over, or None.
+        groups: a partition of that axis, or None.
+        implementation: see `_backend`.
+        same_count: whether every replica has that count, so that none is sent.
+    """
+
+    def total(*values):  # one row for each group of replicas, if there are groups
+        return _replicas.packed_group_sums(values, axis_name, groups)
+
+    def own(*rows):
+        return _replicas.own_rows(rows, axis_name, groups)
+
+    centre, s1, s2 = first
+    centre = _axes.split_like(s1, centre)
+    if same_count:
+        s1, s2 = total(s1, s2)
+        count = count * _replicas.group_sizes(axis_name, groups, count.dtype)
+    else:
+        count, s1, s2 = total(count, s1, s2)
+    # All groups decide together: the collectives of the branch are of all replicas.
+    exact = _exact(count, s1, s2, centre)
+    count, s1, s2 = own(count, s1, s2)
+
+    def as_they_are():
+        return _replicas.cast_together(centre, s1, s2)
+
+    def about_the_mean():
+        known = _backend.on_cpu(
+            implementation, lambda: s1, lambda: own(*total(sums(None)[0]))[0]
+        )
+        mean = coarse(mean_of(known(), count))
+        return [mean, *own(*total(*sums(mean)))]
+
+    return _from_sums(count, *lax.cond(exact, as_they_are, about_the_mean))
+
+
+def _from_sums(count, centre, s1, s2) -> tuple[Moments, jax.Array]:
+    """The Moments and the rest of the mean, from the sums about a centre."""
+    delta = mean_of(s1, count)
+    mean, rest = displaced(centre, delta)
+    m2 = jnp.maximum(s2 - abs_product(s1, delta), 0)
+    return Moments(count, mean, m2), rest
+
+
+def _exact(count, s1, s2, centre) -> jax.Array:
+    """Whether the sums are exact enough for every feature, or cannot become finite."""
+    delta = mean_of(s1, count)
+    square = abs_product(s1, delta)
+    mean = jnp.broadcast_to(centre, delta.shape) + delta
+    resolution = _RESOLUTION * abs_product(mean, mean) * beside(count, square)
+    exact = square <= _LOSS * jnp.maximum(s2 - square, resolution)
+    return jnp.all(exact | ~jnp.isfinite(delta))
+
+
+def _finite(shift, axis_name, zero: jax.Array) -> jax.Array:
+    """The shift, with 0 where it is not finite; 0 if replicas may have different ones.
+
+    Only shard_map(check_vma=True) tells that a value is the same on every replica.
+    """
+    if shift is None or not _replicas.replicated(shift, axis_name):
+        return zero
+    if jnp.iscomplexobj(shift) and not jnp.iscomplexobj(zero):
+        shift = shift.real
+    return jnp.where(jnp.isfinite(shift), shift.astype(zero.dtype), zero)
+
+
+def _subsample_mean(
+    x: jax.Array, mask: jax.Array | None, reduction: Reduction
+) -> jax.Array:
+    """The mean of a fixed subsample: near enough to the mean, whatever the data.
+
+    By Cauchy-Schwarz the mean over any K of N values lies within sqrt(N/K) standard
+    deviations of the mean of all, outliers or not:
+        (mean_K - mean)^2 <= (1/K) sum_K (x - mean)^2 <= (N/K) var
+    so the shifted sums lose at most a factor 1 + N/K of precision. An axis along
+    which the mask varies is kept whole, or N/K would not hold among the valid.
+    The slice is one of `x` as it is stored: a compiler may write what is sliced.
+    """
+    axes, dtype = reduction.axes, x.dtype
+    x = x if jnp.iscomplexobj(x) else x.astype(reduction.storage)
+    values = math.prod(x.shape[a] for a in axes)
+    rest = (
+        min(_SUBSAMPLE, max(values // _SUBSAMPLE, 1))
+        if isinstance(values, int)
+        else _SUBSAMPLE
+    )
+    for a in axes[1:] + axes[:1]:
+        if rest == 1 or (mask is not None and mask.shape[a] != 1):
+            continue
+        size = x.shape[a]
+        x = lax.slice_in_dim(x, 0, size, stride=rest, axis=a)
+        rest = max(rest // max(size, 1), 1) if isinstance(size, int) else 1
+    total = valid(x.astype(dtype), mask).sum(axes)
+    return coarse(mean_of(total, count_valid(x.astype(dtype), mask, axes)))
