@@ -12,8 +12,6 @@ each of R devices, 2 (R - 1)/R s of a reduction.
 Measured: see the table in the README.
 """
 
-import math
-import re
 import sys
 from dataclasses import dataclass
 
@@ -27,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 import bnjax
+from experiments.bench.programs import Program
 
 LAYERS = {"flax": nn.BatchNorm, "bnjax": bnjax.BatchNorm}
 MODES = ("jit", "shard_map", "shard_map unchecked", "pmap")
-BYTES = {"pred": 1, "bf16": 2, "f32": 4, "s32": 4}
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def main(config: Config) -> int:
                 cells = []
                 for backward in (False, True):
                     text = program(config, mode, name, masked, backward)
-                    found = collectives(text, config.devices)
+                    found = collectives(text)
                     sent = sum(ring(k, size, config.devices) for k, size in found)
                     kinds = ", ".join(f"{k} {size:,} B" for k, size in found)
                     cells += [f"{len(found)}: {kinds}", f"{sent:,.0f} B"]
@@ -120,23 +118,9 @@ def compiled(config: Config, mode: str, name: str, masked: bool, backward: bool)
     return f.lower(x, mask).compile(), (x, mask)
 
 
-def collectives(text: str, devices: int) -> list[tuple[str, int]]:
-    """Each collective in a program, and the bytes of its operands on one device."""
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    found = []
-    for line in text.splitlines():
-        match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
-        if match:
-            result, kind = match.groups()
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
-            size = sum(BYTES[d] * elements(shape) for d, shape in arrays)
-            found.append((kind, size // devices if kind == "all-gather" else size))
-    return found
-
-
-def elements(shape: str) -> int:
-    """Of "8,64", 512."""
-    return math.prod(int(size) for size in shape.split(",") if size)
+def collectives(text: str) -> list[tuple[str, int]]:
+    """Each collective outside of rare branches, and the bytes a device hands in."""
+    return [(each.kind, each.bytes) for each in Program(text).always.collectives]
 
 
 def ring(kind: str, size: int, devices: int) -> float:

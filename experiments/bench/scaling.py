@@ -101,7 +101,7 @@ def measure(
     for name in collectives.LAYERS:
         program, arguments = collectives.compiled(what, mode, name, False, True)
         calls[name] = partial(program, *arguments)
-        found = collectives.collectives(str(program.as_text()), what.devices)
+        found = collectives.collectives(str(program.as_text()))
         sent[name] = len(found)
     medians = interleaved(calls, config.seconds)
     size = 4 * what.devices * what.examples * what.features * IMAGE[0] * IMAGE[1]

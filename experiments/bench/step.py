@@ -47,7 +47,10 @@ NORMS = {
     "bnjax": Norm(bnjax.BatchNorm),
     "bnjax fused": Norm(bnjax.BatchNorm, fused=True),
     "bnjax remat": Norm(
-        bnjax.BatchNorm, fused=True, remat=partial(nn.remat, policy=bnjax.remat_policy)
+        bnjax.BatchNorm,
+        fused=True,
+        remat=partial(nn.remat, policy=bnjax.remat_policy),
+        region="stage",
     ),
 }
 MEASURES = {

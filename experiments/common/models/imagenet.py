@@ -9,7 +9,7 @@ is in its 3x3 convolution.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,13 +23,15 @@ class Norm(NamedTuple):
     Attributes:
         layer: `flax.linen.BatchNorm` or one that replaces it.
         fused: whether the layer is told the activation and the residual.
-        remat: made of a block's class, one that is computed again backward.
+        remat: `nn.remat` with its options, or None: what is computed again backward.
+        region: whether a block or a stage at a time.
         train: whether by the batch, and the running statistics are updated.
     """
 
     layer: type[nn.Module]
     fused: bool = False
-    remat: Callable[[Any], Any] = lambda block: block
+    remat: Callable[[Any], Any] | None = None
+    region: Literal["block", "stage"] = "block"
     train: bool = True
 
     def __call__(self, x: jax.Array, activation=None, residual=None) -> jax.Array:
@@ -102,15 +104,32 @@ class ResNet(nn.Module):
         x = self.norm(_conv(x, self.width, kernel, strides), nn.relu)
         if not self.small:
             x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
-        block: Any = self.norm.remat(self.block)
-        for stage, blocks in enumerate(self.stages):
-            for index in range(blocks):
-                strides = 2 if stage and not index else 1
-                name = f"stage{stage}_block{index}"  # the class's name may change
-                features = self.width * 2**stage
-                x = block(features, strides, self.norm, name=name)(x)
+        for stage in range(len(self.stages)):
+            x = self._region("stage", _stage, stage)(self, x)
         x = x.mean((1, 2), dtype=jnp.float32)
         return nn.Dense(self.classes)(x)
+
+    @nn.nowrap
+    def _region(self, kind: str, part: Callable[..., jax.Array], *which: int):
+        """A part of the network, computed again backward if it is to be."""
+
+        def run(network: ResNet, x: jax.Array) -> jax.Array:
+            return part(network, x, *which)
+
+        again = self.norm.remat if self.norm.region == kind else None
+        return run if again is None else again(run)
+
+
+def _stage(network: ResNet, x: jax.Array, stage: int) -> jax.Array:
+    for index in range(network.stages[stage]):
+        x = network._region("block", _block, stage, index)(network, x)
+    return x
+
+
+def _block(network: ResNet, x: jax.Array, stage: int, index: int) -> jax.Array:
+    features, strides = network.width * 2**stage, 2 if stage and not index else 1
+    block: Any = network.block
+    return block(features, strides, network.norm, name=f"stage{stage}_block{index}")(x)
 
 
 def _conv(x: jax.Array, features: int, kernel: int, strides: int = 1) -> jax.Array:

@@ -27,7 +27,7 @@ def compiled(model: nn.Module, variables: Any, data: tuple[jax.Array, ...]) -> S
     """A step of SGD with momentum, from these variables on (images, labels)."""
     optimizer = optax.sgd(0.1, momentum=0.9)
     arguments = variables, optimizer.init(variables["params"]), *data
-    step = jax.jit(_step(model, optimizer)).lower(*arguments).compile()
+    step = jax.jit(update(model, optimizer)).lower(*arguments).compile()
     analysis: Any = step.memory_analysis()
     planned = analysis.temp_size_in_bytes
     return Step(partial(step, *arguments), planned, stored(model, variables, data))
@@ -50,7 +50,7 @@ def _loss(model: nn.Module, params: Any, stats: Any, images, labels):
     return losses.mean(), updates["batch_stats"]
 
 
-def _step(model: nn.Module, optimizer: optax.GradientTransformation):
+def update(model: nn.Module, optimizer: optax.GradientTransformation):
     """(variables, optimizer state, images, labels) to the loss, and the next two."""
     gradient = jax.value_and_grad(partial(_loss, model), has_aux=True)
 
