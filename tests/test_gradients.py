@@ -487,6 +487,62 @@ def test_bfloat16_gradient_with_a_residual(implementation, activation):
             assert_close(one, np.asarray(expected), tol=2**-8, dtype=None)
 
 
+GARBAGE = {
+    "NaN": np.nan,
+    "inf": np.inf,
+    "-inf": -np.inf,
+    "1e36": 1e36,
+    "-1e36": -1e36,
+    "max": 3.3e38,  # bfloat16 holds 3.39e38
+    "min": -3.3e38,
+    "denormal": 1e-40,
+    "just beyond": 2e9,
+}
+MASKED = {
+    "batch_norm": bnjax.batch_norm,
+    "batch_renorm": lambda x, scale, bias, **kw: bnjax.renorm.batch_renorm(
+        x, 0 * scale, 1 + 0 * scale, scale, bias, **kw
+    ),
+    "ghost_batch_norm": functools.partial(
+        bnjax.ghost.ghost_batch_norm, virtual_batch_size=8
+    ),
+    "split_batch_norm": functools.partial(
+        bnjax.split.split_batch_norm, num_splits=2, domain=np.arange(16) % 2
+    ),
+    "decorrelate": bnjax.whiten.decorrelate,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("function", MASKED)
+def test_what_lies_under_a_mask_changes_no_gradient(function, dtype):
+    """Whatever its value: of first and second order, of x, scale, bias and epsilon."""
+    x, scale, bias, dy = case("float32", shape=(16, 5, 3))
+    x, dy = (0.05 * x).astype(dtype), dy.astype(dtype)  # x over its std may overflow
+    mask = mask_of((16, 5, 1))
+
+    def loss(x, scale, bias, epsilon):
+        y, _ = MASKED[function](x, scale, bias, mask=mask, epsilon=epsilon)
+        return jnp.sum(jnp.where(mask, jnp.sin(y), 0) * dy)
+
+    @jax.jit
+    def derivatives(x, scale, bias):
+        gradient = jax.grad(loss, argnums=(0, 1, 2, 3))
+
+        def slope(scale, epsilon):
+            return sum(jnp.sum(g) for g in gradient(x, scale, bias, epsilon)[1:])
+
+        first = gradient(x, scale, bias, 1e-3)
+        return first, jax.grad(slope, argnums=(0, 1))(scale, 1e-3)
+
+    clean = derivatives(jnp.where(mask, x, 0), scale, bias)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(clean))
+    for name, value in GARBAGE.items():
+        found = derivatives(jnp.where(mask, x, jnp.asarray(value, dtype)), scale, bias)
+        for one, expected in zip(jax.tree.leaves(found), jax.tree.leaves(clean)):
+            np.testing.assert_array_equal(one, expected, name)
+
+
 def test_frozen_statistics_cost_no_reduction_backward():
     """Nor does a missing gradient of scale and bias: a frozen backbone."""
     x, scale, bias, dy = case("float32")

@@ -165,7 +165,7 @@ def batch_norm(
         epsilon: added to the variance.
         mask: boolean, broadcastable to `x`; True = counts. Masked values are normalized
             like the others, but take no part in the statistics; those that are not
-            finite are read as 0.
+            finite, or beyond 1e9, are read as 0.
         axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
             over. Not needed under jit: the statistics of a sharded batch are global
             there. Local ones are those of ghost batches: normalize x reshaped.

@@ -25,6 +25,9 @@ from bnjax.normalize._remat import keep_moments
 
 Activation = Callable[[jax.Array], jax.Array]
 
+# Beyond it, what lies under a False mask is read as 0.
+_GARBAGE = 1e9
+
 
 class Options(TypedDict, total=False):
     """The options of `batch_norm`, which the variants share."""
@@ -55,10 +58,14 @@ class Inputs(NamedTuple):
     mask: jax.Array | None
 
     def finite_x(self) -> jax.Array:
-        """`x`, with 0 for what is not finite where the mask is False."""
+        """`x`, with 0 for garbage where the mask is False: NaN, infinity, huge padding.
+
+        Its square and cube, times those of rstd, must not overflow: a derivative
+        multiplies them by the 0 that such a position's cotangent is.
+        """
         if self.mask is None:
             return self.x
-        return valid(self.x, self.mask | jnp.isfinite(self.x))
+        return valid(self.x, self.mask | (jnp.abs(self.x) <= _GARBAGE))
 
 
 class Plan(NamedTuple):

@@ -169,7 +169,7 @@ def decorrelate(
         iterations: of "newton_schulz".
         mask: boolean, broadcastable to `x`, with size 1 along the feature axis; True =
             counts. Masked values are whitened like the others, but take no part in the
-            statistics; those that are not finite are read as 0.
+            statistics; those that are not finite, or beyond 1e9, are read as 0.
         axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
             over. Not needed under jit.
         axis_index_groups: a partition of that axis: statistics are shared within each
