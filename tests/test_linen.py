@@ -80,10 +80,11 @@ CONFIGURATIONS = [
 
 
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "complex64"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", CONFIGURATIONS, ids="-".join)
-def test_equals_flax(options, masked, x_dtype):
+@pytest.mark.parametrize("number", range(len(CONFIGURATIONS)))
+def test_equals_flax(number, x_dtype):
     """Variables, init output, training output and update, evaluation output."""
+    options = CONFIGURATIONS[number]
+    masked = (number + ["float32", "bfloat16", "complex64"].index(x_dtype)) % 2
     if x_dtype == "complex64" and options.get("dtype") is not None:
         options = {**options, "dtype": jnp.complex64}
     x = data(dtype=x_dtype)

@@ -158,10 +158,10 @@ CONFIGURATIONS = [
 
 
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", CONFIGURATIONS, ids="-".join)
-def test_equals_flax(options, masked, x_dtype):
+@pytest.mark.parametrize("number", range(len(CONFIGURATIONS)))
+def test_equals_flax(number, x_dtype):
     """Training output and statistics, twice, and the evaluation output."""
+    options, masked = CONFIGURATIONS[number], (number + (x_dtype == "float32")) % 2
     x = data(dtype=x_dtype)
     mask = np.random.default_rng(3).random((6, 4, 5, 1)) < 0.7 if masked else None
     options = {"features": 4 if "axis" in options else 3, **options}
