@@ -94,7 +94,7 @@ def normalize(
         activation: an elementwise function.
         dtype: of the output; None for `result_type(x, scale, bias)`. The arithmetic is
             in at least float32 and rounded once, at the end.
-        implementation: None to choose for the platform; see `batch_norm`.
+        implementation: None for "xla": the arithmetic alone; see `batch_norm`.
 
     Returns:
         An array of the shape of `x`.
@@ -118,7 +118,7 @@ def normalize(
         axis=axis,
         dtype=dtype,
         activation=activation,
-        implementation=implementation,
+        implementation=implementation or "xla",  # x is read once: nothing to tell
     )
     vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
     _checks.epsilon(epsilon)
