@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from bnjax import _axes, _checks
+from bnjax import _axes, _checks, _dtypes
 from bnjax.moments import Moments, beside
 
 __all__ = ["AverageState", "Rule", "State", "cumulative", "debiased_ema", "ema"]
@@ -83,7 +83,7 @@ def ema(decay: float = 0.99, *, ddof: int = 0, skip_nonfinite: bool = False) -> 
     _checks.weight("decay", decay)
 
     def init(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> State:
-        return State(jnp.zeros(shape, dtype), jnp.ones(shape, dtype))
+        return State(jnp.zeros(shape, dtype), jnp.ones(shape, _dtypes.real(dtype)))
 
     def update(state: State, batch: Moments) -> State:
         new = State(batch.mean, batch.variance(ddof))
@@ -177,7 +177,8 @@ def cumulative(*, ddof: int = 0, skip_nonfinite: bool = False) -> Rule:
 
 
 def _init_average(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> AverageState:
-    return AverageState(*(jnp.zeros(shape, dtype) for _ in AverageState._fields))
+    mean, var = jnp.zeros(shape, dtype), jnp.zeros(shape, _dtypes.real(dtype))
+    return AverageState(mean, var, weight=var)
 
 
 def _usable(batch: Moments, ddof: int, skip_nonfinite: bool) -> jax.Array:

@@ -567,6 +567,39 @@ def test_tabulate_and_shapes():
         jax.jit(apply_train(layer))(variables(), data())
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.complex64])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"param_dtype": jnp.complex64},
+        {"param_dtype": jnp.complex64, "force_float32_reductions": False},
+        {"force_float32_reductions": False},
+    ],
+)
+@pytest.mark.parametrize("is_complex", [True, False])
+def test_running_statistics_keep_their_dtype(is_complex, fields, dtype):
+    """A loop over training steps, and a checkpoint restored into fresh variables."""
+    x = data() + 1j * data(5) if is_complex else data()
+    layer = bnjax.BatchNorm(use_running_average=False, dtype=dtype, **fields)
+    variables = layer.init(jax.random.key(0), x)
+    stats = variables["batch_stats"]
+    assert stats["var"].dtype == jnp.float32
+    assert jnp.iscomplexobj(stats["mean"]) == is_complex
+
+    def step(stats, _):
+        _, updates = layer.apply(
+            {**variables, "batch_stats": stats}, x, mutable=["batch_stats"]
+        )
+        return updates["batch_stats"], None
+
+    stats, _ = jax.lax.scan(step, stats, None, length=400)
+    _, mean, m2 = oracle.moments(x, (0, 1, 2))
+    keep = 1 - 0.99**400
+    assert_close(stats["mean"], mean * keep, tol=1e-5)
+    assert_close(stats["var"], m2 / 120 * keep + 1 - keep, tol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("x_dtype", "fields"),
     [

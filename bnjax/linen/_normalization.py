@@ -109,7 +109,7 @@ def call(
     x = _checks.inexact("x", x)
     features = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
     shape = family.leading + features
-    stats = _running_statistics(layer, family, shape)
+    stats = _running_statistics(layer, family, shape, x)
     stored = running.State._make(variable.value for variable in stats)
     affine = {
         **_parameters(layer, features if shared_affine else shape),
@@ -147,10 +147,17 @@ def call(
 
 
 def _running_statistics(
-    layer: Any, family: _layer.Family, shape: Shape
+    layer: Any, family: _layer.Family, shape: Shape, x: jax.Array
 ) -> list[nn.Variable]:
-    """The variables of the running statistics: mean, and var or cov."""
+    """The variables of the running statistics: mean, and var or cov.
+
+    The mean of complex inputs is complex from the start: a loop over training steps
+    needs one type, and so does a checkpoint.
+    """
     dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+    dtype = _dtypes.real(dtype)
+    if jnp.iscomplexobj(x):
+        dtype = _dtypes.promote(dtype, x.dtype)
     stats = []
     for name, value in family.begin(shape, dtype).items():
         stored = layer.variable("batch_stats", name, lambda value=value: value)
