@@ -29,7 +29,8 @@ def remat_policy(primitive: Any, *avals: Any, **parameters: Any) -> Any:
     What enters a region is stored as well. A region that starts where a convolution
     ends (normalization, activation, convolution) stores one array per convolution; one
     that starts with the convolution stores two, its input and its output. So does
-    `lax.scan` over such blocks, whose carry is what enters.
+    `lax.scan` over such blocks, whose carry is what enters. In a residual network make
+    a stage one region, not each block: the sums of its blocks are then recomputed too.
 
     Args:
         primitive: the operation that is asked about.
