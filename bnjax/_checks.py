@@ -31,6 +31,11 @@ _UNBOUND = (
     "sharded batch the statistics are already global."
 )
 
+_REPEATED_AXIS_NAME = (
+    "axis_name={axis_name!r} names {name!r} twice: expected each axis once, or the "
+    "values of a replica would count several times. Write axis_name={distinct!r}."
+)
+
 _SINGLE_VALUE = (
     "batch normalization received one value per feature{each} (input shape {shape}, "
     "feature axis {axis}): expected at least two, because the mean of one value is "
@@ -176,10 +181,18 @@ def implementation(value, known: Sequence[str | None]) -> None:
 
 
 def axis_name(value):
-    """`axis_name` as None, a str or a tuple; raises where it is not bound."""
+    """`axis_name` as None, a str or a tuple; raises if repeated, or not bound."""
     if value is None or value == ():
         return None
     names = (value,) if isinstance(value, str) else tuple(value)
+    distinct = tuple(dict.fromkeys(names))
+    if len(distinct) < len(names):
+        name = next(name for name in distinct if names.count(name) > 1)
+        if len(distinct) == 1:
+            distinct = name
+        raise ValueError(
+            _REPEATED_AXIS_NAME.format(axis_name=value, name=name, distinct=distinct)
+        )
     try:
         for name in names:
             lax.axis_size(name)

@@ -1,5 +1,7 @@
 """Every message, rendered: what was received, what was expected, what to write."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,11 +26,42 @@ def layer(*, x=X, v=None, call=(False,), **fields):
     return run
 
 
-def in_vmap(**keywords):
-    x = np.ones((4, 6, 3), np.float32)
-    return lambda: jax.vmap(
-        lambda x: bnjax.batch_norm(x, **keywords)[0], axis_name="i"
-    )(x)
+def in_vmap(*, op=bnjax.batch_norm, names="i", **keywords):
+    """`op` of four replicas, along each of the axes of the names."""
+
+    def run():
+        f = functools.partial(op, **keywords)
+        for name in names:
+            f = jax.vmap(f, axis_name=name)
+        return f(np.ones((4,) * len(names) + (6, 3), np.float32))
+
+    return run
+
+
+def in_shard_map(**keywords):
+    """Untyped: where JAX itself takes a repeated name, and sums twice."""
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("i",), auto, devices=jax.devices()[:4])
+    spec = jax.sharding.PartitionSpec("i")
+    f = functools.partial(bnjax.moments, **keywords)
+    return lambda: jax.shard_map(
+        f,
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=jax.sharding.PartitionSpec(),
+        check_vma=False,
+    )(np.ones((8, 3), np.float32))
+
+
+def layer_in_vmap(x, **keywords):
+    norm = bnjax.BatchNorm(False, **keywords)
+    variables = norm.init(jax.random.key(0), x)
+    return norm.apply(variables, x, mutable=["batch_stats"])[0]
+
+
+def merged_in_vmap(x, **keywords):
+    stats = {"norm": {"mean": x, "var": x}}
+    return bnjax.training.merge_batch_stats(stats, **keywords)
 
 
 STORED_FOR_4 = {
@@ -204,6 +237,46 @@ CASES = {
         layer(axis_name="batch"),
         NameError,
         ["axis_name='batch' is not bound"],
+    ),
+    "axis_name repeated": (
+        in_vmap(axis_name=("i", "i")),
+        ValueError,
+        ["axis_name=('i', 'i') names 'i' twice", "once", "axis_name='i'"],
+    ),
+    "axis_name repeated in shard_map": (
+        in_shard_map(axis_name=("i", "i")),
+        ValueError,
+        ["names 'i' twice"],
+    ),
+    "axis_name repeated, list": (
+        in_vmap(axis_name=["i", "i"]),
+        ValueError,
+        ["axis_name=['i', 'i'] names 'i' twice"],
+    ),
+    "axis_name repeated, among others": (
+        in_vmap(axis_name=("i", "j", "i"), names="ij"),
+        ValueError,
+        ["names 'i' twice", "axis_name=('i', 'j')"],
+    ),
+    "axis_name repeated, with groups": (
+        in_vmap(axis_name=("i", "i"), axis_index_groups=[[0, 1], [2, 3]]),
+        ValueError,
+        ["names 'i' twice"],
+    ),
+    "axis_name repeated, layer": (
+        in_vmap(axis_name=("i", "i"), op=layer_in_vmap),
+        ValueError,
+        ["names 'i' twice"],
+    ),
+    "axis_name repeated, co-moments": (
+        in_vmap(axis_name=("i", "i"), op=bnjax.whiten.co_moments),
+        ValueError,
+        ["names 'i' twice"],
+    ),
+    "axis_name repeated, merge_batch_stats": (
+        in_vmap(axis_name=("i", "i"), op=merged_in_vmap),
+        ValueError,
+        ["names 'i' twice"],
     ),
     "groups without a name": (
         batch_norm(axis_index_groups=[[0, 1]]),

@@ -83,7 +83,7 @@ def moments(
     Raises:
         TypeError: `x` holds integers.
         ValueError: an axis out of range or repeated, a mask that does not broadcast,
-            an axis name that is not bound, groups that do not partition it.
+            an axis name that is repeated or not bound, groups that do not partition it.
 
     >>> count, mean, m2 = moments(jax.numpy.array([[1.0], [3.0], [8.0]]))
     >>> print(count, mean, m2)

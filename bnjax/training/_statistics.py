@@ -40,7 +40,7 @@ def merge_batch_stats(
 
     Raises:
         ValueError: a layer that holds something else than mean and var, no leading
-            axis, counts of another length, an axis name that is not bound.
+            axis, counts of another length, an axis name that is repeated or not bound.
 
     >>> apart = {"mean": jnp.array([[2.0], [7.0]]), "var": jnp.array([[1.0], [4.0]])}
     >>> merged = merge_batch_stats({"norm": apart})          # of {1, 3} and {5, 9}
