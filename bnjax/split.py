@@ -290,6 +290,8 @@ def _domains(
     domain = jnp.asarray(domain)
     if not jnp.issubdtype(domain.dtype, jnp.integer):
         raise TypeError(_INTEGER.format(dtype=domain.dtype, last=splits - 1))
+    if jnp.iinfo(domain.dtype).bits < 32:  # too narrow, perhaps, to number the domains
+        domain = domain.astype(jnp.int32)
     if domain.shape not in ((), (size,)):
         raise ValueError(_SHAPE.format(received=domain.shape, batch=size, axis=axis))
     return _beside_batch(x, domain, axis) if domain.ndim else domain
@@ -303,6 +305,8 @@ def _beside_batch(x: jax.Array, domain: jax.Array, axis: int) -> jax.Array:
 
 def _check_known(domain: np.ndarray, splits: int) -> None:
     """Raises on a domain that is known, but has no statistics."""
+    if domain.dtype.itemsize == 1:  # NumPy compares int4 with no number beyond it
+        domain = domain.astype(int)
     wrong = sorted(set(domain[(domain < 0) | (domain >= splits)].ravel().tolist()))
     if wrong:
         message = _UNSEEN.format(wrong=wrong[:5], splits=splits, last=splits - 1)

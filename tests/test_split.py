@@ -445,3 +445,42 @@ def test_messages_of_inference():
 def test_one_value_per_part_warns():
     with pytest.warns(bnjax.BatchNormWarning, match="one value per feature"):
         split_batch_norm(np.ones((3, 4), np.float32), num_splits=3)
+
+
+# ---- narrow dtypes: as many domains as asked for, not as the dtype can number ----
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("how", ["by example", "traced", "whole batch", "given"])
+@pytest.mark.parametrize(
+    ("dtype", "splits"),
+    [
+        ("int4", 20),
+        ("uint4", 20),
+        ("int8", 300),
+        ("uint8", 300),
+        ("uint8", 256),
+        ("uint16", 66_000),
+    ],
+)
+def test_more_domains_than_the_dtype_of_domain_counts(dtype, splits, how):
+    """An index of the rows in that dtype would begin again at 0."""
+    x = np.array([[0.0, 3.0], [2.0, 4.0], [5.0, 1.0], [9.0, 1.0]], np.float32)
+    named = np.array([0, 3, 3, 0])
+    domain = jnp.asarray(named, dtype)
+    f = functools.partial(split_batch_norm, x, num_splits=splits)
+    if how == "given":
+        mean = np.arange(2 * splits, dtype=np.float32).reshape(splits, 2)
+        y = split_normalize(x, mean, np.ones_like(mean), domain=domain, epsilon=0.0)
+        return assert_close(y, x - mean[named])
+    if how == "whole batch":
+        named, domain = np.full(4, 3), domain[1]
+    run = jax.jit(lambda d: f(domain=d)) if how == "traced" else lambda d: f(domain=d)
+    y, moments = jax.tree.map(np.asarray, run(domain))
+    for d in range(min(splits, 300)):
+        own = x[named == d]
+        assert moments.count[d] == len(own), d
+        assert_close(moments.mean[d], own.mean(0) if len(own) else np.zeros(2))
+    assert moments.count.sum() == 4
+    expected = oracle.split_batch_norm(x, np.ones((4, 2)), np.zeros((4, 2)), named)
+    return assert_close(y, expected, tol=2e-6)

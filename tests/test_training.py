@@ -69,6 +69,20 @@ def test_merged_by_counts():
     assert_trees_close(jax.jit(merge_batch_stats)(apart(), counts=COUNTS), whole())
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "int64"])
+def test_counts_of_any_dtype(dtype):
+    """Their sum lies beyond uint8 and float16; NumPy's int64 beyond JAX's int32."""
+    counts = np.array([50_000, 45_000] if dtype == "float16" else [200, 100])
+    counts = (counts * (20_000_000 if dtype == "int64" else 1)).astype(dtype)
+    mean, var = np.array([[1.0], [4.0]]), np.array([[2.0], [3.0]])
+    share = counts[:, None] / counts.sum(dtype=np.float64)
+    expected = {"mean": (share * mean).sum(0)}
+    expected["var"] = (share * (var + (mean - expected["mean"]) ** 2)).sum(0)
+    stats = {"norm": {"mean": np.float32(mean), "var": np.float32(var)}}
+    merged = merge_batch_stats(stats, counts=counts)["norm"]
+    assert_trees_close(merged, expected)
+
+
 def test_equal_counts_give_the_mean_of_var_and_the_variance_of_the_means():
     stats = apart()["block"]["a"]
     merged = merge_batch_stats({"a": stats})["a"]

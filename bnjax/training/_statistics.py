@@ -50,7 +50,8 @@ def merge_batch_stats(
     References: Chan, Golub & LeVeque 1979, eq. 2.1.
     """
     axis_name = _checks.axis_name(axis_name)
-    counts = None if counts is None else jnp.asarray(counts)
+    if counts is not None:  # NumPy's are of int64: as int32 they would begin again
+        counts = jnp.asarray(counts, float)
 
     def merged(path, stats):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
