@@ -1,5 +1,6 @@
 """Validation. Every message says what was received, expected, and what to write."""
 
+import itertools
 import numbers
 import sys
 import warnings
@@ -7,7 +8,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 
@@ -36,6 +39,17 @@ _REPEATED_AXIS_NAME = (
     "values of a replica would count several times. Write axis_name={distinct!r}."
 )
 
+_FLOAT_MASK = (
+    "mask has dtype {dtype}: expected booleans, True where a value counts, for a mask "
+    "does not weigh, and 0.5 would count as much as 1. Write mask > 0, or mask > 0.5."
+)
+
+_AMBIGUOUS_MASK = (
+    "mask has shape {mask}, which fits the first axes of the input's shape {shape} as "
+    "well as the last: it is broadcast along the last, as in NumPy. Write {trailing} "
+    "if that is meant, or {leading} for flags along the first, as one per example."
+)
+
 _SINGLE_VALUE = (
     "batch normalization received one value per feature{each} (input shape {shape}, "
     "feature axis {axis}): expected at least two, because the mean of one value is "
@@ -53,7 +67,18 @@ def inexact(name: str, x: ArrayLike) -> jax.Array:
             "statistics of integers are not integers. Write "
             f"{name}.astype(jnp.float32)."
         )
+    not_narrow(name, x.dtype)
     return x
+
+
+def not_narrow(name: str, dtype) -> None:
+    """Raises on a float of 8 bits or fewer, which JAX does no arithmetic with."""
+    if jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{name} has dtype {jnp.dtype(dtype).name}: expected a float of 16 bits or "
+            "more, for JAX promotes no narrower one. Write "
+            f"{name}.astype(jnp.bfloat16), and quantize what the layer returns."
+        )
 
 
 def output_dtype(dtype) -> jnp.dtype:
@@ -63,7 +88,23 @@ def output_dtype(dtype) -> jnp.dtype:
             f"dtype={jnp.dtype(dtype).name} is the dtype of the output: expected a "
             "floating or complex dtype. Write dtype=None to infer it from the input."
         )
+    if jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"dtype={jnp.dtype(dtype).name} is the dtype of the output: expected a "
+            "float of 16 bits or more. Write dtype=jnp.bfloat16, and quantize what is "
+            "returned."
+        )
     return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def parameter(name: str, value: ArrayLike | None) -> jax.Array | None:
+    """`value` as an array that can be promoted with others, or None."""
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.inexact):
+        not_narrow(name, value.dtype)
+    return value
 
 
 def not_complex(name: str, value: jax.Array, dtype) -> None:
@@ -90,20 +131,58 @@ def mask(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
     """The mask as a boolean array of the rank of `x`, or None."""
     if value is None:
         return None
-    value = jnp.asarray(value, dtype=bool)
-    rank = len(shape)
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.inexact):
+        raise TypeError(_FLOAT_MASK.format(dtype=value.dtype))
+    value, shape, rank = value.astype(bool), tuple(shape), len(shape)
     aligned = (1,) * (rank - value.ndim) + value.shape
-    fits = len(aligned) == rank and all(
-        m == 1 or m == n for m, n in zip(aligned, shape, strict=True)
-    )
-    if not fits:
+    if not _broadcasts(aligned, shape):
         raise ValueError(
             f"mask has shape {value.shape}, which does not broadcast to the input's "
-            f"shape {tuple(shape)}: expected sizes that equal the input's or 1. For "
-            "one flag per example write mask[:, None] (or "
-            "mask.reshape((-1,) + (1,) * (x.ndim - 1)))."
+            f"shape {shape}: expected sizes that equal the input's or 1. "
+            + _mask_cure(value.shape, shape)
         )
+    leading = value.shape + (1,) * (rank - value.ndim)
+    if aligned != leading and _broadcasts(leading, shape):
+        message = _AMBIGUOUS_MASK.format(
+            mask=value.shape,
+            shape=shape,
+            trailing=_index(value.ndim, range(rank - value.ndim, rank), rank),
+            leading=_index(value.ndim, range(value.ndim), rank),
+        )
+        warnings.warn(message, BatchNormWarning, stacklevel=_callers_level())
     return value.reshape(aligned)
+
+
+def _broadcasts(small: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether an array of the first shape fits one of the other, of the same rank."""
+    pairs = zip(small, shape)
+    return len(small) == len(shape) and all(m == 1 or m == n for m, n in pairs)
+
+
+def _mask_cure(mask: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """Where a mask of lower rank has its axes, if that can be told from the sizes."""
+    for kept in itertools.combinations(range(len(shape)), len(mask)):  # leading first
+        if mask and len(mask) < len(shape) and mask == tuple(shape[a] for a in kept):
+            named = ", ".join(map(str, kept))
+            return (
+                f"For flags along axis {named} of the input write "
+                f"{_index(len(mask), kept, len(shape))}."
+            )
+    return (
+        "For one flag per example write mask.reshape((-1,) + (1,) * (x.ndim - 1)), "
+        "of shape (batch, 1, ...)."
+    )
+
+
+def _index(ndim: int, kept: Sequence[int], rank: int) -> str:
+    """How a mask gets axes of size 1: its own become the kept ones of `rank`."""
+    if tuple(kept) == tuple(range(ndim)):
+        return f"mask[..., {', '.join(['None'] * (rank - ndim))}]"
+    index = [":" if a in kept else "None" for a in range(rank)]
+    while index[-1] == ":":
+        index.pop()
+    return f"mask[{', '.join(index)}]"
 
 
 def residual(value: ArrayLike | None, shape: Sequence[int], dtype) -> jax.Array | None:
@@ -122,7 +201,13 @@ def residual(value: ArrayLike | None, shape: Sequence[int], dtype) -> jax.Array 
 
 
 def activation(value) -> None:
-    """Raises unless `value` is None or callable."""
+    """Raises unless `value` is None or a function."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"activation={value!r} is a class: expected an elementwise function of one "
+            f"array. Write an instance that can be called, activation={value.__name__}"
+            "(), or a function, activation=jax.nn.relu."
+        )
     if value is not None and not callable(value):
         raise TypeError(
             f"activation={value!r} is not callable: expected an elementwise function "
@@ -130,19 +215,56 @@ def activation(value) -> None:
         )
 
 
-def elementwise(activation, shape: Sequence[int], y) -> None:
-    """Raises unless the activation kept the shape of its input."""
-    if jnp.shape(y) != tuple(shape):
+def elementwise(activation, shape: Sequence[int], y, dtype) -> None:
+    """Raises unless the activation made an array of that shape, real for a real dtype.
+
+    Args:
+        activation: for the message.
+        shape: of its input.
+        y: what it returned.
+        dtype: that `y` is cast to.
+    """
+    if not isinstance(y, jax.Array | np.ndarray):
+        raise TypeError(
+            f"activation={activation!r} returned {_described(y)}: expected one array "
+            f"of the input's shape {tuple(shape)}. Write a function that returns the "
+            "array alone, such as activation=jax.nn.relu."
+        )
+    if y.shape != tuple(shape):
         raise ValueError(
-            f"activation={activation!r} returned shape {jnp.shape(y)} for an input of "
+            f"activation={activation!r} returned shape {y.shape} for an input of "
             f"shape {tuple(shape)}: expected an elementwise function. Apply what "
             "changes the shape to the output of the normalization."
         )
+    if jnp.iscomplexobj(y) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"activation={activation!r} returned dtype {y.dtype}, but the output is of "
+            f"the real dtype {jnp.dtype(dtype).name}: expected a real result. Write "
+            "dtype=jnp.complex64, or take its real part in the activation."
+        )
 
 
-def epsilon(value) -> None:
-    """Raises on an epsilon below zero."""
-    if isinstance(value, numbers.Real) and not float(value) >= 0:
+def _described(value) -> str:
+    """What a value is, in a word or two."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"a value of type {type(value).__name__}"
+
+
+def epsilon(value, features: Sequence[int] = ()) -> None:
+    """Raises on an epsilon that is no real number >= 0, nor one for each feature."""
+    low, _ = _range("epsilon", value, "is added to the variance", "epsilon=1e-5")
+    if np.shape(value) not in ((), tuple(features)):
+        alternatives = (
+            f", or shape {tuple(features)}, one per feature" if features else ""
+        )
+        raise ValueError(
+            f"epsilon has shape {np.shape(value)}: expected a number{alternatives}. "
+            "Write epsilon=1e-5."
+        )
+    if not low >= 0:
         raise ValueError(
             f"epsilon={value!r} is added to the variance: expected a number >= 0. "
             "Write epsilon=1e-5."
@@ -150,13 +272,28 @@ def epsilon(value) -> None:
 
 
 def weight(name: str, value) -> None:
-    """Raises on a momentum or decay outside [0, 1]."""
-    if isinstance(value, numbers.Real) and not 0 <= float(value) <= 1:
+    """Raises on a momentum or decay that is no real number in [0, 1]."""
+    low, high = _range(name, value, "is the weight of the old value", f"{name}=0.99")
+    if not 0 <= low <= high <= 1:
         raise ValueError(
             f"{name}={value!r} is the weight of the old running value: expected a "
             f"number in [0, 1]. Write {name}=0.99 (PyTorch's momentum=0.1 is "
             f"{name}=0.9 here)."
         )
+
+
+def _range(name: str, value, what: str, example: str) -> tuple[float, float]:
+    """The least and the largest of what must be real numbers; (0, 1) if traced."""
+    real = isinstance(value, numbers.Real)
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        real = jnp.issubdtype(value.dtype, jnp.number) and not jnp.iscomplexobj(value)
+    if not real:
+        raise TypeError(
+            f"{name}={value!r} {what}: expected a real number. Write {example}."
+        )
+    if isinstance(value, Tracer) or not np.size(value):
+        return 0.0, 1.0
+    return float(np.min(value)), float(np.max(value))
 
 
 def chosen(value: bool | None) -> bool:

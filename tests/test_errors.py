@@ -2,10 +2,14 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+from flax import nnx
+from helpers import assert_close
 
 import bnjax
 
@@ -108,7 +112,7 @@ CASES = {
     "mask of another shape": (
         batch_norm(mask=np.ones((6,), bool)),
         ValueError,
-        ["mask has shape (6,)", "input's shape (6, 4, 3)", "mask[:, None]"],
+        ["mask has shape (6,)", "input's shape (6, 4, 3)", "mask[..., None, None]"],
     ),
     "mask of higher rank": (
         batch_norm(mask=np.ones((1, 6, 4, 3), bool)),
@@ -119,6 +123,31 @@ CASES = {
         lambda: bnjax.moments(np.ones((1, 3), np.float32), mask=np.ones((5, 1), bool)),
         ValueError,
         ["mask has shape (5, 1)", "input's shape (1, 3)"],
+    ),
+    "mask of floats": (
+        batch_norm(mask=np.full((6, 4, 1), 0.5)),
+        TypeError,
+        ["mask has dtype float32", "0.5 would count as much as 1", "Write mask > 0"],
+    ),
+    "mask of floats, moments": (
+        lambda: bnjax.moments(X, mask=jnp.ones((6, 4, 1), jnp.bfloat16)),
+        TypeError,
+        ["mask has dtype bfloat16", "mask > 0"],
+    ),
+    "mask of floats, layer": (
+        lambda: bnjax.BatchNorm(False).init(jax.random.key(0), X, mask=X),
+        TypeError,
+        ["mask has dtype float32", "mask > 0"],
+    ),
+    "mask of floats, Scaler": (
+        lambda: bnjax.whiten.min_max_scale().fit(X, X),
+        TypeError,
+        ["mask has dtype float32", "mask > 0"],
+    ),
+    "mask of complex numbers": (
+        batch_norm(mask=X * 1j),
+        TypeError,
+        ["mask has dtype complex64", "mask > 0"],
     ),
     "scale of another size": (
         batch_norm(scale=V4),
@@ -190,11 +219,122 @@ CASES = {
         ValueError,
         ["returned shape ()", "input of shape (6, 4, 3)", "elementwise"],
     ),
+    "activation that returns several arrays": (
+        batch_norm(activation=lambda y: (y, y)),
+        TypeError,
+        ["returned a value of type tuple", "expected one array", "(6, 4, 3)"],
+    ),
+    "activation that returns a list": (
+        batch_norm(activation=lambda y: [y]),
+        TypeError,
+        ["returned a value of type list", "expected one array"],
+    ),
+    "activation that returns nothing": (
+        lambda: bnjax.normalize(X, V3, V3, activation=lambda y: None),
+        TypeError,
+        ["returned None: expected one array"],
+    ),
+    "activation that returns a number": (
+        layer(activation=lambda y: 1.0),
+        TypeError,
+        ["returned a value of type float"],
+    ),
+    "activation that returns a class": (
+        batch_norm(activation=lambda y: nn.PReLU),
+        TypeError,
+        ["returned the class PReLU"],
+    ),
+    "activation that is a class": (
+        batch_norm(activation=nn.PReLU),
+        TypeError,
+        ["PReLU'> is a class", "activation=PReLU()", "activation=jax.nn.relu"],
+    ),
+    "activation that is a class of numbers": (
+        layer(activation=float),
+        TypeError,
+        ["activation=<class 'float'> is a class"],
+    ),
+    "activation that turns complex": (
+        batch_norm(activation=lambda y: y * 1j),
+        TypeError,
+        ["returned dtype complex64", "real dtype float32", "dtype=jnp.complex64"],
+    ),
+    "activation that turns complex, for a bfloat16 output": (
+        lambda: bnjax.normalize(X, V3, V3, activation=jnp.fft.fft, dtype="bfloat16"),
+        TypeError,
+        ["returned dtype complex64", "real dtype bfloat16"],
+    ),
+    "complex epsilon": (
+        batch_norm(epsilon=1e-5j),
+        TypeError,
+        ["epsilon=1e-05j is added to the variance: expected a real number"],
+    ),
+    "complex epsilon, an array": (
+        batch_norm(epsilon=jnp.complex64(1)),
+        TypeError,
+        ["expected a real number", "epsilon=1e-5"],
+    ),
+    "no epsilon": (
+        batch_norm(epsilon=None),
+        TypeError,
+        ["epsilon=None is added to the variance", "Write epsilon=1e-5"],
+    ),
+    "no epsilon, layer": (layer(epsilon=None), TypeError, ["epsilon=None"]),
+    "epsilon by name": (
+        lambda: bnjax.normalize(X, V3, V3, epsilon="1e-5"),
+        TypeError,
+        ["epsilon='1e-5'", "expected a real number"],
+    ),
+    "negative JAX epsilon": (
+        batch_norm(epsilon=jnp.float32(-1)),
+        ValueError,
+        ["expected a number >= 0"],
+    ),
+    "epsilon of which one is negative": (
+        lambda: bnjax.normalize(X, V3, V3, epsilon=np.float32([1, -1, 1])),
+        ValueError,
+        ["expected a number >= 0"],
+    ),
+    "epsilon of the full shape": (
+        batch_norm(epsilon=X),
+        ValueError,
+        ["epsilon has shape (6, 4, 3): expected a number, or shape (3,)", "=1e-5"],
+    ),
+    "epsilon of another size": (
+        lambda: bnjax.normalize(X, V3, V3, epsilon=V4),
+        ValueError,
+        ["epsilon has shape (4,)", "or shape (3,), one per feature"],
+    ),
+    "epsilon of each feature, whitening": (
+        lambda: bnjax.whiten.zca_whiten(epsilon=V3),
+        ValueError,
+        ["epsilon has shape (3,): expected a number."],
+    ),
     "NumPy epsilon": (batch_norm(epsilon=np.float32(-1)), ValueError, ["epsilon="]),
     "NumPy momentum": (
         layer(momentum=np.float32(1.5)),
         ValueError,
         ["momentum="],
+    ),
+    "JAX momentum": (
+        layer(momentum=jnp.float32(1.5)),
+        ValueError,
+        ["momentum=Array(1.5", "[0, 1]", "momentum=0.99"],
+    ),
+    "no momentum": (
+        layer(momentum=None),
+        TypeError,
+        ["momentum=None is the weight of the old value: expected a real number"],
+    ),
+    "complex decay": (
+        lambda: bnjax.running.ema(0.9j),
+        TypeError,
+        ["decay=0.9j", "expected a real number", "decay=0.99"],
+    ),
+    "decays of which one is too large": (
+        lambda: bnjax.running.debiased_ema(np.array([0.9, 1.1])),
+        ValueError,
+        ["1.1", "[0, 1]"],
     ),
     "negative epsilon": (
         batch_norm(epsilon=-1e-5),
@@ -217,6 +357,55 @@ CASES = {
         batch_norm(dtype=jnp.int32),
         ValueError,
         ["dtype=int32", "floating or complex", "dtype=None"],
+    ),
+    "float8 input": (
+        lambda: bnjax.batch_norm(X.astype(jnp.float8_e4m3fn)),
+        TypeError,
+        ["x has dtype float8_e4m3fn", "16 bits", "x.astype(jnp.bfloat16)"],
+    ),
+    "float8 input, layer": (
+        layer(x=X.astype(jnp.float8_e5m2)),
+        TypeError,
+        ["x has dtype float8_e5m2"],
+    ),
+    "float4 input, moments": (
+        lambda: bnjax.moments(X.astype(jnp.float4_e2m1fn)),
+        TypeError,
+        ["x has dtype float4_e2m1fn"],
+    ),
+    "float8 scale": (
+        batch_norm(scale=V3.astype(jnp.float8_e4m3fn)),
+        TypeError,
+        ["scale has dtype float8_e4m3fn", "scale.astype(jnp.bfloat16)"],
+    ),
+    "float8 residual": (
+        batch_norm(residual=X.astype(jnp.float8_e4m3fn)),
+        TypeError,
+        ["residual has dtype float8_e4m3fn"],
+    ),
+    "float8 output": (
+        batch_norm(dtype=jnp.float8_e4m3fn),
+        TypeError,
+        ["dtype=float8_e4m3fn", "16 bits", "dtype=jnp.bfloat16"],
+    ),
+    "no features to whiten": (
+        lambda: bnjax.whiten.decorrelate(X[..., :0]),
+        ValueError,
+        ["the input has shape (6, 4, 0), with 0 features (axis=-1)", "at least one"],
+    ),
+    "no features to whiten, layer": (
+        lambda: bnjax.linen.DecorrelatedBatchNorm(False).init(
+            jax.random.key(0), X[..., :0]
+        ),
+        ValueError,
+        ["with 0 features"],
+    ),
+    "no features to whiten, in groups": (
+        lambda: bnjax.nnx.DecorrelatedBatchNorm(0, group_size=4, rngs=nnx.Rngs(0))(
+            X[..., :0]
+        ),
+        ValueError,
+        ["with 0 features"],
     ),
     "implementation": (
         batch_norm(implementation="cudnn"),
@@ -316,3 +505,85 @@ def test_the_layer_raises_before_it_writes():
     with pytest.raises(ValueError, match="mask has shape"):
         norm.apply(variables, X, mask=np.ones(6, bool), mutable=["batch_stats"])
     jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
+@pytest.mark.parametrize("value", [1e-5, np.float64(1e-5), jnp.float32(1e-5), V3, 0, 2])
+def test_epsilon_that_is_taken(value):
+    """Numbers of any kind, and one for each feature."""
+    x = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
+    y, _ = bnjax.batch_norm(x, epsilon=value)
+    expected = oracle.batch_norm(x, V3, 0 * V3, (0, 1), epsilon=np.asarray(value))
+    assert_close(y, expected, tol=2e-6)
+
+
+# ---- masks of lower rank ----
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept", "cure"),
+    [
+        ((6, 4), (0, 1), "mask[..., None]"),
+        ((6,), (0,), "mask[..., None, None]"),
+        ((4,), (1,), "mask[None, :, None]"),
+        ((6, 3), (0, 2), "mask[:, None]"),
+    ],
+)
+def test_the_cure_for_a_mask_that_does_not_broadcast(shape, kept, cure):
+    """It is told by the sizes, and gives the statistics that are meant."""
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(size=(6, 4, 3)).astype(np.float32), rng.random(shape) < 0.6
+    with pytest.raises(ValueError, match="does not broadcast") as caught:
+        bnjax.moments(x, mask=mask)
+    assert f"write {cure}." in str(caught.value)
+    assert f"axis {str(kept)[1:-1].rstrip(',')} of" in str(caught.value)
+    named = "".join("btc"[a] for a in kept)
+    full = np.einsum(f"{named},btc->btc", mask, np.ones_like(x)) > 0
+    count, mean, m2 = oracle.moments(x, (0, 1), full)
+    found = bnjax.moments(x, mask=eval(cure, {"mask": mask}))
+    np.testing.assert_array_equal(np.broadcast_to(found.count, 3), count)
+    assert_close(found.mean, mean)
+    assert_close(found.m2, m2)
+
+
+# Of an input and its mask: how to write the one meaning and the other.
+AMBIGUOUS = {
+    "time and feature of one size": ((4, 4, 4), (4, 4), ("[None]", "[..., None]")),
+    "as many examples as features": ((3, 3), (3,), ("[None]", "[..., None]")),
+    "of an image": (
+        (4, 6, 6, 4),
+        (4,),
+        ("[None, None, None]", "[..., None, None, None]"),
+    ),
+    "with a size of 1": ((5, 5, 4), (5, 1), ("[None]", "[..., None]")),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_a_mask_that_fits_both_ends(name):
+    """Read as NumPy reads it, with a warning; either way of writing it is silent."""
+    shape, small, (last, first) = AMBIGUOUS[name]
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(size=shape).astype(np.float32), rng.random(small) < 0.7
+    with pytest.warns(bnjax.BatchNormWarning, match="as well as the last") as caught:
+        warned = bnjax.moments(x, mask=mask)
+    (warning,) = caught
+    assert f"Write mask{last} if that is meant, or mask{first} for" in str(
+        warning.message
+    )
+    assert warning.filename == __file__
+    axes = tuple(range(len(shape) - 1))
+    for index, found in ((last, warned), (last, None), (first, None)):
+        rewritten = eval("mask" + index, {"mask": mask})
+        if found is None:
+            found = bnjax.moments(x, mask=rewritten)
+        full = np.broadcast_to(rewritten, shape)
+        count, mean, m2 = oracle.moments(x, axes, full)
+        np.testing.assert_array_equal(np.broadcast_to(found.count, shape[-1:]), count)
+        assert_close(found.mean, mean)
+        assert_close(found.m2, m2, tol=2e-6)
+
+
+@pytest.mark.parametrize("small", [(), (1,), (1, 1), (3,), (4, 3), (4, 1)])
+def test_a_mask_that_fits_one_end_is_taken_in_silence(small):
+    bnjax.moments(X, mask=np.ones(small, bool))
+    bnjax.moments(X, mask=np.ones(small, int))

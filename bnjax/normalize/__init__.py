@@ -121,7 +121,7 @@ def normalize(
         implementation=implementation or "xla",  # x is read once: nothing to tell
     )
     vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
-    _checks.epsilon(epsilon)
+    _checks.epsilon(epsilon, vectors[0].shape)
     residual = _checks.residual(residual, x.shape, how.compute)
 
     @keep_moments

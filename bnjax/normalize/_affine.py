@@ -35,8 +35,8 @@ def describe(x, parameters, *, axis, dtype, activation, implementation) -> Affin
     _checks.activation(activation)
     _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
     if dtype is None:
-        given = (jnp.asarray(p) for p in parameters if p is not None)
-        output = _dtypes.promote(x, *given)
+        given = map(_checks.parameter, ("scale", "bias"), parameters)
+        output = _dtypes.promote(x, *(p for p in given if p is not None))
     else:
         output = _checks.output_dtype(dtype)
     compute = _dtypes.statistics(x.dtype, output)

@@ -122,7 +122,7 @@ def train(
     given = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
     vectors = per_feature(x, axis, how, leading, **given)
     epsilon = options.get("epsilon", 1e-5)
-    _checks.epsilon(epsilon)
+    _checks.epsilon(epsilon, vectors[0].shape)
     mask = _checks.mask(options.get("mask"), x.shape)
     residual = _checks.residual(options.get("residual"), x.shape, how.compute)
     if mask is None and warns:
@@ -184,7 +184,7 @@ def finish(y, residual, activation: Activation | None, how: Affine):
         y = _backend.round_cotangent(y, residual.dtype, how.implementation)
     if activation is not None:
         y = activation(y)
-        _checks.elementwise(activation, shape, y)
+        _checks.elementwise(activation, shape, y, how.output)
     return _backend.rounded(y.astype(how.output), how.implementation)
 
 

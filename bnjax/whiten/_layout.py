@@ -31,6 +31,11 @@ def layout(x: jax.Array, axis: int, group_size: int | None) -> Layout:
             "features are whitened together. Reshape those axes to one first."
         )
     features = x.shape[axes[0]]
+    if features == 0:
+        raise ValueError(
+            f"the input has shape {tuple(x.shape)}, with 0 features (axis={axis!r}): "
+            "expected at least one to whiten. Leave the layer out where there are none."
+        )
     size = features if group_size is None else operator.index(group_size)
     if size < 1 or features % size:
         raise ValueError(
