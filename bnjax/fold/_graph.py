@@ -3,7 +3,8 @@
 While a model is traced, each call of a layer leaves marks: `checkpoint_name`, an
 identity that survives jit, remat, vmap and custom derivatives. The program is then
 followed value by value, through the calls that it makes. A normalization is folded if
-its input is the output of a linear layer, which nothing else reads.
+its input is the output of a linear layer, which nothing else reads, and the kernel and
+the bias get there through nothing but what a multiplier passes, see `_reach`.
 """
 
 import dataclasses
@@ -12,14 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from bnjax.fold._reach import Reach, carried
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 _CALLS += ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+_ZERO = ("broadcast_in_dim", "convert_element_type", "reshape")
 _tokens = itertools.count()
 
 
@@ -34,6 +39,7 @@ class Call(NamedTuple):
         obstacle: what keeps it from being folded, wherever it stands, or None.
         row: of its variables, that it reads, where they have one for each domain; None
             if that is not one number, known in advance.
+        rank: of its marked input or output.
     """
 
     label: str
@@ -42,6 +48,7 @@ class Call(NamedTuple):
     variables: dict[str, tuple[Path, Shape]]
     obstacle: str | None
     row: int | None = 0
+    rank: int = 0
 
     def __str__(self) -> str:
         return f"{type(self.layer).__name__} '{'/'.join(self.path)}'"
@@ -71,7 +78,7 @@ class Recorder:
         for name, (_, value) in variables.items():
             checkpoint_name(value, f"{label}.{name}")
         seen = {name: (key, value.shape) for name, (key, value) in variables.items()}
-        call = Call(label, path, layer, seen, obstacle, row)
+        call = Call(label, path, layer, seen, obstacle, row, x.ndim)
         calls.setdefault(path, []).append(call)
         return checkpoint_name(x, label)
 
@@ -82,13 +89,19 @@ class Value:
 
     Attributes:
         origin: the mark that it left, or in words what it comes from.
-        shape: of a variable.
+        shape: of a variable, or of what an equation returns.
+        dtype: of a variable.
         readers: the marks and primitives that read it, marks of variables left out.
+        reach: of a kernel or bias that gets here, and is still what folding passes.
+        zero: whether it is known to be 0.
     """
 
     origin: str
     shape: Shape = ()
+    dtype: Any = None
     readers: list[str] = dataclasses.field(default_factory=list)
+    reach: Reach | None = None
+    zero: bool = False
 
 
 class Program(NamedTuple):
@@ -98,12 +111,15 @@ class Program(NamedTuple):
         recorder: of its calls.
         variables: by where the model stores them.
         marked: what each mark was put on, once for each time that the program has it.
+        lost: of each linear layer whose variables do not only get to its output, which,
+            and what else reads it.
         outputs: the shapes and dtypes of what the model returns.
     """
 
     recorder: Recorder
     variables: dict[Path, Value]
     marked: dict[str, list[Value]]
+    lost: dict[Path, tuple[str, str]]
     outputs: Any
 
 
@@ -120,23 +136,34 @@ def trace(
 
     traced = jax.make_jaxpr(flat, return_shape=True)
     closed, outputs = traced([*variables.values()], inputs)
-    stored = {k: Value("a variable", v.shape) for k, v in variables.items()}
+    stored = {k: Value("a variable", v.shape, v.dtype) for k, v in variables.items()}
+    for call in itertools.chain(*recorder.linears.values()):
+        for what in ("kernel", "bias"):
+            key, shape = call.variables.get(what, (None, ()))
+            if key in stored:
+                axis = len(shape) - 1
+                if what == "kernel" and getattr(call.layer, "transpose_kernel", False):
+                    axis -= 1
+                dtype, shifted = stored[key].dtype, what == "bias"
+                stored[key].reach = Reach(call.path, what, axis, shifted, dtype)
     rest = len(closed.jaxpr.invars) - len(stored)
     given = [*stored.values(), *(Value("an input of the model") for _ in range(rest))]
-    program = Program(recorder, stored, {}, outputs)
+    program = Program(recorder, stored, {}, {}, outputs)
     for value in _follow(closed.jaxpr, given, program):
-        value.readers.append("the caller")
+        _read(value, "the caller", program)
     return program
 
 
 def _follow(jaxpr: Jaxpr, inputs: list[Value], program: Program) -> list[Value]:
     """The outputs of `jaxpr`; notes readers and marks on the way."""
-    constant = Value("a constant")
+    constant, zero = Value("a constant"), Value("a constant", zero=True)
     values: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
     values.update((v, constant) for v in jaxpr.constvars)
 
     def of(atom) -> Value:
-        return constant if isinstance(atom, Literal) else values[atom]
+        if isinstance(atom, Literal):
+            return zero if np.ndim(atom.val) == 0 and atom.val == 0 else constant
+        return values[atom]
 
     for eqn in jaxpr.eqns:
         operands = [of(atom) for atom in eqn.invars]
@@ -154,17 +181,34 @@ def _follow(jaxpr: Jaxpr, inputs: list[Value], program: Program) -> list[Value]:
 
 def _step(eqn: JaxprEqn, operands: list[Value], program: Program) -> list[Value]:
     primitive = eqn.primitive.name
-    if primitive != "name":
-        for operand in operands:
-            operand.readers.append(f"`{primitive}`")
-        return [Value(f"`{primitive}`") for _ in eqn.outvars]
-    label, prefix = eqn.params["name"], program.recorder.prefix
-    if not label.startswith(prefix):  # a name of the user's
-        return operands
-    program.marked.setdefault(label, []).append(operands[0])
-    if "." not in label.removeprefix(prefix):
-        operands[0].readers.append(label)
-    return [Value(label)]
+    if primitive == "name":
+        return [_mark(eqn.params["name"], operands[0], program)]
+    reach = carried(eqn, [o.reach for o in operands], [o.zero for o in operands])
+    for operand in operands:
+        _read(operand, f"`{primitive}`", program, passes=reach is not None)
+    zero = primitive in _ZERO and all(operand.zero for operand in operands)
+    shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+    return [Value(f"`{primitive}`", s, reach=reach, zero=zero) for s in shapes]
+
+
+def _mark(label: str, value: Value, program: Program) -> Value:
+    """What the mark makes of a value: the output of a layer; of a variable, itself."""
+    recorder = program.recorder
+    if not label.startswith(recorder.prefix):  # a name of the user's
+        return value
+    program.marked.setdefault(label, []).append(value)
+    if "." in label.removeprefix(recorder.prefix):
+        return value
+    mine = value.reach and [c.label for c in recorder.linears[value.reach.layer]]
+    _read(value, label, program, passes=label in (mine or ()))
+    return Value(label)
+
+
+def _read(value: Value, reader: str, program: Program, passes: bool = False) -> None:
+    """Notes who reads a value, and whether a kernel or bias is lost there."""
+    value.readers.append(reader)
+    if value.reach is not None and not passes:
+        program.lost.setdefault(value.reach.layer, (value.reach.what, reader))
 
 
 def _bodies(eqn: JaxprEqn) -> list[Jaxpr]:
@@ -255,9 +299,34 @@ def _before(program: Program, calls: list[Call]) -> Call | str:
         norms = {c.label: str(c) for cs in program.recorder.norms.values() for c in cs}
         other = norms.get(others[0], others[0])
         return f"the output of {linear}, before it, is also read by {other}"
+    if "kernel" not in linear.variables:
+        names = ", ".join(linear.variables) or "none"
+        return f"{linear}, before it, has no kernel among its variables, {names}"
     if changed := _changed(program, linear):
         return f"of {linear}, before it, the {changed}"
-    for name, (key, _) in linear.variables.items():
-        if len(program.variables[key].readers) != 1:
-            return f"the {name} of {linear}, before it, is also read elsewhere"
-    return linear
+    return _lost(program, linear) or linear
+
+
+def _lost(program: Program, linear: Call) -> str | None:
+    """Why the output is not linear in the kernel, with the bias added to it."""
+    (output,) = program.marked[linear.label]
+    readers = program.variables[linear.variables["kernel"][0]].readers
+    if linear.path in program.lost and readers:
+        what, reader = program.lost[linear.path]
+        what = "kernel" if what == "output" and len(readers) > 1 else what
+        if not reader.startswith("`"):
+            reader = "what comes after the layer"
+        also = "also " * (len(readers) > 1)
+        return (
+            f"the {what} of {linear}, before it, is {also}read by {reader}: expected "
+            "nothing but casts, reshapes, scalings and the product with its input"
+        )
+    reach = output.reach
+    if reach is None or reach.what != "output":
+        return f"the kernel of {linear}, before it, does not reach its output"
+    if reach.shifted != ("bias" in linear.variables):
+        return f"the bias of {linear}, before it, does not reach its output"
+    last = len(output.shape) - 1
+    if len(output.shape) == linear.rank and reach.axis != last:  # not under vmap
+        return f"the kernel's features become axis {reach.axis} of {linear}, before it"
+    return None

@@ -19,18 +19,20 @@ _WRITE = (
 
 def fold(model: nn.Module, variables: Any, *arguments: Any, **keywords: Any) -> Folded:
     """`fold_model` for Linen."""
-    stored: Any = flatten_dict(nn.meta.unbox(flax.core.unfreeze(variables)))
+    flat: Any = flatten_dict(nn.meta.unbox(flax.core.unfreeze(variables)))
+    stored = {k: v for k, v in flat.items() if hasattr(v, "shape")}
+    sown = {k: v for k, v in flat.items() if k not in stored}  # tuples of arrays
     inputs = _layers.inputs(arguments, keywords)
     reader = _layers.Reader.new(_WRITE)
 
     def evaluate(values, arrays):
         args, options = inputs.fill(arrays)
         with nn.intercept_methods(_reading(reader)):
-            return model.apply(unflatten_dict(values), *args, **options)
+            return model.apply(unflatten_dict(values | sown), *args, **options)
 
     program = trace(evaluate, reader.recorder, stored, inputs.arrays)
     pairs = pair(program)
-    new = _layers.replaced(program, pairs, stored, _place)
+    new = _layers.replaced(program, pairs, stored, _place) | sown
     params = unflatten_dict({k[1:]: v for k, v in new.items() if k[0] == "params"})
     others = unflatten_dict({k: v for k, v in new.items() if k[0] != "params"})
     intercept = _replacing(

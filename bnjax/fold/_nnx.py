@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -117,6 +118,8 @@ def _convert(
     linears = {call.path for call in pairs.folded.values()}
     for path, layer in _modules(model):
         if path in linears:
+            if layer.bias is None:
+                layer.promote_dtype = functools.partial(_apart, layer.promote_dtype)
             for name in ("kernel", "bias"):
                 setattr(layer, name, nnx.Param(new[_place(path, name)]))
             if hasattr(layer, "use_bias"):  # Linear compares it with its bias
@@ -128,6 +131,13 @@ def _convert(
                 for name in _layers.AFFINE:
                     setattr(layer, name, nnx.Param(new[_place(path, name)]))
             _set_call(layer, functools.partial(_replaced, roles[path]))
+
+
+def _apart(promote, arrays, **options):
+    """What `promote` makes of a layer without a bias, with the bias that it gained."""
+    x, kernel, bias = arrays
+    x, kernel, _ = promote((x, kernel, None), **options)
+    return x, kernel, jnp.asarray(bias, kernel.dtype)
 
 
 def _replaced(role, layer, run, x, *args, residual=None, domain=None, **kwargs):
