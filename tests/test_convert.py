@@ -404,6 +404,237 @@ def test_torchs_cumulative_average_is_ours():
     assert_trees_close(rule.read(state)._asdict(), stats, tol=1e-5)
 
 
+# ---- classes that are not known, and weights that no layer of Flax has ----
+
+
+class SyncBatchNormAct(torch.nn.SyncBatchNorm):
+    pass
+
+
+class FrozenBatchNormAct2d(torch.nn.Module):
+    """timm's: buffers alone."""
+
+    def __init__(self, features):
+        super().__init__()
+        for name, value in zip(
+            ("weight", "bias", "running_mean", "running_var"), (1, 0, 0, 1)
+        ):
+            self.register_buffer(name, torch.full((features,), float(value)))
+
+
+class Conv2dSame(torch.nn.Conv2d):
+    pass
+
+
+class StdConv2d(torch.nn.Conv2d):
+    pass
+
+
+class ScaledStdConv2d(torch.nn.Conv2d):
+    """timm's: with a gain of its own for each output."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain = torch.nn.Parameter(torch.rand(self.out_channels, 1, 1, 1))
+
+
+class DepthwiseConv2d(torch.nn.Conv2d):
+    """A name that Keras gives to another layout."""
+
+
+class LowRankLinear(torch.nn.Linear):
+    pass
+
+
+UNKNOWN = {
+    "SyncBatchNormAct": lambda: SyncBatchNormAct(5),
+    "FrozenBatchNormAct2d": lambda: FrozenBatchNormAct2d(5),
+    "Conv2dSame": lambda: Conv2dSame(3, 5, (2, 4)),
+    "StdConv2d": lambda: StdConv2d(3, 5, (2, 4)),
+    "ScaledStdConv2d": lambda: ScaledStdConv2d(3, 5, (2, 4)),
+    "DepthwiseConv2d": lambda: DepthwiseConv2d(6, 6, (2, 4), 1, 0, 1, 6),
+    "LowRankLinear": lambda: LowRankLinear(3, 5),
+    "RMSNorm": lambda: torch.nn.RMSNorm(5),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_class_that_is_not_known_is_read_by_names_and_shapes(name):
+    torch.manual_seed(0)
+    net = torch.nn.ModuleDict({"layer": UNKNOWN[name]()})
+    entries, kinds = net.state_dict(), kinds_of(net)
+    assert kinds["layer"] == name
+    found = convert.from_torch(entries, kinds=kinds)
+    assert_trees_close(found, convert.from_torch(entries), tol=0)
+    like = jax.eval_shape(lambda: found)
+    assert_trees_close(convert.from_torch(entries, kinds=kinds, like=like), found)
+    layer = found["params"]["layer"]
+    weight = entries["layer.weight"].numpy()
+    if weight.ndim == 4:
+        assert_close(layer["kernel"], weight.transpose(2, 3, 1, 0), tol=0)
+    else:
+        assert_close(layer["kernel" if weight.ndim == 2 else "scale"], weight.T, tol=0)
+    back = convert.to_torch(found, kinds=kinds, like=entries)
+    for entry, value in entries.items():
+        np.testing.assert_array_equal(back[entry], value.numpy(), entry)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "cure"),
+    [
+        ("MyConvTranspose2d", (3, 5, 2, 4), "ConvTranspose2d"),
+        ("Deconv1d", (3, 5, 2), "ConvTranspose1d"),
+        ("PositionEmbedding", (7, 4), "Embedding"),
+    ],
+)
+def test_a_class_whose_name_contradicts_what_its_shape_says(kind, shape, cure):
+    """Where names and shapes cannot tell: no guess."""
+    entries = {"up.weight": np.zeros(shape, np.float32)}
+    with pytest.raises(ValueError, match=f"its kind '{kind}' is not known") as info:
+        convert.from_torch(entries, kinds={"up": kind})
+    assert f"kinds={{'up': '{cure}'}}" in str(info.value)
+    convert.from_torch(entries, kinds={"up": cure})
+
+
+def test_like_tells_what_shapes_do_not():
+    """A kernel, an embedding or a slope, by the names in `like`."""
+    net = torch.nn.ModuleDict(
+        {
+            "table": torch.nn.Embedding(7, 4),
+            "dense": torch.nn.Linear(4, 7, bias=False),
+            "slope": torch.nn.PReLU(),
+        }
+    )
+    known = convert.from_torch(net.state_dict(), kinds=kinds_of(net))
+    assert set(known["params"]["table"]) == {"embedding"}
+    assert known["params"]["slope"]["negative_slope"].shape == ()
+    like = jax.eval_shape(lambda: known)
+    for kinds in (None, {"table": "TokenEmbedding", "slope": "Slope"}):
+        found = convert.from_torch(net.state_dict(), kinds=kinds, like=like)
+        assert_trees_close(found, known, tol=0)
+
+
+class LayerScale(torch.nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.gamma = torch.nn.Parameter(torch.rand(features))
+
+
+class Attention(torch.nn.Module):
+    """A bias for each relative position, as Swin's and BEiT's: table and index."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.qkv = torch.nn.Linear(features, 3 * features)
+        self.relative_position_bias_table = torch.nn.Parameter(torch.rand(9, 2))
+        self.register_buffer("relative_position_index", torch.arange(16).reshape(4, 4))
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+
+class Vit(torch.nn.Module):
+    """Parameters directly on modules, as image models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = torch.nn.Parameter(torch.rand(1, 1, 6))
+        self.pos_embed = torch.nn.Parameter(torch.rand(1, 5, 6))
+        self.patch_embed = torch.nn.Conv2d(3, 6, 2)
+        self.attn = Attention(6)
+        self.torchs = torch.nn.MultiheadAttention(6, 2)
+        self.ls1 = LayerScale(6)
+        self.tokens = torch.nn.ParameterList([torch.rand(2, 6), torch.rand(3)])
+        self.norm = torch.nn.BatchNorm1d(6)
+        self.act = torch.nn.PReLU(6)
+
+
+def averaged():
+    net = torch.optim.swa_utils.AveragedModel(TorchNet())
+    net.update_parameters(TorchNet())
+    return net
+
+
+OWN = {
+    "parameters on modules": Vit,
+    "parameters of the top": lambda: LayerScale(3),
+    "MultiheadAttention": lambda: torch.nn.MultiheadAttention(6, 2, kdim=4, vdim=5),
+    "LSTM": lambda: torch.nn.LSTM(3, 4),
+    "PReLU": lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.PReLU()),
+    "AveragedModel": averaged,
+    "weight norm": lambda: torch.nn.Sequential(
+        torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 4))
+    ),
+}
+
+
+@pytest.mark.parametrize("with_kinds", [True, False])
+@pytest.mark.parametrize("name", OWN)
+def test_what_no_layer_of_flax_has_passes_as_it_is(name, with_kinds):
+    """Without `like` and with, and back, exact; what is learned is differentiable."""
+    torch.manual_seed(0)
+    net = OWN[name]()
+    entries = net.state_dict()
+    kinds = kinds_of(net) if with_kinds or name == "AveragedModel" else None
+    found = convert.from_torch(entries, kinds=kinds)
+    values = {v.shape for v in jax.tree.leaves(found)}
+    assert len(jax.tree.leaves(found)) == sum("tracked" not in e for e in entries)
+    for leaf in jax.tree.leaves(found["params"]):
+        assert jnp.issubdtype(leaf.dtype, jnp.floating)
+    like = jax.eval_shape(lambda: found)
+    again = convert.from_torch(entries, kinds=kinds, like=like)
+    assert_trees_close(again, found, tol=0)
+    without = {c: like[c] for c in like if c != "buffers"}
+    if name == "AveragedModel":  # a count, of which Flax's model knows nothing
+        own = convert.from_torch(entries, kinds=kinds, like=without)
+        assert_trees_close(own, {c: found[c] for c in without}, tol=0)
+        back = convert.to_torch(own, kinds=kinds, like=entries)
+        assert back["n_averaged"] == entries["n_averaged"] == 1
+    back = convert.to_torch(found, kinds=kinds, like=entries)
+    assert back.keys() == entries.keys()
+    for entry, value in entries.items():
+        np.testing.assert_array_equal(back[entry], value.numpy(), entry)
+        assert back[entry].dtype == value.numpy().dtype
+    assert values
+
+
+def test_parameters_directly_on_a_module_where_they_lie():
+    torch.manual_seed(0)
+    net = Vit()
+    found = convert.from_torch(net.state_dict(), names={"": "", "attn": "Attention_0"})
+    params, entries = found["params"], net.state_dict()
+    assert_close(params["cls_token"], entries["cls_token"].numpy(), tol=0)
+    assert_close(params["ls1"]["gamma"], entries["ls1.gamma"].numpy(), tol=0)
+    assert params["Attention_0"]["scale"] == 0.5
+    assert params["torchs"]["in_proj_weight"].shape == (18, 6)
+    index = found["buffers"]["Attention_0"]["relative_position_index"]
+    assert_close(index, np.arange(16).reshape(4, 4), tol=0, dtype="int32")
+    like = jax.eval_shape(lambda: found)
+    like["params"]["ls1"]["gamma"] = jax.ShapeDtypeStruct((7,), jnp.float32)
+    del like["params"]["cls_token"], like["params"]["torchs"]["in_proj_bias"]
+    with pytest.raises(ValueError, match="and nothing was converted") as info:
+        convert.from_torch(entries, names={"": "", "attn": "Attention_0"}, like=like)
+    for part in (
+        "shape: ls1.gamma -> params/ls1/gamma (6,), not (7,)",
+        "cls_token: its name is not known: expected one of",
+        "or that `like` has params/torchs/in_proj_bias",
+    ):
+        assert part in str(info.value), part
+
+
+@pytest.mark.parametrize("features", [1, 4])
+def test_slopes(features):
+    torch.manual_seed(0)
+    layer = torch.nn.PReLU(features, init=0.3)
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    variables = convert.from_torch(layer.state_dict(), kinds={"": "PReLU"})
+    slope = variables["params"]["negative_slope"]
+    assert slope.shape == (() if features == 1 else (4,))
+    expected = layer(torch.tensor(x)).detach().numpy()
+    if features == 1:
+        assert_close(nn.PReLU().apply(variables, x), expected)
+    back = convert.to_torch(variables)
+    np.testing.assert_array_equal(back["weight"], layer.weight.detach().numpy())
+
+
 @pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning:keras")
 class TestKeras:
     @pytest.fixture(autouse=True)

@@ -85,24 +85,62 @@ KINDS = {
     "RMSNorm": "norm",
     "GroupNorm": "norm",
     "GroupNormalization": "norm",
+    "PReLU": "slope",
 }
+_KERAS_ALONE = ("depthwise",)  # torch's are convolutions with groups
 _SAME = {"norm": "C", "split": "DC", "embedding": "VC", "depthwise": "*IM"}
 # D domains, V tokens, M multiples
-_WEIGHTS = {"norm": "scale", "split": "scale", "embedding": "embedding"}
+_WEIGHTS = {
+    "norm": "scale",
+    "split": "scale",
+    "embedding": "embedding",
+    "slope": "negative_slope",
+}
 # by kind; others: "kernel"
 
+# Words in the names of unknown classes that contradict what shapes say: the word, the
+# kind that a shape would have it be, and the class that it may be.
+_TRANSPOSED = {"torch": "ConvTranspose{n}d", "keras": "Conv{n}DTranspose"}
+_DOUBTS = (
+    ("transpose", "conv", _TRANSPOSED),
+    ("deconv", "conv", _TRANSPOSED),
+    ("depthwise", "conv", {"keras": "DepthwiseConv{n}D"}),
+    ("embedding", "linear", {"torch": "Embedding"}),
+)
 
-def kind_of(given: str | None, shape: tuple[int, ...]) -> str:
-    """The kind of layer that a weight belongs to, by its class or else its rank."""
-    if given is None:
-        return ("norm", "norm", "linear", "conv")[min(len(shape), 3)]
-    kind = KINDS.get(plain(given))
-    if kind is None:
-        raise ValueError(
-            f"its kind {given!r} is not known: expected one of {', '.join(KINDS)} "
-            "(with or without 1d, 2d, 3d)"
-        )
-    return kind
+
+def known_kind(package: str, given: str | None) -> str | None:
+    """The kind of the layers of a class, or None where the class is not known."""
+    kind = None if given is None else KINDS.get(plain(given))
+    return "conv" if package != "keras" and kind in _KERAS_ALONE else kind
+
+
+def kind_by_rank(rank: int) -> str:
+    """The kind of layer that a weight of so many axes belongs to."""
+    return ("norm", "norm", "linear", "conv")[min(rank, 3)]
+
+
+def check_guess(
+    package: str, module: str, given: str | None, kind: str | None, rank: int
+) -> None:
+    """Raises where an unknown class is called otherwise than its shape was read."""
+    if given is None or known_kind(package, given) is not None:
+        return
+    for word, read_as, cures in _DOUBTS:
+        if word in given.lower() and kind == read_as and package in cures:
+            cure = cures[package].format(n=rank - 2)
+            raise ValueError(
+                f"its kind {given!r} is not known, and its shape does not tell how its "
+                f"axes lie: expected a class that is known. Write kinds={{{module!r}: "
+                f"{cure!r}}}, or {_by_rank(package, rank)!r} if it is one"
+            )
+
+
+def _by_rank(package: str, rank: int) -> str:
+    """What a weight of so many axes is taken for, as a name of a class."""
+    if kind_by_rank(rank) == "linear":
+        return {"torch": "Linear", "keras": "Dense"}[package]
+    return f"Conv{rank - 2}{'d' if package == 'torch' else 'D'}"
 
 
 def has_weights(given: str) -> bool:
@@ -115,18 +153,39 @@ def plain(given: str) -> str:
     return re.sub(r"\d[dD]", "", given)
 
 
-def leaf_of(package: str, entry: str, kind: str) -> str:
-    """What Flax calls an entry of a layer of that kind."""
-    convention, weight = CONVENTIONS[package], _WEIGHTS.get(kind, "kernel")
-    leaves = ("kernel", "embedding", "scale", "bias", "mean", "var", weight)
-    names = {"bias": "bias"} | {getattr(convention, leaf): leaf for leaf in leaves}
-    if entry not in names:
-        raise ValueError(f"its name is not known: expected one of {', '.join(names)}")
-    return names[entry]
+def leaf_of(
+    package: str, name: str, known: str | None, shape: tuple[int, ...]
+) -> tuple[str | None, str | None]:
+    """What Flax calls an entry, and the kind of layer that orders its axes.
+
+    Args:
+        package: whose entry it is.
+        name: of the entry in its module.
+        known: the kind of the module, if its class is known.
+        shape: of the entry.
+
+    Returns:
+        (None, None) for a name that says nothing; kind None: the axes stay.
+    """
+    convention = CONVENTIONS[package]
+    for leaf in ("bias", "mean", "var"):
+        if name == getattr(convention, leaf):
+            vector = "norm" if len(shape) == 1 else None
+            return leaf, "split" if known == "split" else vector
+    kind = known or kind_by_rank(len(shape))
+    weights = ("kernel", "embedding", "scale")
+    names = {getattr(convention, leaf): leaf for leaf in weights}
+    if package == "torch":  # one name for all
+        names = {convention.kernel: _WEIGHTS.get(kind, "kernel")}
+    if name not in names or not (shape or known):
+        return None, None
+    return names[name], kind
 
 
 def to_flax(array: np.ndarray, package: str, kind: str) -> np.ndarray:
     """A weight in the order of Flax's axes: *IO."""
+    if kind == "slope":  # Flax has one of no axes
+        return array.reshape(()) if array.size == 1 else array
     order, target = _orders(package, kind, array.shape)
     array = array.transpose([order.index(axis) for axis in target])
     if kind == "depthwise":  # one input for each output
@@ -136,6 +195,8 @@ def to_flax(array: np.ndarray, package: str, kind: str) -> np.ndarray:
 
 def from_flax(array: np.ndarray, package: str, kind: str) -> np.ndarray:
     """The inverse of `to_flax`, for what torch has."""
+    if kind == "slope":
+        return array.reshape(array.shape or (1,))
     order, target = _orders(package, kind, array.shape)
     array = _mirrored(array, package, kind)
     return array.transpose([target.index(axis) for axis in order])

@@ -6,13 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.convert import _split, _tree
+from bnjax.convert import _readings, _split, _tree
 from bnjax.convert._conventions import (
     CONVENTIONS,
     SEPARATORS,
+    check_guess,
     from_flax,
-    kind_of,
-    leaf_of,
+    kind_by_rank,
+    known_kind,
     to_flax,
 )
 
@@ -21,7 +22,13 @@ _ADVICE = (
     "with names={'conv1': 'Conv_0'}, say what shapes do not with kinds={'up': "
     "'ConvTranspose2d'}, and take out what the other model lacks."
 )
-_STATISTICS = ("mean", "var")
+_KNOWN = {
+    "params": ("kernel", "embedding", "scale", "bias", "negative_slope"),
+    "batch_stats": _readings.STATISTICS,
+}
+_FIXED = {"embedding": "embedding", "negative_slope": "slope"}
+# Numbers of axes that no layer of torch's has there: parameters of a user's module.
+_SCALARS = {"bias": (0, 2, 3, 4, 5), "scale": (0, 3, 4, 5)}
 
 
 def read(
@@ -32,31 +39,48 @@ def read(
     like: Any,
 ) -> dict[str, Any]:
     """Flax variables; see `from_torch`."""
-    rename = _tree.renamer(names, SEPARATORS[package])
+    separator = SEPARATORS[package]
+    wanted = None if like is None else _tree.flat(like)
+    of = _readings.Entries(
+        package,
+        _readings.modules_of(package, weights),
+        kinds,
+        names,
+        _tree.renamer(names, separator),
+        wanted,
+    )
     problems = _tree.Problems()
     found: _tree.Flat = {}
+    ordered: _tree.Flat = {}  # of which the axes are known
     sources: dict[str, str] = {}
-    modules = {entry.rpartition(SEPARATORS[package])[0] for entry in weights}
     for entry, value in _split.stacked(weights, kinds).items():
-        module, _, name = entry.rpartition(SEPARATORS[package])
+        module, _, name = entry.rpartition(separator)
         if name == CONVENTIONS[package].count:
             continue
         try:
-            leaf, array = _to_flax(package, name, value, kinds.get(module))
-            path = _path(rename(module), leaf)
+            array = _tree.to_numpy(value)
+            reading = _readings.chosen(of, module, name, array)
+            if reading is None:
+                continue
+            path, kind = reading.path, reading.kind
+            check_guess(package, module, kinds.get(module), kind, array.ndim)
+            if kind is not None:
+                array = ordered[path] = to_flax(array, package, kind)
             if path in found:
                 raise ValueError(f"{path} comes from {sources[path]} already")
         except ValueError as error:
             problems.append(f"{entry}: {error}")
         else:
             found[path], sources[path] = array, entry
-    problems += _tree.unused(names, kinds, modules, SEPARATORS[package])
-    problems += _tree.disagreements(found)
+    problems += _tree.unused(names, kinds, of.modules, separator)
+    problems += _tree.disagreements(ordered)
     dtypes = {path: array.dtype for path, array in found.items()}
     if like is not None:
-        wanted = _tree.flat(_collections(like))
-        problems += _tree.compare(found, wanted, sources)
-        dtypes |= {path: leaf.dtype for path, leaf in wanted.items()}
+        own, wanted = _tree.flat(_collections(like)), of.wanted or {}
+        problems += _tree.compare(
+            found, own | {p: wanted[p] for p in found.keys() & wanted}, sources
+        )
+        dtypes |= {path: wanted[path].dtype for path in found.keys() & wanted}
     problems.check("the weights do not fit", _ADVICE)
     return _tree.nested({p: jnp.asarray(a.astype(dtypes[p])) for p, a in found.items()})
 
@@ -73,21 +97,18 @@ def write(
     problems = _tree.Problems()
     found: _tree.Flat = {}
     sources: dict[str, str] = {}
-    for path, value in _tree.flat(_collections(variables)).items():
-        _, *modules, leaf = path.split("/")
+    for path, value in _tree.flat(_collections(variables, _readings.BUFFERS)).items():
+        collection, *modules, leaf = path.split("/")
         try:
             module = module_of("/".join(modules))
-            array = _from_flax(leaf, np.asarray(value), kinds.get(module))
+            given = kinds.get(module)
+            arrays = _to_torch(collection, module, leaf, np.asarray(value), given, like)
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
-        name = getattr(CONVENTIONS["torch"], leaf)
-        arrays = {_entry(module, name): array}
-        if _split.is_split(kinds.get(module)):
-            arrays = _split.unstacked(module, name, array)
         found |= arrays
         sources |= dict.fromkeys(arrays, path)
-        for entry in arrays if leaf == "var" else ():
+        for entry in arrays if (collection, leaf) == ("batch_stats", "var") else ():
             owner = entry.rpartition(SEPARATORS["torch"])[0]
             counter = _entry(owner, CONVENTIONS["torch"].count)
             if like is None or counter in like:
@@ -95,46 +116,55 @@ def write(
     dtypes = {entry: array.dtype for entry, array in found.items()}
     if like is not None:
         wanted = {entry: _tree.to_numpy(value) for entry, value in like.items()}
+        state = {e for e in wanted if e.rpartition(".")[2] in _readings.STATE["torch"]}
+        for entry in state - found.keys():
+            found[entry], sources[entry] = wanted[entry], "like"
         problems += _tree.compare(found, wanted, sources)
         dtypes |= {entry: value.dtype for entry, value in wanted.items()}
     problems.check("the variables do not fit", _ADVICE)
     return {e: a.astype(dtypes[e], order="C") for e, a in found.items()}
 
 
-def _to_flax(package: str, name: str, value: Any, kind: str | None):
-    """An entry of a layer as Flax has it: what it is called there, and the array."""
-    array = _tree.to_numpy(value)
-    known = kind_of(kind, array.shape)
-    leaf = leaf_of(package, name, known)
-    if leaf not in ("kernel", "embedding", "scale") and known != "split":
-        known = "norm"
-    return leaf, to_flax(array, package, known)
-
-
-def _from_flax(leaf: str, array: np.ndarray, kind: str | None) -> np.ndarray:
-    """An entry of one of Flax's layers in the order of torch's axes."""
-    norm = "split" if _split.is_split(kind) else "norm"
-    fixed = {"embedding": "embedding"} | dict.fromkeys(
-        ("scale", "bias", *_STATISTICS), norm
-    )
-    if leaf != "kernel" and leaf not in fixed:
-        expected = ", ".join(("kernel", *fixed))
-        raise ValueError(f"its name is not known: expected one of {expected}")
-    return from_flax(array, "torch", fixed.get(leaf) or kind_of(kind, array.shape))
-
-
-def _path(module: str, leaf: str) -> str:
-    collection = "batch_stats" if leaf in _STATISTICS else "params"
-    return "/".join(filter(None, (collection, module, leaf)))
+def _to_torch(
+    collection: str,
+    module: str,
+    leaf: str,
+    array: np.ndarray,
+    given: str | None,
+    like: Mapping[str, Any] | None,
+) -> dict[str, np.ndarray]:
+    """A variable as torch has it, by the names of entries."""
+    as_it_is, known = _entry(module, leaf), _KNOWN.get(collection, ())
+    if leaf not in known:
+        if as_it_is in like if like is not None else collection != "batch_stats":
+            return {as_it_is: array}
+        if collection == _readings.BUFFERS:
+            return {}
+        expected = ", ".join(leaf for leaves in _KNOWN.values() for leaf in leaves)
+        other = "" if like is None else f", or that `like` has {as_it_is}"
+        raise ValueError(f"its name is not known: expected one of {expected}{other}")
+    name = getattr(CONVENTIONS["torch"], leaf, CONVENTIONS["torch"].kernel)
+    entry, is_split = _entry(module, name), _split.is_split(given)
+    if like is not None and as_it_is in like and entry not in like:
+        return {as_it_is: array}
+    if array.ndim in _SCALARS.get(leaf, ()) and not is_split:
+        return {as_it_is: array}
+    kind = _FIXED.get(leaf, "split" if is_split else "norm")
+    if leaf == "kernel":
+        kind = known_kind("torch", given) or kind_by_rank(array.ndim)
+        check_guess("torch", module, given, kind, array.ndim)
+    array = from_flax(array, "torch", kind)
+    return _split.unstacked(module, name, array) if is_split else {entry: array}
 
 
 def _entry(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
 
 
-def _collections(variables: Mapping[str, Any]) -> dict[str, Any]:
+def _collections(variables: Mapping[str, Any], *others: str) -> dict[str, Any]:
     """The parameters and the running statistics, without other collections."""
-    given = {c: variables[c] for c in ("params", "batch_stats") if c in variables}
+    names = ("params", "batch_stats", *others)
+    given = {c: variables[c] for c in names if c in variables}
     if not given:
         raise ValueError(
             f"the variables have the collections {list(variables)}: expected 'params', "
