@@ -328,6 +328,7 @@ def test_other_norms_and_embeddings():
         {
             "table": torch.nn.Embedding(7, 4),
             "layer": torch.nn.LayerNorm(4),
+            "two": torch.nn.LayerNorm((3, 4)),
             "plain": torch.nn.BatchNorm1d(4, affine=False),
         }
     )
@@ -336,6 +337,7 @@ def test_other_norms_and_embeddings():
     assert set(variables["params"]["table"]) == {"embedding"}
     assert variables["params"]["table"]["embedding"].shape == (7, 4)
     assert set(variables["params"]["layer"]) == {"scale", "bias"}
+    assert variables["params"]["two"]["scale"].shape == (3, 4)
     assert "plain" not in variables["params"]
     back = convert.to_torch(variables, kinds=kinds, like=net.state_dict())
     for name, expected in net.state_dict().items():
@@ -705,6 +707,122 @@ class TestKeras:
         )
         expected = jax.jit(model)(x)
         assert_close(jax.jit(Net().apply)(variables, x), expected, tol=1e-5)
+
+    @pytest.mark.parametrize("rank", [1, 2])
+    def test_a_separable_convolution_is_two(self, rank):
+        """By `like`, by `names`, or with neither as it is."""
+        window = (3, 2)[:rank]
+        x = np.random.default_rng(0).normal(size=(2, *(6, 7)[:rank], 3))
+        x = x.astype(np.float32)
+        layer = getattr(keras.layers, f"SeparableConv{rank}D")
+        layer = layer(8, window, depth_multiplier=2, name="sep")
+        expected = np.asarray(layer(x))
+        layer.bias.assign(np.arange(8.0))
+        weights = {w.path: w for w in layer.weights}
+
+        class Separable(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                groups = {"feature_group_count": 3, "use_bias": False}
+                depthwise = nn.Conv(
+                    6, window, padding="VALID", name="depthwise", **groups
+                )
+                return nn.Conv(8, (1,) * rank, name="pointwise")(depthwise(x))
+
+        like = jax.eval_shape(Separable().init, jax.random.key(0), x)
+        found = convert.from_keras(
+            weights,
+            names={"sep": ""},
+            kinds={"sep": f"SeparableConv{rank}D"},
+            like=like,
+        )
+        y = Separable().apply(found, x)
+        assert_close(y, expected + np.arange(8.0, dtype=np.float32), tol=1e-5)
+        parts = {"sep/depthwise": "depthwise", "sep/pointwise": "pointwise"}
+        for given in (like, None):
+            named = convert.from_keras(weights, names=parts, like=given)
+            assert_trees_close(named, found, tol=0)
+        own = convert.from_keras(weights)["params"]["sep"]
+        assert {name: value.shape for name, value in own.items()} == {
+            "depthwise_kernel": (*window, 3, 2),
+            "pointwise_kernel": (*(1,) * rank, 6, 8),
+            "bias": (8,),
+        }
+        like = jax.eval_shape(lambda: {"params": {"sep": own}})
+        again = convert.from_keras(weights, like=like)
+        assert_trees_close(again["params"]["sep"], own, tol=0)
+
+    def test_normalization_is_an_evaluated_layer(self):
+        """Its statistics; its count is a buffer, which `like` may lack."""
+        layer = keras.layers.Normalization(name="normalize")
+        x = np.random.default_rng(0).normal(3, 2, (20, 3)).astype(np.float32)
+        layer.adapt(x)
+        ours = bnjax.BatchNorm(True, epsilon=0.0, use_scale=False, use_bias=False)
+        like = jax.eval_shape(ours.init, jax.random.key(0), x)
+        weights = {w.path: w for w in layer.weights}
+        found = convert.from_keras(weights)
+        assert found["buffers"]["normalize"]["count"].shape == ()
+        assert set(found) == {"batch_stats", "buffers"}
+        found = convert.from_keras(weights, names={"normalize": ""}, like=like)
+        assert_close(ours.apply(found, x), np.asarray(layer(x)), tol=1e-5)
+        assert set(found) == {"batch_stats"}
+
+    def test_batch_renormalization(self):
+        """Inference by what BatchRenorm has too; what it lacks are buffers."""
+        layer = keras.layers.BatchNormalization(renorm=True, name="norm")
+        x, new = np.random.default_rng(0).normal(2, 3, (2, 7, 3)).astype(np.float32)
+        layer(x, training=True)
+        ours = bnjax.linen.BatchRenorm(True, epsilon=1e-3)
+        like = jax.eval_shape(ours.init, jax.random.key(0), x)
+        kinds = {"": "BatchNormalization"}
+        weights = {w.name: w for w in layer.weights}
+        found = convert.from_keras(weights, kinds=kinds, like=like)
+        assert_close(ours.apply(found, new), np.asarray(layer(new)), tol=1e-5)
+        own = convert.from_keras(weights, kinds=kinds)
+        assert_trees_close({c: own[c] for c in found}, found, tol=0)
+        assert set(own["buffers"]) == {"moving_stddev", "renorm_mean", "renorm_stddev"}
+        by_path = convert.from_keras({w.path: w for w in layer.weights})
+        assert_trees_close(by_path["buffers"]["norm"], own["buffers"], tol=0)
+
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            lambda: keras.layers.PReLU(shared_axes=[1]),
+            lambda: keras.layers.GRU(3),
+            lambda: keras.layers.RMSNormalization(),
+            lambda: keras.layers.MultiHeadAttention(2, 4),
+            lambda: keras.layers.LayerNormalization(axis=(1, 2)),
+            lambda: keras.layers.EinsumDense(
+                "abc,cde->abde", (None, 2, 5), bias_axes="d"
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("with_kinds", [False, True])
+    def test_weights_that_no_layer_of_flax_has(self, layer, with_kinds):
+        layer = layer()
+        x = np.ones((2, 4, 6), np.float32)
+        layer(x, x) if "Attention" in type(layer).__name__ else layer(x)
+        weights = {w.path: w for w in layer.weights}
+        kinds = {layer.path: type(layer).__name__} if with_kinds else None
+        found = convert.from_keras(weights, kinds=kinds)
+        values = jax.tree.leaves(found["params"])
+        assert sorted(v.size for v in values) == sorted(
+            np.size(w) for w in weights.values()
+        )
+        again = convert.from_keras(
+            weights, kinds=kinds, like=jax.eval_shape(lambda: found)
+        )
+        assert_trees_close(again, found, tol=0)
+
+    def test_slopes(self):
+        layer = keras.layers.PReLU(shared_axes=[1, 2], alpha_initializer="ones")
+        layer(np.ones((2, 4, 1), np.float32))
+        like = {"params": {"negative_slope": jnp.zeros(())}}
+        weights = {w.name: w for w in layer.weights}
+        for options in ({"like": like}, {"kinds": {"": "PReLU"}}):
+            found = convert.from_keras(weights, **options)
+            assert found["params"]["negative_slope"] == 1
+        assert set(convert.from_keras(weights)["params"]) == {"alpha"}
 
 
 # Bad input: one error with all of it, and nothing returned.

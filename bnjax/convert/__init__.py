@@ -22,7 +22,9 @@ conv_transpose  *IO      IO~                 ~OI
 
 I and O are the input's and the output's features, * the window, ~ a mirrored window.
 Trees of Flax's BatchNorm and of bnjax's BatchNorm, GhostBatchNorm and BatchRenorm are
-identical: nothing to convert. timm's SplitBatchNorm2d has a module for each further
+identical: nothing to convert. What no layer of Flax has passes as it is: tokens, layer
+scales, attention's weights; counts, and what Keras's renorm trains with, as buffers.
+timm's SplitBatchNorm2d has a module for each further
 domain, where SplitBatchNorm has rows; say which it is with kinds={"norm":
 "SplitBatchNorm2d"}. What a tree does not hold is yours to write in the Flax model:
 
@@ -34,6 +36,12 @@ domain, where SplitBatchNorm has rows; say which it is with kinds={"norm":
                                ConvTranspose(d, (k, k), padding=(low, low + o)) for each
                                axis of the window, low = e (k - 1) - p
     Conv2DTranspose(d, k)      ConvTranspose(d, (k, k), padding="VALID")
+    SeparableConv2D(d, k)      Conv(m, (k, k), feature_group_count=c, use_bias=False),
+                               then Conv(d, (1, 1)), named depthwise and pointwise or
+                               in names={"sep/depthwise": ..., "sep/pointwise": ...}
+    Normalization()            BatchNorm(True, epsilon=0.0, use_scale=False,
+                               use_bias=False)
+    PReLU()                    PReLU(), and kinds or like, which tell it from a norm
 
 The kernels of transposed convolutions fit `transpose_kernel=False`, Flax's default.
 Features lie last in Flax: a dense layer after a flattened image of torch's expects
@@ -69,7 +77,8 @@ def from_torch(
 ) -> dict[str, Any]:
     """Flax variables from the state_dict of a torch layer or model.
 
-    `num_batches_tracked` is dropped. Nothing of torch is imported.
+    `num_batches_tracked` is dropped. Parameters that lie directly on modules of other
+    kinds keep names and axes. Nothing of torch is imported.
 
     Args:
         state_dict: entries by dotted name: torch tensors on any device, or arrays. That
@@ -78,14 +87,18 @@ def from_torch(
             whose keys may also be prefixes ({"layer1.0": "Block_0"}) and have to cover
             every module ("" covers all). Flax's paths have slashes. None keeps torch's.
         kinds: class names by torch's module path, for what shapes do not tell:
-            transposed convolutions and embeddings. All of them at once:
+            transposed convolutions, embeddings and PReLU. All of them at once:
             {name: type(module).__name__ for name, module in net.named_modules()}.
+            Classes that are not known are read by names and shapes, as without.
         like: variables of the Flax model, from `init` or `jax.eval_shape`, which the
             result has to match in structure, shapes and dtypes. Their dtypes are taken
-            where that loses nothing.
+            where that loses nothing. Entries of other names have to be there as they
+            are, in any collection.
 
     Returns:
         {"params": ..., "batch_stats": ...}, those of them that occur, as new arrays.
+        Without `like` also "buffers": integers of other names than those above. What
+        else is not learned has no mark in a state_dict, and is among the parameters.
         float64 becomes float32 unless `jax_enable_x64` is set.
 
     Raises:
@@ -126,7 +139,8 @@ def from_keras(
         like: as in `from_torch`.
 
     Returns:
-        {"params": ..., "batch_stats": ...}, those of them that occur, as new arrays.
+        As `from_torch`; "buffers" holds counts and the statistics that Keras's renorm
+        has beside the moving ones.
 
     Raises:
         ValueError: lists all that is missing, extra, unknown or does not fit.
@@ -159,12 +173,13 @@ def to_torch(
 ) -> dict[str, np.ndarray]:
     """The state_dict of a torch layer or model from Flax variables.
 
-    The inverse of `from_torch`, exact. Load it with `net.load_state_dict({name:
+    The inverse of `from_torch`, exact; with `like` also for parameters of a user's
+    module that are called as Flax calls others. Load it with `net.load_state_dict({name:
     torch.as_tensor(value) for name, value in to_torch(...).items()})`.
 
     Args:
-        variables: {"params": ..., "batch_stats": ...}; other collections have no
-            counterpart and are left out.
+        variables: {"params": ..., "batch_stats": ...} and the "buffers" of
+            `from_torch`; other collections have no counterpart and are left out.
         names: as in `from_torch`, from torch's paths to Flax's. A function needs
             `like`.
         kinds: as in `from_torch`.

@@ -80,9 +80,9 @@ KINDS = {
     "BatchNormalization": "norm",
     "SplitBatchNorm": "split",
     "InstanceNorm": "norm",
-    "LayerNorm": "norm",
-    "LayerNormalization": "norm",
-    "RMSNorm": "norm",
+    "LayerNorm": "layer_norm",
+    "LayerNormalization": "layer_norm",
+    "RMSNorm": "layer_norm",
     "GroupNorm": "norm",
     "GroupNormalization": "norm",
     "PReLU": "slope",
@@ -92,6 +92,7 @@ _SAME = {"norm": "C", "split": "DC", "embedding": "VC", "depthwise": "*IM"}
 # D domains, V tokens, M multiples
 _WEIGHTS = {
     "norm": "scale",
+    "layer_norm": "scale",
     "split": "scale",
     "embedding": "embedding",
     "slope": "negative_slope",
@@ -145,7 +146,7 @@ def _by_rank(package: str, rank: int) -> str:
 
 def has_weights(given: str) -> bool:
     """Whether every layer of this class has a weight: norms may have nothing."""
-    return KINDS.get(plain(given), "norm") != "norm"
+    return KINDS.get(plain(given), "norm") not in ("norm", "layer_norm")
 
 
 def plain(given: str) -> str:
@@ -186,6 +187,8 @@ def to_flax(array: np.ndarray, package: str, kind: str) -> np.ndarray:
     """A weight in the order of Flax's axes: *IO."""
     if kind == "slope":  # Flax has one of no axes
         return array.reshape(()) if array.size == 1 else array
+    if kind == "layer_norm":  # of as many axes as it normalizes
+        return array
     order, target = _orders(package, kind, array.shape)
     array = array.transpose([order.index(axis) for axis in target])
     if kind == "depthwise":  # one input for each output
@@ -197,6 +200,8 @@ def from_flax(array: np.ndarray, package: str, kind: str) -> np.ndarray:
     """The inverse of `to_flax`, for what torch has."""
     if kind == "slope":
         return array.reshape(array.shape or (1,))
+    if kind == "layer_norm":
+        return array
     order, target = _orders(package, kind, array.shape)
     array = _mirrored(array, package, kind)
     return array.transpose([target.index(axis) for axis in order])

@@ -26,6 +26,7 @@ _KNOWN = {
     "params": ("kernel", "embedding", "scale", "bias", "negative_slope"),
     "batch_stats": _readings.STATISTICS,
 }
+_NORMS = ("layer_norm", "split")
 _FIXED = {"embedding": "embedding", "negative_slope": "slope"}
 # Numbers of axes that no layer of torch's has there: parameters of a user's module.
 _SCALARS = {"bias": (0, 2, 3, 4, 5), "scale": (0, 3, 4, 5)}
@@ -149,9 +150,10 @@ def _to_torch(
         return {as_it_is: array}
     if array.ndim in _SCALARS.get(leaf, ()) and not is_split:
         return {as_it_is: array}
-    kind = _FIXED.get(leaf, "split" if is_split else "norm")
+    of_class = known_kind("torch", given)
+    kind = _FIXED.get(leaf, of_class if of_class in _NORMS else "norm")
     if leaf == "kernel":
-        kind = known_kind("torch", given) or kind_by_rank(array.ndim)
+        kind = of_class or kind_by_rank(array.ndim)
         check_guess("torch", module, given, kind, array.ndim)
     array = from_flax(array, "torch", kind)
     return _split.unstacked(module, name, array) if is_split else {entry: array}

@@ -7,6 +7,7 @@ What is learned and what is not cannot be told from its values, but integers are
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from bnjax.convert._conventions import CONVENTIONS, SEPARATORS, known_kind, leaf_of
@@ -98,8 +99,8 @@ def _readings(of: Entries, module: str, name: str, array: np.ndarray) -> list[Re
     found = _parts(of, module, name)
     explicit = [r for r, named in found if named]
     implied = [r for r, named in found if not named]
-    if explicit and of.wanted is None:
-        return explicit
+    if explicit and (of.wanted is None or explicit[0].path in of.wanted):
+        return explicit  # `names` need not have the module of the layer
     own = of.rename(module)
     known = known_kind(of.package, of.kinds.get(module))
     as_it_is = [Reading(c, own, name) for c in _collections(of, name, array)]
@@ -145,7 +146,7 @@ def _part(module: str, name: str) -> str:
 
 def _collections(of: Entries, name: str, array: np.ndarray) -> list[str]:
     """Where an entry may lie that passes as it is."""
-    learned = np.issubdtype(array.dtype, np.inexact) or array.dtype.kind == "V"
+    learned = jnp.issubdtype(array.dtype, jnp.inexact)
     own = "params" if learned and name not in STATE[of.package] else BUFFERS
     others = [path.partition("/")[0] for path in of.wanted or ()]
     return [*dict.fromkeys([own, *others])]
