@@ -208,6 +208,12 @@ def test_squares_that_overflow():
     x = np.random.default_rng(0).normal(size=(512, 3)) * 1e17 + 1e20
     x = x.astype(np.float32)
     m2 = oracle.moments(x.astype(np.float64) / 1e17, (0,))[2]
+    near = np.float32(1e20) + np.float32(2e18)  # 20 std; its square is infinite
+    for options in ({"implementation": "reread"}, {"implementation": "xla"}):
+        for shift in (None, np.full(3, near)):
+            m = batch_moments(x[:64], shift=shift, **options)
+            variance = oracle.moments(x[:64].astype(np.float64) / 1e17, (0,))[2] / 64
+            np.testing.assert_allclose(m.variance() / 1e34, variance, rtol=1e-5)
     m = jax.jit(reread)(x)
     np.testing.assert_allclose(m.variance() / 1e34, m2 / 512, rtol=1e-5)
     x[3, 1] = np.nan

@@ -174,8 +174,8 @@ def to_torch(
     """The state_dict of a torch layer or model from Flax variables.
 
     The inverse of `from_torch`, exact; with `like` also for parameters of a user's
-    module that are called as Flax calls others. Load it with `net.load_state_dict({name:
-    torch.as_tensor(value) for name, value in to_torch(...).items()})`.
+    module that are called as Flax calls others. Load it with `net.load_state_dict(
+    {name: torch.as_tensor(value) for name, value in to_torch(...).items()})`.
 
     Args:
         variables: {"params": ..., "batch_stats": ...} and the "buffers" of
