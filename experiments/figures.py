@@ -28,7 +28,15 @@ from experiments import (
     small_batch,
     why_it_works,
 )
-from experiments.bench import charts, compile, layer, scaling, step, whitening
+from experiments.bench import (
+    accelerators,
+    charts,
+    compile,
+    layer,
+    scaling,
+    step,
+    whitening,
+)
 from experiments.common import results, study
 from experiments.common.studies import curves, figure_1
 
@@ -109,11 +117,26 @@ def of_population(source: Path, folder: Path) -> Iterator[Path]:
     yield folder / "population.png"
 
 
+def of_accelerators(source: Path, folder: Path) -> Iterator[Path]:
+    """Programs for TPUs and GPUs: one layer, and a step of ResNet-50."""
+    layers = accelerators.Layer(
+        targets=("v5e", "h100"), shapes=("256x56x56x256",), layers=("flax", "bnjax")
+    )
+    for config, draw in (
+        (layers, accelerators.draw_layers),
+        (accelerators.Step(blocks=0), accelerators.draw_steps),
+    ):
+        path = folder / config.figure.name
+        draw(accelerators.known(config, source / config.output.name), path)
+        yield path
+
+
 FIGURES: dict[str, Figure] = {
     "mnist": of_mnist,
     "population": of_population,
     **{m.STUDY.name: partial(of_study, m, runs) for m, runs in STUDIES.items()},
     **{m.__name__: partial(of_bench, m) for m in BENCHES},
+    accelerators.__name__: of_accelerators,
 }
 
 if __name__ == "__main__":

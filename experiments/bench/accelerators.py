@@ -40,13 +40,12 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench import bars, charts, lowered, targets
+from experiments.bench import charts, lowered, targets
 from experiments.bench.charts import Measure
 from experiments.bench.programs import Part, Program
 from experiments.bench.step import NORMS
@@ -139,13 +138,9 @@ def main(config: Layer | Step) -> None:
     elif config.smoke:
         config = replace(config, targets=("v5e",), blocks=1, images=2, side=32)
         config = replace(config, variants=("flax", "bnjax"))
-    wanted = layer_cells(config) if isinstance(config, Layer) else step_cells(config)
     if not config.plot_only:
-        run(config, wanted)
-    found = recorded(config.output)
-    records = [found[key(cell)] for cell in wanted if key(cell) in found]
-    if not records:
-        raise LookupError(f"{config.output} has none of what is asked for.")
+        run(config)
+    records = known(config, config.output)
     console = Console(width=160)
     if isinstance(config, Layer):
         console.print(table(records))
@@ -155,6 +150,20 @@ def main(config: Layer | Step) -> None:
         console.print(charts.table(title, records, "target", MEASURES))
         draw_steps(records, config.figure)
     console.print(f"{config.output}\n{config.figure}", highlight=False, soft_wrap=True)
+
+
+def known(config: Layer | Step, path: Path) -> list[results.Record]:
+    """The newest record of each program that is asked for."""
+    found = recorded(path)
+    records = [found[key(cell)] for cell in cells_of(config) if key(cell) in found]
+    if not records:
+        raise LookupError(f"{path} has none of what is asked for.")
+    return records
+
+
+def cells_of(config: Layer | Step) -> list[results.Record]:
+    """The programs that are asked for."""
+    return layer_cells(config) if isinstance(config, Layer) else step_cells(config)
 
 
 def layer_cells(config: Layer) -> list[results.Record]:
@@ -211,24 +220,19 @@ def recorded(path: Path) -> dict[str, results.Record]:
     return found
 
 
-def run(config: Layer | Step, cells: list[results.Record]) -> None:
+def run(config: Layer | Step) -> None:
     """Compiles and records what has not been recorded for this commit."""
     stamp = results.stamp()
-    known = (
-        {}
-        if config.again or "changed" in (stamp["commit"] or "changed")
-        else {
-            k
-            for k, record in recorded(config.output).items()
-            if (record["commit"], record["versions"])
-            == (stamp["commit"], stamp["versions"])
-        }
-    )
+    done: set[str] = set()
+    if not config.again and "changed" not in (stamp["commit"] or "changed"):
+        now = stamp["commit"], stamp["versions"]
+        found = recorded(config.output).items()
+        done = {k for k, r in found if (r["commit"], r["versions"]) == now}
     with results.Log(config.output) as log:
         name = "accelerators"
         log.add("start", bench=name, settings=asdict(config), **stamp)
-        for cell in cells:
-            if key(cell) not in known:
+        for cell in cells_of(config):
+            if key(cell) not in done:
                 kind, count = ("layer", layer) if "layer" in cell else ("step", step)
                 log.add(kind, **cell, **count(cell))
 
@@ -347,38 +351,48 @@ def cells(record: results.Record | None) -> list[str]:
 
 
 def draw_layers(records: list[results.Record], path: Path) -> None:
-    """Passes of forward + backward over Flax's with the same behind it."""
-
-    def like(record: results.Record) -> str:
-        names = ("target", "chips", "mode", "shape", "dtype")
-        behind = record["variant"].replace("activation", "relu")
-        return str([*(record[name] for name in names), behind])
-
+    """Passes of forward + backward: a panel for each target and dtype."""
     records = [r for r in records if r["direction"] == "both" and not r["on_chip"]]
-    flax = {like(r): r["moved"] for r in records if r["layer"] == "flax"}
-    panels: dict[str, bars.Panel] = {}
+    found: dict[str, dict[tuple[str, str], float]] = {}
     for r in records:
-        if r["layer"] != "flax" and like(r) in flax:
-            group = f"{'x'.join(map(str, r['shape']))}\n{r['dtype']}, {r['variant']}"
-            groups = panels.setdefault(place(r), {})
-            groups.setdefault(group, {})[r["layer"]] = r["moved"] / flax[like(r)]
-    names = dict.fromkeys(name for groups in panels.values() for name in groups)
-    panels = {k: {n: groups.get(n, {}) for n in names} for k, groups in panels.items()}
-    if not panels:
-        raise LookupError("nothing to draw: expected Flax's layer and another one.")
-    bars.draw(
-        panels,
-        path,
-        title="One layer, forward + backward: bytes moved over those of Flax's layer",
-        note=f"jax {jax.__version__}",
-        label="ratio (below 1: less)",
+        panel = found.setdefault(f"{place(r)}\n{r['dtype']}", {})
+        panel[r["layer"], r["variant"]] = r["moved"]
+    if not found:
+        raise LookupError("nothing to draw: expected layers, forward + backward.")
+    shape = " x ".join(map(str, records[0]["shape"]))
+    title = (
+        f"One layer, x of {shape}: passes over its bytes in device memory, forward + "
+        f"backward\n(dotted: 7, the floor); jax {records[0]['versions']['jax']}"
     )
+    figure, axes = charts.panels(title, len(found))
+    for each, (name, passes) in zip(axes, found.items(), strict=True):
+        layers = list(dict.fromkeys(layer for layer, _ in passes))
+        variants = list(dict.fromkeys(variant for _, variant in passes))
+        width = 0.85 / len(layers)
+        for index, layer in enumerate(layers):
+            heights = [passes.get((layer, v), math.nan) for v in variants]
+            y = [
+                n + (index - (len(layers) - 1) / 2) * width
+                for n in range(len(variants))
+            ]
+            colour = charts.COLOURS.get(layer)
+            bars = each.barh(y, heights, 0.9 * width, color=colour, label=layer)
+            each.bar_label(bars, fmt="%.1f", fontsize=6, padding=2)
+        each.set_yticks(range(len(variants)), variants)
+        each.set_xlim(0, 15)
+        each.invert_yaxis()
+        each.axvline(7, color="black", linewidth=0.8, linestyle=":")
+        each.grid(visible=False, axis="y")
+        each.set_title(name, fontsize=9)
+        if each is not axes[0]:
+            each.tick_params(labelleft=False)
+    charts.save(figure, path, axes[:1])
 
 
 def draw_steps(records: list[results.Record], path: Path) -> None:
     """A panel for each target: bytes and memory over those with Flax's layers."""
     first = records[0]
-    network = f"the stem and {first['blocks']} blocks" if first["blocks"] else "all"
+    network = f"its stem and {first['blocks']} blocks" if first["blocks"] else "whole"
     title = (
         f"A training step of ResNet-50 ({network}), {first['images']} images: over "
         f"Flax plain\njax {first['versions']['jax']}"
@@ -387,9 +401,8 @@ def draw_steps(records: list[results.Record], path: Path) -> None:
     figure, axes = charts.panels(title, len(names))
     for each, name in zip(axes, names, strict=True):
         some = [record for record in records if record["target"] == name]
-        shown = ("moved", "temporary", "estimate")
-        known = {k: MEASURES[k] for k in shown if some[0][k] is not None}
-        charts.bars(each, some, "target", known)
+        shown = {k: MEASURES[k] for k in ("moved", "temporary")}
+        charts.bars(each, some, "target", shown)
         each.set_title(name, fontsize=9)
     charts.save(figure, path, axes[:1])
 
