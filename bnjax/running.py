@@ -9,6 +9,8 @@ that has no estimate in the batch (count 0; for the unbiased variance count 1 to
 keeps its statistics, and t counts only batches that had one. These rules average
 variances of batches, so the variance of the batches' means is left out; `merge` the
 moments for a population's variance.
+
+Rules of one kind and the same settings are equal, hashable and can be pickled.
 """
 
 import functools
@@ -17,9 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from bnjax import _axes, _checks, _dtypes
+from bnjax._bound import bind
 from bnjax.moments import Moments, beside
 
 __all__ = ["AverageState", "Rule", "State", "cumulative", "debiased_ema", "ema"]
@@ -80,17 +85,24 @@ def ema(decay: float = 0.99, *, ddof: int = 0, skip_nonfinite: bool = False) -> 
 
     References: Ioffe & Szegedy 2015, section 3.1, last paragraph.
     """
-    _checks.weight("decay", decay)
+    how = {"decay": _decay(decay), "ddof": ddof, "skip_nonfinite": skip_nonfinite}
+    return Rule(_init_ema, bind(_update_ema, **how), _as_it_is)
 
-    def init(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> State:
-        return State(jnp.zeros(shape, dtype), jnp.ones(shape, _dtypes.real(dtype)))
 
-    def update(state: State, batch: Moments) -> State:
-        new = State(batch.mean, batch.variance(ddof))
-        blended = State(*(decay * old + (1 - decay) * b for old, b in zip(state, new)))
-        return _where(_usable(batch, ddof, skip_nonfinite), blended, state)
+def _init_ema(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> State:
+    return State(jnp.zeros(shape, dtype), jnp.ones(shape, _dtypes.real(dtype)))
 
-    return Rule(init, update, lambda state: state)
+
+def _update_ema(
+    state: State, batch: Moments, *, decay: float, ddof: int, skip_nonfinite: bool
+) -> State:
+    new = State(batch.mean, batch.variance(ddof))
+    blended = State(*(decay * old + (1 - decay) * b for old, b in zip(state, new)))
+    return _where(_usable(batch, ddof, skip_nonfinite), blended, state)
+
+
+def _as_it_is(state: State) -> State:
+    return state
 
 
 def debiased_ema(
@@ -121,23 +133,31 @@ def debiased_ema(
 
     References: Kingma & Ba 2015, section 3 (the same correction in Adam).
     """
-    _checks.weight("decay", decay)
+    how = {"decay": _decay(decay), "ddof": ddof, "skip_nonfinite": skip_nonfinite}
+    return Rule(_init_average, bind(_update_debiased, **how), _read_debiased)
 
-    def update(state: AverageState, batch: Moments) -> AverageState:
-        new = (batch.mean, batch.variance(ddof), 1.0)
-        blended = (decay * old + (1 - decay) * b for old, b in zip(state, new))
-        usable = _usable(batch, ddof, skip_nonfinite)
-        return _where(usable, AverageState(*blended), state)
 
-    def read(state: AverageState) -> State:
-        seen = state.weight > 0
-        weight = jnp.where(seen, state.weight, 1)
-        return State(
-            jnp.where(seen, state.mean / weight, 0),
-            jnp.where(seen, state.var / weight, 1),
-        )
+def _update_debiased(
+    state: AverageState,
+    batch: Moments,
+    *,
+    decay: float,
+    ddof: int,
+    skip_nonfinite: bool,
+) -> AverageState:
+    new = (batch.mean, batch.variance(ddof), 1.0)
+    blended = (decay * old + (1 - decay) * b for old, b in zip(state, new))
+    usable = _usable(batch, ddof, skip_nonfinite)
+    return _where(usable, AverageState(*blended), state)
 
-    return Rule(_init_average, update, read)
+
+def _read_debiased(state: AverageState) -> State:
+    seen = state.weight > 0
+    weight = jnp.where(seen, state.weight, 1)
+    return State(
+        jnp.where(seen, state.mean / weight, 0),
+        jnp.where(seen, state.var / weight, 1),
+    )
 
 
 def cumulative(*, ddof: int = 0, skip_nonfinite: bool = False) -> Rule:
@@ -160,20 +180,31 @@ def cumulative(*, ddof: int = 0, skip_nonfinite: bool = False) -> Rule:
 
     References: Ioffe & Szegedy 2015, Algorithm 2, line 10, batch by batch.
     """
+    update = bind(_update_cumulative, ddof=ddof, skip_nonfinite=skip_nonfinite)
+    return Rule(_init_average, update, _read_cumulative)
 
-    def update(state: AverageState, batch: Moments) -> AverageState:
-        t = state.weight + 1
-        averaged = AverageState(
-            state.mean + (batch.mean - state.mean) / t,
-            state.var + (batch.variance(ddof) - state.var) / t,
-            t,
-        )
-        return _where(_usable(batch, ddof, skip_nonfinite), averaged, state)
 
-    def read(state: AverageState) -> State:
-        return State(state.mean, jnp.where(state.weight > 0, state.var, 1))
+def _update_cumulative(
+    state: AverageState, batch: Moments, *, ddof: int, skip_nonfinite: bool
+) -> AverageState:
+    t = state.weight + 1
+    averaged = AverageState(
+        state.mean + (batch.mean - state.mean) / t,
+        state.var + (batch.variance(ddof) - state.var) / t,
+        t,
+    )
+    return _where(_usable(batch, ddof, skip_nonfinite), averaged, state)
 
-    return Rule(_init_average, update, read)
+
+def _read_cumulative(state: AverageState) -> State:
+    return State(state.mean, jnp.where(state.weight > 0, state.var, 1))
+
+
+def _decay(value: float) -> float:
+    """The decay, checked; a known scalar as a number, for an array has no hash."""
+    _checks.weight("decay", value)
+    known = isinstance(value, jax.Array | np.generic) and not isinstance(value, Tracer)
+    return value.item() if known and np.ndim(value) == 0 else value
 
 
 def _init_average(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> AverageState:

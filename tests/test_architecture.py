@@ -10,7 +10,7 @@ import bnjax
 
 ROOT = pathlib.Path(bnjax.__file__).parent
 LEVELS = {
-    0: ["_axes", "_backend", "_checks", "_dtypes", "_replicas"],
+    0: ["_axes", "_backend", "_bound", "_checks", "_dtypes", "_replicas"],
     1: ["moments"],
     2: ["_trees", "normalize", "running"],
     3: [

@@ -1,5 +1,8 @@
 """Running statistics: closed forms, empty and non-finite batches, transforms."""
 
+import functools
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from helpers import assert_close, assert_trees_close
 
 import bnjax
-from bnjax import Moments, running
+from bnjax import Moments, running, whiten
 
 MEANS = np.array([[1.0, -2.0, 0.5], [4.0, 0.0, 0.5], [-1.0, 3.0, 2.0], [0.0, 1.0, 7.0]])
 M2 = np.array([[8.0, 2.0, 4.0], [16.0, 1.0, 0.0], [2.0, 6.0, 5.0], [3.0, 3.0, 1.0]])
@@ -130,3 +133,50 @@ def test_matches_pytorch():
             state = rule.update(state, bnjax.moments(x))
         assert_close(rule.read(state).mean, np.array(mean))
         assert_close(rule.read(state).var, np.array(var))
+
+
+# ---- rules as values ----
+
+VALUES = {
+    "ema": lambda: running.ema(0.9),
+    "ema, NumPy": lambda: running.ema(np.float32(0.5), ddof=1),
+    "ema, JAX": lambda: running.ema(jnp.float32(0.5), skip_nonfinite=True),
+    "debiased_ema": lambda: running.debiased_ema(0.9, ddof=1),
+    "cumulative": lambda: running.cumulative(),
+    "cumulative, unbiased": lambda: running.cumulative(ddof=1, skip_nonfinite=True),
+    "standardize": lambda: whiten.standardize(),
+    "standardize, two axes": lambda: whiten.standardize(axis=[0, 1], ddof=1),
+    "min_max_scale": lambda: whiten.min_max_scale(low=-1.0),
+    "zca_whiten": lambda: whiten.zca_whiten(),
+    "zca_whiten in groups": lambda: whiten.zca_whiten(epsilon=0.1, group_size=2),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_rule_or_scaler_is_a_value(name):
+    """Equal where equal, with one hash, and so after a pickle."""
+    value, other = VALUES[name](), VALUES[name]()
+    assert value == other
+    assert hash(value) == hash(other)
+    assert pickle.loads(pickle.dumps(value)) == value
+    assert all(value != VALUES[n]() for n in VALUES if n != name)
+    assert type(value)._fields in (("init", "update", "read"), whiten.Scaler._fields)
+
+
+@pytest.mark.parametrize("name", ["ema", "debiased_ema", "cumulative", "zca_whiten"])
+def test_an_equal_static_argument_compiles_nothing(name):
+    """And computes the same, also from a pickle."""
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def f(value, x):
+        traced.append(value)
+        if isinstance(value, running.Rule):
+            return value.read(value.update(value.init((3,)), bnjax.moments(x)))
+        return value.apply(value.fit(x), x)
+
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    first = f(VALUES[name](), x)
+    for value in (VALUES[name](), pickle.loads(pickle.dumps(VALUES[name]()))):
+        jax.tree.map(np.testing.assert_array_equal, f(value, x), first)
+    assert len(traced) == 1

@@ -4,10 +4,11 @@
     min_max_scale    (x - min) / (max - min), to a range
     zca_whiten       covariance^(-1/2) (x - mean)
 
-A constant feature, and one that nothing valid was seen of, is divided by 1.
+A constant feature, and one that nothing valid was seen of, is divided by 1. Scalers of
+one kind and the same settings are equal, hashable and can be pickled.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _checks, _dtypes
+from bnjax._bound import bind
 from bnjax.moments import moments
 from bnjax.whiten import _layout
 from bnjax.whiten._roots import inverse_sqrt
@@ -81,14 +83,17 @@ def standardize(*, axis: Axis = -1, ddof: int = 0) -> Scaler:
 
     References: LeCun et al. 1998, "Efficient BackProp", section 4.3.
     """
+    axis = _hashable(axis)
+    return Scaler(bind(_fit_standard, axis=axis, ddof=ddof), *_affine(axis))
 
-    def fit(x: ArrayLike, mask: ArrayLike | None = None) -> Scaling:
-        x = _not_empty(x, axis)
-        _, mean, _ = batch = moments(x, axis=axis, mask=mask)
-        std = jnp.sqrt(batch.variance(ddof))
-        return Scaling(mean, _divisor(std, mean), jnp.zeros_like(mean))
 
-    return Scaler(fit, *_affine(axis))
+def _fit_standard(
+    x: ArrayLike, mask: ArrayLike | None = None, *, axis: Axis, ddof: int
+) -> Scaling:
+    x = _not_empty(x, axis)
+    _, mean, _ = batch = moments(x, axis=axis, mask=mask)
+    std = jnp.sqrt(batch.variance(ddof))
+    return Scaling(mean, _divisor(std, mean), jnp.zeros_like(mean))
 
 
 def min_max_scale(*, axis: Axis = -1, low: float = 0.0, high: float = 1.0) -> Scaler:
@@ -123,21 +128,24 @@ def min_max_scale(*, axis: Axis = -1, low: float = 0.0, high: float = 1.0) -> Sc
             f"low={low!r} and high={high!r} are the range of the output: expected "
             "low < high. Write low=0.0, high=1.0."
         )
+    axis = _hashable(axis)
+    return Scaler(bind(_fit_range, axis=axis, low=low, high=high), *_affine(axis))
 
-    def fit(x: ArrayLike, mask: ArrayLike | None = None) -> Scaling:
-        x = _not_empty(x, axis)
-        x = _layout.real("x", x).astype(_dtypes.statistics(x.dtype))
-        axes = _axes.complement(_axes.canonical(axis, x.ndim), x.ndim)
-        where = jnp.broadcast_to(_mask(mask, x), x.shape)
-        smallest = jnp.min(x, axes, where=where, initial=jnp.inf)
-        largest = jnp.max(x, axes, where=where, initial=-jnp.inf)
-        seen = where.any(axes)
-        smallest = jnp.where(seen, smallest, 0)
-        extent = jnp.where(seen, largest - smallest, 0)
-        scale = _divisor(extent, jnp.zeros_like(extent)) / (high - low)
-        return Scaling(smallest, scale, jnp.full_like(smallest, low))
 
-    return Scaler(fit, *_affine(axis))
+def _fit_range(
+    x: ArrayLike, mask: ArrayLike | None = None, *, axis: Axis, low: float, high: float
+) -> Scaling:
+    x = _not_empty(x, axis)
+    x = _layout.real("x", x).astype(_dtypes.statistics(x.dtype))
+    axes = _axes.complement(_axes.canonical(axis, x.ndim), x.ndim)
+    where = jnp.broadcast_to(_mask(mask, x), x.shape)
+    smallest = jnp.min(x, axes, where=where, initial=jnp.inf)
+    largest = jnp.max(x, axes, where=where, initial=-jnp.inf)
+    seen = where.any(axes)
+    smallest = jnp.where(seen, smallest, 0)
+    extent = jnp.where(seen, largest - smallest, 0)
+    scale = _divisor(extent, jnp.zeros_like(extent)) / (high - low)
+    return Scaling(smallest, scale, jnp.full_like(smallest, low))
 
 
 def zca_whiten(
@@ -169,47 +177,63 @@ def zca_whiten(
     References: Bell & Sejnowski 1997; Kessy, Lewin & Strimmer 2018, section 2.
     """
     _checks.epsilon(epsilon)
+    axis = _hashable(axis)
+    fit = bind(_fit_covariance, axis=axis, epsilon=epsilon, group_size=group_size)
+    return Scaler(fit, bind(_whiten, axis=axis), bind(_colour, axis=axis))
 
-    def fit(x: ArrayLike, mask: ArrayLike | None = None) -> Colouring:
-        x = _not_empty(x, axis)
-        batch = co_moments(x, axis=axis, group_size=group_size, mask=mask)
-        eye = jnp.eye(batch.m2.shape[-1], dtype=batch.m2.dtype)[None]
-        covariance = jnp.where(batch.count > 0, batch.covariance(), eye)
-        whitening = inverse_sqrt(covariance, epsilon=epsilon)
-        root = jnp.matmul(
-            covariance + epsilon * eye, whitening, precision=_layout.HIGHEST
-        )
-        return Colouring(batch.mean, whitening, root)
 
-    def apply(state: Colouring, x: ArrayLike) -> jax.Array:
-        x, mean, how = of(state, x)
-        return _layout.whitened(state.whitening, x - mean, how)
+def _fit_covariance(
+    x: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    axis: Any,
+    epsilon: float,
+    group_size: int | None,
+) -> Colouring:
+    x = _not_empty(x, axis)
+    batch = co_moments(x, axis=axis, group_size=group_size, mask=mask)
+    eye = jnp.eye(batch.m2.shape[-1], dtype=batch.m2.dtype)[None]
+    covariance = jnp.where(batch.count > 0, batch.covariance(), eye)
+    whitening = inverse_sqrt(covariance, epsilon=epsilon)
+    root = jnp.matmul(covariance + epsilon * eye, whitening, precision=_layout.HIGHEST)
+    return Colouring(batch.mean, whitening, root)
 
-    def invert(state: Colouring, y: ArrayLike) -> jax.Array:
-        y, mean, how = of(state, y)
-        return _layout.whitened(state.colouring, y, how) + mean
 
-    def of(state: Colouring, x: ArrayLike):
-        x = _layout.real("x", x)
-        how = _layout.layout(x, axis, state.whitening.shape[-1])
-        x, (mean,) = _beside(x, axis, mean=state.mean)
-        return x, mean, how
+def _whiten(state: Colouring, x: ArrayLike, *, axis: Any) -> jax.Array:
+    x, mean, how = _in_groups(state, x, axis)
+    return _layout.whitened(state.whitening, x - mean, how)
 
-    return Scaler(fit, apply, invert)
+
+def _colour(state: Colouring, y: ArrayLike, *, axis: Any) -> jax.Array:
+    y, mean, how = _in_groups(state, y, axis)
+    return _layout.whitened(state.colouring, y, how) + mean
+
+
+def _in_groups(state: Colouring, x: ArrayLike, axis: Any):
+    x = _layout.real("x", x)
+    how = _layout.layout(x, axis, state.whitening.shape[-1])
+    x, (mean,) = _beside(x, axis, mean=state.mean)
+    return x, mean, how
 
 
 def _affine(axis: Axis):
     """apply and invert of a Scaling."""
+    return bind(_apply, axis=axis), bind(_invert, axis=axis)
 
-    def apply(state: Scaling, x: ArrayLike) -> jax.Array:
-        x, (offset, scale, low) = _beside(x, axis, **state._asdict())
-        return (x - offset) / scale + low
 
-    def invert(state: Scaling, y: ArrayLike) -> jax.Array:
-        y, (offset, scale, low) = _beside(y, axis, **state._asdict())
-        return (y - low) * scale + offset
+def _apply(state: Scaling, x: ArrayLike, *, axis: Axis) -> jax.Array:
+    x, (offset, scale, low) = _beside(x, axis, **state._asdict())
+    return (x - offset) / scale + low
 
-    return apply, invert
+
+def _invert(state: Scaling, y: ArrayLike, *, axis: Axis) -> jax.Array:
+    y, (offset, scale, low) = _beside(y, axis, **state._asdict())
+    return (y - low) * scale + offset
+
+
+def _hashable(axis: Axis) -> Axis:
+    """The axis or axes, of which a list has no hash."""
+    return tuple(axis) if isinstance(axis, Iterable) else axis
 
 
 def _beside(x: ArrayLike, axis: Axis, **vectors: jax.Array):
