@@ -172,6 +172,96 @@ def test_small_batches_drift_by_chance(variables):
         assert [f.what for f in found] == expected
 
 
+def healthy_batch(rng, count, features, *, biased=False, wide=1.0, moved=0.0):
+    """Running statistics, and the Moments of normal values; one feature is off."""
+    x = rng.normal(size=(count, features))
+    x[:, -1] = x[:, -1] * wide + moved
+    mean, var = rng.normal(size=features), rng.uniform(0.5, 4, features)
+    x = x * np.sqrt(var) + mean
+    batch = Moments(count, x.mean(0), count * x.var(0))
+    var = var * (count - 1) / count if biased else var
+    stats = {"norm": {"mean": np.float32(mean), "var": np.float32(var)}}
+    batch = {"norm": {"moments": Moments(*map(np.float32, batch))}}
+    return {"batch_stats": stats}, batch
+
+
+def alarms(trials, count, features, **fault):
+    """How many of the reports find a drift."""
+    rng = np.random.default_rng(count * features)
+    each = (healthy_batch(rng, count, features, **fault) for _ in range(trials))
+    reports = [diagnostics.report(v, batch_moments=b) for v, b in each]
+    return sum(any("drifted" in f.what for f in found) for found in reports)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("count", "features"), [(2, 64), (4, 8), (8, 512), (12, 64)])
+def test_chance_is_no_drift(count, features, biased):
+    """Also where the running variance is that of such batches, (n - 1)/n."""
+    assert alarms(20, count, features, biased=biased) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("features", [8, 64, 512])
+@pytest.mark.parametrize("count", [2, 3, 4, 8, 64, 1000])
+def test_chance_is_a_drift_once_in_a_hundred_reports_at_most(count, features, biased):
+    assert alarms(1000, count, features, biased=biased) < 10
+
+
+@pytest.mark.parametrize(
+    ("count", "factor"),
+    [(3, 12.0), (4, 8.0), (8, 5.0), (64, 2.5), (1000, 2.1), (16, 0.15), (64, 0.4)],
+)
+def test_what_the_count_can_show_is_found(count, factor):
+    """A standard deviation that chance, among 64 features, hardly ever shows."""
+    assert alarms(20, count, 64, wide=factor) >= 10
+
+
+@pytest.mark.parametrize(("count", "moved"), [(4, 4.0), (16, 2.0), (400, 1.1)])
+def test_a_mean_that_the_count_can_show_is_found(count, moved):
+    assert alarms(20, count, 64, moved=moved) >= 10
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8, 20, 64, 400])
+@pytest.mark.parametrize("features", [8, 512])
+def test_the_limits_are_close_to_the_quantiles(count, features):
+    """Of the chi-squared and the normal distribution, and never inside of them.
+
+    But for the low end of 2 and 3 values, where the quantile is a dead channel's.
+    """
+    stats = pytest.importorskip("scipy.stats")
+    p, k = 1e-3 / 4 / features, count - 1
+
+    def beyond(field, drift):
+        value = {"mean": np.zeros(1), "std": np.ones(1)} | {field: np.array([drift])}
+        found = diagnostics._report._beyond_chance(
+            diagnostics.Drift(**value), np.array([count]), features
+        )
+        return bool(getattr(found, field)[0])
+
+    above = np.sqrt(stats.chi2.isf(p, k) / k)
+    assert not beyond("std", above)
+    assert beyond("std", 1.25 * above)
+    below = np.sqrt(stats.chi2.ppf(p, k) / count)
+    assert not beyond("std", below)
+    assert beyond("std", (0.7 if count > 3 else 1e-4) * below)
+    shift = stats.norm.isf(p) / np.sqrt(k)
+    assert not beyond("mean", shift * 0.999)
+    assert beyond("mean", shift * 1.001)
+
+
+def test_the_channel_that_drifted_is_named():
+    """Not one of few values, which is further off by chance."""
+    mean, var = np.zeros(3, np.float32), np.ones(3, np.float32) * 2
+    count = np.float32([3, 500, 500])
+    batch = Moments(count, np.float32([3, 2, 0]), np.float32([60, 1000, 9000]))
+    found = diagnostics.report(
+        {"batch_stats": {"mean": mean, "var": var}}, batch_moments={"moments": batch}
+    )
+    whats = [(f.what, f.figure.partition("(")[2]) for f in found]
+    assert whats == [("mean drifted", "channel 1)"), ("variance drifted", "channel 2)")]
+
+
 def test_features_without_a_value_are_not_judged(variables):
     """A mask that varies by feature: counts of 0 and of 1."""
     stats = variables["batch_stats"]["first"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -118,7 +119,8 @@ def report(
         epsilon: that of the layers.
         largest_drift: of what is not one, in running standard deviations of the mean,
             and of the ratio of standard deviations less 1, taken either way. Either
-            must also be beyond 5/sqrt(count), which chance does not explain.
+            must also be beyond chance: a batch of independent, normal values has such
+            a drift anywhere in the model less than once in 1,000 reports.
 
     Returns:
         Report: iterate over it, print it, or `rich.print` it. Empty, and false, where
@@ -132,7 +134,8 @@ def report(
     ...     print(finding.layer, "|", finding.what, "|", finding.figure)
     norm | dead | 1 of 3 channels (2)
 
-    References: Wu & Johnson 2021, section 3 (stale running statistics).
+    References: Wu & Johnson 2021, section 3 (stale running statistics); Chernoff 1952
+    (the bound on chance).
     """
     batch_stats = _layers.batch_stats_in(variables)
     running = _layers.statistics_of(batch_stats)
@@ -147,6 +150,7 @@ def report(
     stored = _layers.channels(over | {"batch_stats": running}, epsilon=epsilon)
     latest = running | {path: _seen(running[path], b) for path, b in batches.items()}
     now = _layers.channels(over | {"batch_stats": latest}, epsilon=epsilon)
+    features = sum(np.size(each.mean) for each in drifts.values())
     findings = []
     for path in running:
         flags = now[path]._replace(exploded=now[path].exploded | stored[path].exploded)
@@ -158,11 +162,11 @@ def report(
         if path in drifts:
             m2 = jnp.asarray(batches[path].m2)
             count = np.asarray(beside(jnp.asarray(batches[path].count), m2))
-            limit = np.maximum(largest_drift, 5 / np.sqrt(np.maximum(count, 1)))
             ignored = (
                 flags.dead | flags.exploded | (count <= 1) | fresh[path][..., None]
             )
-            figures |= _drifts(drifts[path], limit, ignored)
+            chance = _beyond_chance(drifts[path], count, features)
+            figures |= _drifts(drifts[path], largest_drift, chance, ~ignored)
         findings += [Finding(path, k, v, _CURES[k]) for k, v in figures.items()]
     return Report(len(running), tuple(findings), tuple(sorted(others)))
 
@@ -189,19 +193,50 @@ def _channels(flags: _layers.Channels) -> dict[str, str]:
     return figures
 
 
-def _drifts(drift: _layers.Drift, limit: Any, ignored: Any) -> dict[str, str]:
-    """The farthest drifts, where they are beyond the limit."""
-    shift = np.where(ignored, 0, np.abs(drift.mean))
-    ratio = np.where(ignored, 1, drift.std)
+# By chance, for n independent normal values and k = n - 1:
+#     (mean_B - mean) sqrt(n) / sigma   is standard normal
+#     r = m2_B / (k sigma^2)            is chi-squared over k, which is skewed, and
+#     P(r beyond a on its side of 1) <= exp(-k/2 (a - 1 - log a))     (Chernoff)
+# Each of the features has four ways to be off, so each way has a quarter of its share
+# of _ALARMS (Bonferroni). The running variance may be sigma^2, or k/n of it where the
+# variances of such batches were averaged; the limits hold for either.
+
+_ALARMS = 1e-3
+
+
+def _beyond_chance(drift: _layers.Drift, count: Any, features: int) -> _layers.Drift:
+    """Where the mean, and the standard deviation, drifts further than by chance.
+
+    Args:
+        drift: of a layer.
+        count: the values of each feature.
+        features: how many are judged, in all layers.
+    """
+    share = _ALARMS / (4 * max(features, 1))
+    k = np.maximum(np.asarray(count, np.float64) - 1, 1)
+    shift = np.abs(drift.mean) * np.sqrt(k)
+    r = np.asarray(drift.std, np.float64) ** 2
+    r = np.where(r < 1, np.minimum(r * (k + 1) / k, 1), r)
+    with np.errstate(all="ignore"):  # not finite: reported as such
+        improbable = k / 2 * (r - 1 - np.log(r)) > -np.log(share)
+    return _layers.Drift(shift > -NormalDist().inv_cdf(share), improbable)
+
+
+def _drifts(
+    drift: _layers.Drift, largest: float, chance: _layers.Drift, judged: Any
+) -> dict[str, str]:
+    """The farthest drifts, where they are beyond the largest, and beyond chance."""
+    shift = np.where(judged & chance.mean, np.abs(drift.mean), 0)
+    ratio = np.where(judged & chance.std, drift.std, 1)
     either_way = np.maximum(ratio, 1 / ratio) - 1
     figures = {}
-    if (shift > limit).any():
+    if (shift > largest).any():
         i = np.argmax(shift)
         channel = _index(i, shift.shape)
         figures["mean drifted"] = (
             f"{shift.flat[i]:.2g} standard deviations (channel {channel})"
         )
-    if (either_way > limit).any():
+    if (either_way > largest).any():
         i = np.argmax(either_way)
         channel = _index(i, ratio.shape)
         figures["variance drifted"] = (
