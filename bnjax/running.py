@@ -203,8 +203,9 @@ def _read_cumulative(state: AverageState) -> State:
 def _decay(value: float) -> float:
     """The decay, checked; a known scalar as a number, for an array has no hash."""
     _checks.weight("decay", value)
-    known = isinstance(value, jax.Array | np.generic) and not isinstance(value, Tracer)
-    return value.item() if known and np.ndim(value) == 0 else value
+    if isinstance(value, Tracer) or np.ndim(value):
+        return value
+    return float(value)
 
 
 def _init_average(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> AverageState:

@@ -204,8 +204,15 @@ def _channels(flags: _layers.Channels) -> dict[str, str]:
 _ALARMS = 1e-3
 
 
-def _beyond_chance(drift: _layers.Drift, count: Any, features: int) -> _layers.Drift:
-    """Where the mean, and the standard deviation, drifts further than by chance.
+class _Beyond(NamedTuple):
+    """Where the mean, and the standard deviation, drifts further than by chance."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def _beyond_chance(drift: _layers.Drift, count: Any, features: int) -> _Beyond:
+    """Which features of a layer drift further than by chance.
 
     Args:
         drift: of a layer.
@@ -219,11 +226,11 @@ def _beyond_chance(drift: _layers.Drift, count: Any, features: int) -> _layers.D
     r = np.where(r < 1, np.minimum(r * (k + 1) / k, 1), r)
     with np.errstate(all="ignore"):  # not finite: reported as such
         improbable = k / 2 * (r - 1 - np.log(r)) > -np.log(share)
-    return _layers.Drift(shift > -NormalDist().inv_cdf(share), improbable)
+    return _Beyond(shift > -NormalDist().inv_cdf(share), improbable)
 
 
 def _drifts(
-    drift: _layers.Drift, largest: float, chance: _layers.Drift, judged: Any
+    drift: _layers.Drift, largest: float, chance: _Beyond, judged: Any
 ) -> dict[str, str]:
     """The farthest drifts, where they are beyond the largest, and beyond chance."""
     shift = np.where(judged & chance.mean, np.abs(drift.mean), 0)

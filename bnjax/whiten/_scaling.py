@@ -177,9 +177,9 @@ def zca_whiten(
     References: Bell & Sejnowski 1997; Kessy, Lewin & Strimmer 2018, section 2.
     """
     _checks.epsilon(epsilon)
-    axis = _hashable(axis)
-    fit = bind(_fit_covariance, axis=axis, epsilon=epsilon, group_size=group_size)
-    return Scaler(fit, bind(_whiten, axis=axis), bind(_colour, axis=axis))
+    where = {"axis": _hashable(axis)}
+    fit = bind(_fit_covariance, epsilon=epsilon, group_size=group_size, **where)
+    return Scaler(fit, bind(_whiten, **where), bind(_colour, **where))
 
 
 def _fit_covariance(
