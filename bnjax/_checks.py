@@ -417,3 +417,24 @@ def replicas(path: str, shape: Sequence[int], counts: Sequence[int] | None) -> N
             "jax.tree.map(lambda *v: jnp.stack(v), *each), or pass axis_name inside of "
             "shard_map or pmap."
         )
+
+
+def mergeable(values: Sequence, kind: type) -> None:
+    """Raises unless all are of the kind, Moments or CoMoments, and of one shape."""
+    name = kind.__name__
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"argument {number} of merge is {_described(value)}: expected {name}. "
+                f"Write merge(first, second), each {name}(count, mean, m2), or "
+                "merge(*each) for a list of them."
+            )
+        for field in ("mean", "m2"):
+            shapes = [np.shape(getattr(v, field)) for v in (values[0], value)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"argument {number} of merge has {field} of shape {shapes[1]}, the "
+                    f"first of {shapes[0]}: expected {name} of the same features. "
+                    "Reduce both over the same axes, or write jnp.broadcast_to for "
+                    "features that share their values."
+                )

@@ -15,6 +15,7 @@ import bnjax
 
 X = np.ones((6, 4, 3), np.float32)
 V3, V4 = np.ones(3, np.float32), np.ones(4, np.float32)
+M3, CO3 = bnjax.Moments(2.0, V3, V3), bnjax.whiten.CoMoments(2.0, V3, np.eye(3)[None])
 
 
 def batch_norm(**keywords):
@@ -406,6 +407,61 @@ CASES = {
         ),
         ValueError,
         ["with 0 features"],
+    ),
+    "merge of arrays": (
+        lambda: bnjax.merge(V3, V3),
+        TypeError,
+        ["argument 1 of merge is a value of type ndarray", "expected Moments", "count"],
+    ),
+    "merge of a tuple": (
+        lambda: bnjax.merge(M3, tuple(M3)),
+        TypeError,
+        ["argument 2 of merge is a value of type tuple", "expected Moments"],
+    ),
+    "merge of a list": (
+        lambda: bnjax.merge([M3, M3]),
+        TypeError,
+        ["argument 1 of merge is a value of type list", "merge(*each)"],
+    ),
+    "merge of nothing": (
+        lambda: bnjax.merge(M3, None),
+        TypeError,
+        ["argument 2 of merge is None"],
+    ),
+    "merge of the class": (
+        lambda: bnjax.merge(bnjax.Moments),
+        TypeError,
+        ["argument 1 of merge is the class Moments"],
+    ),
+    "merge of Moments and CoMoments": (
+        lambda: bnjax.merge(M3, CO3),
+        TypeError,
+        ["a value of type CoMoments", "expected Moments"],
+    ),
+    "merge of CoMoments and Moments": (
+        lambda: bnjax.whiten.merge(CO3, M3),
+        TypeError,
+        ["a value of type Moments", "expected CoMoments"],
+    ),
+    "merge of other features": (
+        lambda: bnjax.merge(M3, M3, bnjax.Moments(2.0, V4, V4)),
+        ValueError,
+        ["argument 3 of merge has mean of shape (4,), the first of (3,)", "Reduce"],
+    ),
+    "merge of one feature with three": (
+        lambda: bnjax.merge(M3, bnjax.Moments(2.0, V3[:1], V3[:1])),
+        ValueError,
+        ["argument 2 of merge has mean of shape (1,)", "jnp.broadcast_to"],
+    ),
+    "merge of other variances": (
+        lambda: bnjax.merge(M3, M3._replace(m2=1.0)),
+        ValueError,
+        ["argument 2 of merge has m2 of shape (), the first of (3,)"],
+    ),
+    "merge of other groups": (
+        lambda: bnjax.whiten.merge(CO3, bnjax.whiten.CoMoments.empty(3, 1)),
+        ValueError,
+        ["argument 2 of merge has m2 of shape (3, 1, 1), the first of (1, 3, 3)"],
     ),
     "implementation": (
         batch_norm(implementation="cudnn"),

@@ -433,3 +433,111 @@ def test_a_constant_feature_near_its_running_mean_is_not_read_again():
     assert _shifted._exact(count, d.sum(0), (d**2).sum(0), shift)
     d = x - (shift[None] + 0.1)
     assert not _shifted._exact(count, d.sum(0), (d**2).sum(0), shift + 0.1)
+
+
+# ---- counts beyond what float32 can hold ----
+
+FULL = Moments(np.float32(2**24), np.float32([3, -1]), np.float32([2**25, 2**23]))
+LONG = {  # the sizes of the sets, what they are merged into, the dtype of the counts
+    "10,000 sets of 4,096": (np.full(10_000, 4096), None, "float32"),
+    "of 4,097, which are rounded": (np.full(10_000, 4097), None, "float32"),
+    "of any size": (
+        np.random.default_rng(1).integers(0, 9000, 10_000),
+        None,
+        "float32",
+    ),
+    "100,000 of 4,000": (np.full(100_000, 4000), None, "float32"),
+    "one value into 2**24": (np.ones(1), FULL, "float32"),
+    "1,000 values into 2**24": (np.ones(1000), FULL, "float32"),
+    "1,000 sets of three into 2**24": (np.full(1000, 3), FULL, "float32"),
+    "2**24 into one value": (np.array([1, 2**24]), None, "float32"),
+    "integers: one value": (np.ones(1), FULL, "int32"),
+    "integers: 1,000 values": (np.ones(1000), FULL, "uint32"),
+    "integers: 4,097": (np.full(10_000, 4097), None, "int32"),
+    "integers: beyond 2**31": (np.full(40_000, 99_999), None, "uint32"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_many_sets_merged_into_one(name, reverse):
+    """Against float64; k merges may round the count by k 6e-8, integers not at all."""
+    sizes, start, dtype = LONG[name]
+    rng = np.random.default_rng(0)
+    n = sizes.astype(np.float64)[:, None]
+    mean = np.float32(rng.normal([3, -1], np.sqrt([2, 0.5] / np.maximum(n, 1))))
+    m2 = np.float32(rng.chisquare(np.maximum(n - 1, 1), mean.shape) * [2, 0.5])
+    m2 = np.where(n > 1, m2, 0)
+    rows = Moments(sizes.astype(dtype), mean, m2)
+    start = Moments.empty((2,)) if start is None else start
+    start = jax.tree.map(jnp.asarray, start)._replace(count=start.count.astype(dtype))
+
+    def step(total, batch):
+        pair = (batch, total) if reverse else (total, batch)
+        return bnjax.merge(*pair), None
+
+    merged = jax.jit(lambda start, rows: jax.lax.scan(step, start, rows)[0])(
+        start, rows
+    )
+    assert merged.count.dtype == dtype
+
+    n0, mean0, m20 = (np.asarray(v, np.float64) for v in start)
+    count = n.sum() + n0
+    expected = (n * mean.astype(np.float64)).sum(0) / count + mean0 * n0 / count
+    total = (
+        (m2 + n * (mean - expected) ** 2).sum(0) + m20 + n0 * (mean0 - expected) ** 2
+    )
+    lost = len(sizes) * 2.0**-24 if dtype == "float32" else 0
+    assert abs(float(merged.count) - count) <= count * lost
+    if dtype != "float32":
+        assert int(merged.count) == int(count)
+    drift = np.abs(np.asarray(merged.mean) - expected) / np.sqrt(total / count)
+    assert drift.max() < 5e-5
+    assert_close(merged.variance(), total / count, tol=1e-4)
+
+
+def test_an_integer_count_stops_at_the_largest():
+    """It does not begin again, and the variance stays that of the values."""
+    most = Moments(jnp.int32(2**31 - 10), jnp.full(2, 3.0), jnp.full(2, 2.0**32))
+    merged = bnjax.merge(
+        most, Moments(jnp.int32(2**20), jnp.full(2, 3.0), jnp.zeros(2))
+    )
+    assert int(merged.count) == 2**31 - 1
+    assert_close(merged.variance(), np.full(2, 2 * (1 - 2.0**-11)), tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "counts", "expected"),
+    [
+        ("int8", [120, 100], "int32"),
+        ("uint8", [200, 100], "int32"),
+        ("int16", [30_000, 10_000], "int32"),
+        ("bool", [True, True], "int32"),
+        ("float16", [50_016, 30_000], "float32"),
+        ("bfloat16", [256, 1], "float32"),
+        ("int64", [3_000_000_000, 1_000_000_000], "float32"),
+        ("int64", [2**24, 1], "int32"),
+    ],
+)
+def test_counts_of_narrow_dtypes(dtype, counts, expected):
+    """Their sum is beyond what they hold; int64 is NumPy's, of which JAX keeps half."""
+    counts = [np.asarray(c, dtype) for c in counts]
+    a, b = (float(c) for c in counts)
+    merged = bnjax.merge(
+        Moments(counts[0], np.float32([1, 2]), np.float32([a, 0])),
+        Moments(counts[1], np.float32([4, 2]), np.float32([0, b])),
+    )
+    assert merged.count.dtype == expected
+    assert float(merged.count) == a + b
+    share = b / (a + b)
+    assert_close(merged.mean, np.array([1 + 3 * share, 2]))
+    var = np.array([1 - share + 9 * share * (1 - share), share])
+    assert_close(merged.variance(), var, tol=2e-6)
+
+
+def test_moments_of_integers():
+    """A mean of integers is no integer."""
+    merged = bnjax.merge(Moments(2, 5, 4), Moments(1, 9, 0))
+    assert int(merged.count) == 3
+    assert_close(merged.mean, np.array(19 / 3), dtype="float32")
+    assert_close(merged.m2, np.array(4 + 32 / 3), dtype="float32")

@@ -696,3 +696,34 @@ def test_missing_values():
         assert_close(np.delete(scaler.apply(state, x)[:, 1], 3), expected[:, 0])
     with pytest.raises(ValueError, match="varies along the feature axis 1"):
         whiten.zca_whiten().fit(x, ~np.isnan(x))
+
+
+def test_many_sets_merged_into_one():
+    """As of Moments: the covariance does not follow the rounded count."""
+    k, n = 100_000, 4000.0
+    cov = np.array([[[2.0, 0.6], [0.6, 0.5]]], np.float32)
+    rng = np.random.default_rng(0)
+    spread = rng.chisquare(n - 1, (k, 1, 1, 1)) / n
+    rows = whiten.CoMoments(
+        np.full(k, n, np.float32),
+        np.float32([3, -1]) + rng.normal(size=(k, 2)).astype(np.float32) * 0.02,
+        np.float32(n * spread * cov),
+    )
+    start = whiten.CoMoments.empty(1, 2)
+
+    def step(total, batch):
+        return whiten.merge(total, batch), None
+
+    merged = jax.jit(lambda rows: jax.lax.scan(step, start, rows)[0])(rows)
+    mean = rows.mean.astype(np.float64)
+    d = mean - mean.mean(0)
+    expected = spread.mean(0) * cov + d.T @ d / k
+    assert_close(merged.covariance(), expected, tol=1e-4)
+    assert_close(merged.mean, mean.mean(0), tol=1e-4)
+
+
+def test_counts_of_narrow_dtypes():
+    one = whiten.CoMoments(np.uint8(200), np.ones(2, np.float32), jnp.ones((1, 2, 2)))
+    merged = whiten.merge(one, one)
+    assert merged.count == 400
+    assert_close(merged.covariance(), np.full((1, 2, 2), 0.005))

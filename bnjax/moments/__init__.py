@@ -26,12 +26,22 @@ from bnjax.moments._statistics import (
     reduction,
     statistics,
 )
-from bnjax.moments._value import Moments, beside, coarse, mean_of, merge
+from bnjax.moments._value import (
+    Moments,
+    Union,
+    as_count,
+    beside,
+    coarse,
+    mean_of,
+    merge,
+)
 
 __all__ = [
     "NAME",
     "Moments",
     "Reduction",
+    "Union",
+    "as_count",
     "beside",
     "coarse",
     "exact_statistics",

@@ -6,17 +6,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _dtypes
+from bnjax import _axes, _checks, _dtypes
 
 
 class Moments(NamedTuple):
     """How many values, their mean, and their summed squared deviation, per feature.
 
     Attributes:
-        count: real; shape () where every feature has the same count, else (feature,).
+        count: real, or of an integer dtype (see `merge`); shape () where every feature
+            has the same count, else (feature,).
         mean: (feature,); at least float32, complex for complex values.
         m2: (feature,), real: sum |x - mean|^2. Never negative.
 
@@ -42,7 +44,7 @@ class Moments(NamedTuple):
         >>> print(Moments(3.0, 4.0, 26.0).variance(ddof=1))
         13.0
         """
-        return mean_of(jnp.asarray(self.m2), jnp.asarray(self.count) - ddof)
+        return mean_of(jnp.asarray(self.m2), as_count(self.count) - ddof)
 
     @classmethod
     def empty(cls, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> "Moments":
@@ -68,12 +70,25 @@ def merge(first: Moments, *rest: Moments) -> Moments:
     deviation in float32, and many small sets lose accuracy by it; one reduction over
     `axis_name` does not.
 
+    How far it is right, in float32: the count is exact up to 2^24, and from there on
+    each merge rounds it by at most 6e-8 of it, k merges by k 6e-8: 6e-4 after 10,000. A
+    set of fewer than 6e-8 of the values that it is merged into is not counted. The mean
+    and the variance do not depend on that: they are no quotients of rounded sums, but
+    the larger set's, moved towards the other's. For a count that is exact up to 2^31,
+    give all Moments one of an integer dtype,
+    `batch._replace(count=batch.count.astype(int))`; it stops at the largest integer.
+
     Args:
         first: Moments.
         *rest: Moments of the same feature shape.
 
     Returns:
-        Moments. Merging with `Moments.empty` changes nothing.
+        Moments. Merging with `Moments.empty` changes nothing. The count is an integer
+        where both are, else at least float32.
+
+    Raises:
+        TypeError: something else than Moments.
+        ValueError: Moments of other feature shapes.
 
     >>> merged = merge(Moments(2.0, 2.0, 2.0), Moments(2.0, 7.0, 8.0))  # {1, 3}, {5, 9}
     >>> print(merged.mean, merged.variance())
@@ -81,19 +96,91 @@ def merge(first: Moments, *rest: Moments) -> Moments:
 
     References: Chan, Golub & LeVeque 1979, eq. 2.1.
     """
+    _checks.mergeable((first, *rest), Moments)
     return functools.reduce(_merge_two, rest, first)
 
 
 def _merge_two(a: Moments, b: Moments) -> Moments:
-    n_a, n_b, mean = map(jnp.asarray, (a.count, b.count, a.mean))
-    rank = max(n_a.ndim, n_b.ndim)
-    n_a, n_b = _padded(n_a, rank), _padded(n_b, rank)
-    count = n_a + n_b
-    share = n_b / jnp.maximum(count, 1)
-    d = b.mean - mean
+    union = Union.of(a.count, b.count)
+    d = _inexact(b.mean) - _inexact(a.mean)
     # The weight first: |d|^2 may overflow where one side is empty.
-    between = abs_product(d, d * beside(n_a * share, d))
-    return Moments(count, mean + d * beside(share, d), a.m2 + b.m2 + between)
+    between = abs_product(d, d * beside(union.share_a * union.share_b, d))
+    mean = union.blend(_inexact(a.mean), _inexact(b.mean))
+    return Moments(union.count, mean, union.total(a.m2, b.m2, between))
+
+
+class Union(NamedTuple):
+    """The counts of two disjoint sets, and of their union.
+
+    Where the count of the union is rounded, sums over it would drift from it: a total
+    is the rounded count times a mean that is not.
+    """
+
+    n_a: jax.Array
+    n_b: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, n_a: ArrayLike, n_b: ArrayLike) -> "Union":
+        a, b = as_count(n_a), as_count(n_b)
+        dtype, rank = _dtypes.promote(a, b), max(a.ndim, b.ndim)
+        a, b = (_padded(n.astype(dtype), rank) for n in (a, b))
+        count = a + b
+        if jnp.issubdtype(dtype, jnp.integer):  # begins again below 0, or at 0
+            largest = jnp.asarray(jnp.iinfo(dtype).max, dtype)
+            count = jnp.where(count < a, largest, count)
+        return cls(a, b, count)
+
+    @property
+    def share_a(self) -> jax.Array:
+        return self.n_a / _divisor(self.count)
+
+    @property
+    def share_b(self) -> jax.Array:
+        return self.n_b / _divisor(self.count)
+
+    def blend(self, a: jax.Array, b: jax.Array, more: ArrayLike = 0) -> jax.Array:
+        """The mean of two means, and `more`: a step away from that of the larger set.
+
+        Its terms are summed first: each by itself may be too small to be added.
+        """
+        from_a = a + ((b - a) * beside(self.share_b, a) + more)
+        from_b = b + ((a - b) * beside(self.share_a, a) + more)
+        return _axes.where(_padded(self.n_a >= self.n_b, a.ndim), from_a, from_b)
+
+    def total(self, a: ArrayLike, b: ArrayLike, between: jax.Array) -> jax.Array:
+        """The sum over the union, of those over the sets and the mean between them."""
+        a, b = _inexact(a), _inexact(b)
+        mean_a = a / beside(_divisor(self.n_a), a)
+        mean_b = b / beside(_divisor(self.n_b), b)
+        mean = self.blend(mean_a, mean_b, between)
+        both = _padded((self.n_a > 0) & (self.n_b > 0), a.ndim)
+        return _axes.where(both, mean * beside(self.count, mean), a + b)
+
+
+def as_count(value: ArrayLike) -> jax.Array:
+    """A count, in a dtype that can count on: at least float32 or int32."""
+    if not isinstance(value, jax.Array):
+        value = np.asarray(value)
+        dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+        if value.dtype.kind in "iu" and (value > np.iinfo(dtype).max).any():
+            value = value.astype(float)  # of int64, which JAX would cut to int32
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.inexact):
+        return value.astype(_dtypes.statistics(value))
+    narrow = value.dtype == bool or jnp.iinfo(value.dtype).bits < 32
+    return value.astype(jnp.int32) if narrow else value
+
+
+def _divisor(count: jax.Array) -> jax.Array:
+    """The count, and 1 for that of an empty set."""
+    return jnp.where(count > 0, count, 1)
+
+
+def _inexact(value: ArrayLike) -> jax.Array:
+    value = jnp.asarray(value)
+    integers = not jnp.issubdtype(value.dtype, jnp.inexact)
+    return value.astype(float) if integers else value
 
 
 def beside(count: jax.Array, value: jax.Array) -> jax.Array:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from bnjax.moments import mean_of
+from bnjax import _checks
+from bnjax.moments import Union, as_count, mean_of
 from bnjax.whiten._layout import outer
 
 
@@ -45,7 +46,7 @@ class CoMoments(NamedTuple):
         >>> print(CoMoments(3.0, jnp.zeros(2), m2).covariance(ddof=1))
         [[[4. 2.] [2. 4.]]]
         """
-        return mean_of(jnp.asarray(self.m2), jnp.asarray(self.count) - ddof)
+        return mean_of(jnp.asarray(self.m2), as_count(self.count) - ddof)
 
     @classmethod
     def empty(
@@ -76,7 +77,12 @@ def merge(first: CoMoments, *rest: CoMoments) -> CoMoments:
         *rest: CoMoments of the same groups.
 
     Returns:
-        CoMoments. Merging with `CoMoments.empty` changes nothing.
+        CoMoments. Merging with `CoMoments.empty` changes nothing. How far counts are
+        right: see `bnjax.merge`.
+
+    Raises:
+        TypeError: something else than CoMoments.
+        ValueError: CoMoments of other groups.
 
     >>> one = CoMoments(1.0, jnp.array([4.0, 7.0]), jnp.zeros((1, 2, 2)))
     >>> two = CoMoments(1.0, jnp.array([6.0, 1.0]), jnp.zeros((1, 2, 2)))
@@ -85,14 +91,14 @@ def merge(first: CoMoments, *rest: CoMoments) -> CoMoments:
 
     References: Chan, Golub & LeVeque 1979, eq. 2.1, with outer products.
     """
+    _checks.mergeable((first, *rest), CoMoments)
     return functools.reduce(_merge_two, rest, first)
 
 
 def _merge_two(a: CoMoments, b: CoMoments) -> CoMoments:
-    count = a.count + b.count
-    share = b.count / jnp.maximum(count, 1)
-    d = b.mean - a.mean
-    grouped = d.reshape(a.m2.shape[:-1])
+    union = Union.of(a.count, b.count)
+    d = (b.mean - a.mean).reshape(a.m2.shape[:-1])
     # The weight first: d^2 may overflow where one side is empty.
-    between = outer(grouped, grouped * (a.count * share))
-    return CoMoments(count, a.mean + d * share, a.m2 + b.m2 + between)
+    between = outer(d, d * (union.share_a * union.share_b).astype(d.dtype))
+    mean = union.blend(a.mean, b.mean)
+    return CoMoments(union.count, mean, union.total(a.m2, b.m2, between))
