@@ -1121,3 +1121,129 @@ def test_kernel_returned_beside_the_output():
     actual = folded.apply(folded.params, x)
     expected = net.apply(variables, x, mutable=["penalties"])
     assert_trees_close(actual, expected, tol=1e-5)
+
+
+# The precision of what is folded.
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+@pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float16])
+def test_stored_narrower_than_it_computes(stored, dtype, bias):
+    half = {"param_dtype": stored, "dtype": dtype, "use_bias": bias}
+
+    def body(_, x):
+        x = norm()(nn.Conv(5, (2,), **half)(x))
+        x = flax_norm()(nn.ConvTranspose(6, (2,), **half)(nn.relu(x)))
+        return norm()(nn.Dense(4, **half)(nn.relu(x)))
+
+    folded, _ = fold(body, (3, 5, 4))
+    assert len(folded.folded) == 3
+    assert {leaf.dtype for leaf in jax.tree.leaves(folded.params)} == {
+        jnp.dtype("float32")
+    }
+    rngs = nnx.Rngs(0)
+    for linear in (
+        nnx.Conv(4, 4, (2,), rngs=rngs, **half),
+        nnx.Linear(4, 4, **half, rngs=rngs),
+    ):
+        folded, _ = fold_nnx(trained(Pair(linear, rngs)), (3, 5, 4))
+        assert folded.folded == (("linear", "norm"),)
+
+
+def converting(dtype):
+    """`promote_dtype` that casts the variables to the dtype of the input."""
+
+    def promote(x, *variables, dtype=None):
+        return x, *(v if v is None else v.astype(x.dtype) for v in variables)
+
+    return promote
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "expected"),
+    [
+        (jnp.float32, jnp.bfloat16, jnp.float32),  # as it was
+        (jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+        (jnp.float8_e4m3fn, jnp.float32, jnp.float32),
+        (jnp.int8, jnp.float32, jnp.float32),
+        (jnp.float32, jnp.complex64, jnp.complex64),
+    ],
+)
+def test_storage(stored, dtype, expected):
+    promote = {"promote_dtype": converting(dtype), "param_dtype": jnp.float32}
+    net = Net(lambda _, x: flax_norm(name="norm")(nn.Dense(4, **promote)(x)))
+    x = draw(0, 30, 5).astype(dtype)
+    variables = randomized(jax.eval_shape(net.init, jax.random.key(0), x))
+    dense = variables["params"]["Dense_0"]
+    dense["kernel"] = (3 * dense["kernel"]).astype(stored)
+    dense["bias"] = dense["bias"].astype(stored)
+    if dtype == jnp.complex64:
+        x, stats = x * (1 + 2j), variables["batch_stats"]["norm"]
+        stats["mean"] = stats["mean"] * (1 - 1j)
+    folded = fold_model(net, variables, x)
+    assert folded.folded == (("Dense_0", "norm"),)
+    found = folded.params["Dense_0"]
+    assert {leaf.dtype for leaf in found.values()} == {jnp.dtype(expected)}
+    actual, exact = folded.apply(folded.params, x), net.apply(variables, x)
+    tol = 3e-2 if dtype == jnp.bfloat16 else 1e-5
+    assert np.abs(actual - exact).max() < tol * np.abs(exact).max()
+
+
+@pytest.mark.usefixtures("x64")
+def test_stored_as_float32_computed_in_float64():
+    def body(_, x):
+        return norm()(nn.Dense(4, param_dtype=jnp.float32)(x))
+
+    folded, _ = fold(body, (3, 5), dtype=jnp.float64, tol=1e-12)
+    assert folded.params["Dense_0"]["kernel"].dtype == jnp.float64
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_offset_after_half_precision(kind, bias):
+    """The offset is added in the dtype of the output, which the product has not."""
+    half = {"dtype": jnp.bfloat16, "use_bias": bias}
+    x = draw(0, 40, 4)
+    if kind == "linen":
+        net = Net(lambda _, x: norm(name="norm")(nn.Dense(4, **half, name="linear")(x)))
+        variables = randomized(jax.eval_shape(net.init, jax.random.key(0), x))
+        variables["params"]["norm"]["bias"] += 1000
+        exact, folded = net.apply(variables, x), fold_model(net, variables, x)
+    else:
+        rngs = nnx.Rngs(0)
+        model = trained(Pair(nnx.Linear(4, 4, **half, rngs=rngs), rngs))
+        model.norm.bias[...] += 1000
+        exact, folded = model(x), fold_model(model, x)
+    assert folded.folded == (("linear", "norm"),)
+    assert folded.params["norm"].keys() == {"bias"}
+    assert ("bias" in folded.params["linear"]) == bias
+    error = jnp.abs(folded.apply(folded.params, x) - exact).max()
+    assert error < 0.05 * exact.std()  # 2 if the product's output had the offset
+
+
+def test_product_wider_than_its_kernel():
+    """bfloat16 with float32 sums: the kernel is exact, which the folded one is not."""
+    half = {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32}
+
+    def run(stored):
+        rngs = nnx.Rngs(0)
+        linear = nnx.Linear(4, 4, **half, param_dtype=stored, rngs=rngs)
+        tol = 1e-5 if stored == jnp.bfloat16 else 2e-2
+        return fold_nnx(trained(Pair(linear, rngs)), (3, 4), tol=tol)[0]
+
+    assert "would be rounded" in dict(run(jnp.bfloat16).kept)["norm"]
+    assert run(jnp.float32).kept == ()
+
+
+def test_overflow_of_half_precision():
+    """A channel that is dead at 500: offset -500 / sqrt(1e-5), below -65504."""
+    half = {"dtype": jnp.float16, "use_bias": False}
+    net = Net(lambda _, x: norm(**half, name="norm")(nn.Dense(4, **half)(x)))
+    x = jnp.full((3, 4), 1.25, jnp.float16)
+    variables = randomized(jax.eval_shape(net.init, jax.random.key(0), x))
+    variables["params"]["Dense_0"]["kernel"] = jnp.full((4, 4), 100.0)
+    variables["batch_stats"]["norm"] = {"mean": jnp.full(4, 500.0), "var": jnp.zeros(4)}
+    folded = fold_model(net, variables, x)
+    assert "would overflow float16" in dict(folded.kept)["norm"]
+    assert_close(folded.apply(folded.params, x), net.apply(variables, x), tol=1e-3)

@@ -40,6 +40,11 @@ def fold_model(model: Any, *arguments: Any, **keywords: Any) -> Folded:
     it stays as it is where the domain is an array. A residual and an activation of
     bnjax's layers remain. Nothing that is passed in is changed.
 
+    A kernel that is transformed before it is used (by more than casts, reshapes and
+    scalings) takes in nothing. A folded kernel and bias are stored at least in the
+    dtype that they are computed in. Where the normalization returns a wider one than
+    the layer before it, its offset is added in its place, as `params[norm]["bias"]`.
+
     Args:
         model: a `flax.linen.Module`, or a `flax.nnx.Module` in evaluation mode.
         *arguments: for Linen first the variables, {params, batch_stats, ...}; then

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
@@ -231,16 +232,18 @@ class Pairs(NamedTuple):
         folded: the linear layer that takes it in.
         kept: why it is not folded.
         untouched: those of `kept` that cannot even be one affine map.
+        shifted: those of `folded` whose offset is added in their own place.
     """
 
     folded: dict[Path, Call]
     kept: dict[Path, str]
     untouched: set[Path]
+    shifted: set[Path]
 
 
 def pair(program: Program) -> Pairs:
     """Finds for each normalization the linear layer to fold it into, or why not."""
-    pairs = Pairs({}, {}, set())
+    pairs = Pairs({}, {}, set(), set())
     for path, calls in program.recorder.norms.items():
         changed = next(filter(None, (_changed(program, call) for call in calls)), None)
         if len({call.row for call in calls}) > 1 or calls[0].row is None:
@@ -304,7 +307,24 @@ def _before(program: Program, calls: list[Call]) -> Call | str:
         return f"{linear}, before it, has no kernel among its variables, {names}"
     if changed := _changed(program, linear):
         return f"of {linear}, before it, the {changed}"
-    return _lost(program, linear) or linear
+    if lost := _lost(program, linear):
+        return lost
+    values = [program.variables[key] for key, _ in norm.variables.values()]
+    if not _is_complex(computed_in(program, linear)):
+        if any(_is_complex(value.dtype) for value in values):
+            return f"its variables are complex, and {linear}, before it, is real"
+    return linear
+
+
+def computed_in(program: Program, linear: Call) -> Any:
+    """The widest dtype that the variables of a layer have on the way to its output."""
+    (output,) = program.marked[linear.label]
+    assert output.reach is not None
+    return output.reach.dtype
+
+
+def _is_complex(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.complexfloating)
 
 
 def _lost(program: Program, linear: Call) -> str | None:
@@ -329,4 +349,11 @@ def _lost(program: Program, linear: Call) -> str | None:
     last = len(output.shape) - 1
     if len(output.shape) == linear.rank and reach.axis != last:  # not under vmap
         return f"the kernel's features become axis {reach.axis} of {linear}, before it"
+    if reach.widened:
+        return (
+            f"{linear}, before it, takes its kernel as it is stored into a product of "
+            "a wider dtype: a folded kernel would be rounded"
+        )
+    if not jnp.issubdtype(reach.dtype, jnp.inexact):
+        return f"{linear}, before it, computes in {reach.dtype}"
     return None

@@ -86,7 +86,8 @@ def fold_conv(
         epsilon: added to the variance.
 
     Returns:
-        (kernel, bias), computed in at least float32, in the dtype of `kernel`.
+        (kernel, bias), computed in at least float32, in the dtype of `kernel`: cast
+            one first that is stored narrower than it is multiplied in.
 
     Raises:
         ValueError: a kernel of less than two dimensions, one of `fold_dense` or
@@ -128,7 +129,8 @@ def fold_dense(
         epsilon: added to the variance.
 
     Returns:
-        (kernel, bias), computed in at least float32, in the dtype of `kernel`.
+        (kernel, bias), computed in at least float32, in the dtype of `kernel`: cast
+            one first that is stored narrower than it is multiplied in.
 
     Raises:
         ValueError: another number of dimensions or of output features, a negative
@@ -171,7 +173,8 @@ def fold_conv_transpose(
         transpose_kernel: as in `flax.linen.ConvTranspose` and `lax.conv_transpose`.
 
     Returns:
-        (kernel, bias), computed in at least float32, in the dtype of `kernel`.
+        (kernel, bias), computed in at least float32, in the dtype of `kernel`: cast
+            one first that is stored narrower than it is multiplied in.
 
     Raises:
         ValueError: as `fold_conv`.

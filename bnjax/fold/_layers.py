@@ -1,5 +1,6 @@
 """What Linen and NNX have in common: the layers, and what replaces them."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -7,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from bnjax import _axes, _dtypes
-from bnjax.fold._graph import Call, Pairs, Path, Program, Recorder
+from bnjax.fold._graph import Call, Pairs, Path, Program, Recorder, computed_in
 from bnjax.fold._kernels import affine, fold_conv, fold_conv_transpose, fold_dense
 from bnjax.fold._known import row_of, unknown
+from bnjax.fold._reach import wider
 
 AFFINE = ("mean", "multiplier", "bias")  # the variables of what is not folded
+_LINEAR = ("kernel", "bias")
 _UNSEEN = (
     "no call of it was seen: these inputs do not call it, or a jit that was traced "
     "before does"
@@ -100,6 +104,7 @@ class Role(NamedTuple):
 
     Attributes:
         folded: whether the layer before it has taken it in.
+        shifted: whether it has not taken in the offset, which is the bias here.
         axis: of the features.
         activation: of the layer, if it has one.
         dtypes: of its output, by that of its input.
@@ -108,6 +113,7 @@ class Role(NamedTuple):
     """
 
     folded: bool
+    shifted: bool
     axis: Any
     activation: Callable[[jax.Array], jax.Array] | None
     dtypes: Mapping[Any, Any]
@@ -139,6 +145,8 @@ class Role(NamedTuple):
             vectors = (jnp.asarray(variables[name], y.dtype) for name in AFFINE)
             mean, multiplier, bias = (_axes.expand(v, axes, y.ndim) for v in vectors)
             y = (y - mean) * multiplier + bias
+        elif self.shifted:
+            y = add_bias(y, variables["bias"])
         if residual is not None:
             y = y + jnp.asarray(residual, y.dtype)
         if self.activation is not None:
@@ -153,37 +161,61 @@ def roles(reader: Reader, pairs: Pairs) -> dict[Path, Role]:
         if path not in pairs.untouched:
             activation = getattr(call.layer, "activation", None)
             dtypes = reader.dtypes[path]
-            folded, axis = path in pairs.folded, call.layer.axis
-            found[path] = Role(folded, axis, activation, dtypes, call.row, str(call))
+            how = path in pairs.folded, path in pairs.shifted, call.layer.axis
+            found[path] = Role(*how, activation, dtypes, call.row, str(call))
     return found
 
 
 def replaced(
     program: Program,
     pairs: Pairs,
+    dtypes: Mapping[Path, Mapping[Any, Any]],
     variables: Mapping[Path, Any],
     place: Callable[[Path, str], Path],
 ) -> dict[Path, Any]:
-    """The variables after folding; `place` says where a layer's are stored."""
+    """The variables after folding, and in `pairs` what has come of it.
+
+    Args:
+        program: of the model.
+        pairs: what to fold; what overflows is kept.
+        dtypes: of the output of each normalization, by that of its input.
+        variables: of the model, by where it stores them.
+        place: says where a layer's are stored.
+    """
     new = dict(variables)
     for path, (norm, *_) in program.recorder.norms.items():
         if path in pairs.untouched:
             continue
         of = {n: _own(new.pop(key), norm) for n, (key, _) in norm.variables.items()}
-        by = of["mean"], of["var"], of.get("scale"), of.get("bias")
+        compute = _dtypes.statistics(*dtypes[path], *dtypes[path].values())
+        by = [_in(compute, of.get(n)) for n in ("mean", "var", "scale", "bias")]
         epsilon = norm.layer.epsilon
         if path in pairs.folded:
             linear = pairs.folded[path]
-            old = {
-                name: new.get(place(linear.path, name)) for name in ("kernel", "bias")
-            }
-            folded = _fold(linear.layer, *old.values(), *by, epsilon=epsilon)
-            new.update((place(linear.path, n), v) for n, v in zip(old, folded))
-        else:
-            multiplier, offset = affine(*by[:3], epsilon=epsilon)
-            bias = jnp.zeros_like(offset) if by[3] is None else by[3]
-            values = jnp.asarray(by[0]), multiplier, jnp.asarray(bias)
-            new.update((place(path, n), v) for n, v in zip(AFFINE, values))
+            old: list[Any] = [new.get(place(linear.path, n)) for n in _LINEAR]
+            ((input_dtype, output_dtype),) = dtypes[path].items()
+            shifted = wider(input_dtype, output_dtype) != input_dtype
+            dtype = wider(computed_in(program, linear), old[0].dtype)
+            folded = _fold(linear.layer, old, by, epsilon, dtype, shifted)
+            if _overflows(folded[:2], [*old, *by], input_dtype):
+                del pairs.folded[path]
+                pairs.kept[path] = (
+                    f"the kernel or the bias of {linear}, before it, would overflow "
+                    f"{input_dtype}"
+                )
+            else:
+                kernel, bias, offset = folded
+                new[place(linear.path, "kernel")] = kernel
+                if bias is not None:
+                    new[place(linear.path, "bias")] = bias
+                if offset is not None:
+                    new[place(path, "bias")] = offset
+                    pairs.shifted.add(path)
+                continue
+        multiplier, offset = affine(by[0], by[1], by[2], epsilon=epsilon)
+        bias = jnp.zeros_like(offset) if by[3] is None else by[3]
+        values = by[0], multiplier, bias
+        new.update((place(path, n), v) for n, v in zip(AFFINE, values))
     return new
 
 
@@ -192,12 +224,41 @@ def _own(value: Any, norm: Call) -> Any:
     return value[norm.row] if jnp.ndim(value) > np.size(norm.layer.axis) else value
 
 
-def _fold(layer, kernel, *others, epsilon):
-    if hasattr(layer, "transpose_kernel"):
-        how = {"epsilon": epsilon, "transpose_kernel": layer.transpose_kernel}
-        return fold_conv_transpose(kernel, *others, **how)
+def _in(dtype: Any, value: Any) -> Any:
+    """A variable in the dtype that the layer computes in, if that is wider."""
+    if value is None:
+        return None
+    real = not jnp.iscomplexobj(value)
+    return jnp.asarray(
+        value, wider(value.dtype, _dtypes.real(dtype) if real else dtype)
+    )
+
+
+def _fold(layer, linear, by, epsilon, dtype, shifted):
+    """The kernel and the bias in `dtype`; with `shifted` the offset by itself."""
+    (kernel, bias), offset = linear, None
+    if shifted:
+        _, offset = affine(*by, epsilon=epsilon)
+        by = [jnp.zeros_like(by[0]), *by[1:3], None]
     fold = fold_dense if jnp.ndim(kernel) == 2 else fold_conv
-    return fold(kernel, *others, epsilon=epsilon)
+    if hasattr(layer, "transpose_kernel"):
+        fold = functools.partial(
+            fold_conv_transpose, transpose_kernel=layer.transpose_kernel
+        )
+    folded, new = fold(jnp.asarray(kernel, dtype), bias, *by, epsilon=epsilon)
+    return folded, None if shifted and bias is None else new, offset
+
+
+def _overflows(new: Iterable[Any], old: Iterable[Any], dtype: Any) -> bool:
+    """Whether something becomes infinite in that dtype that was finite."""
+    if any(isinstance(value, Tracer) for value in new):
+        return False
+
+    def are_finite(values, dtype=None):
+        return all(jnp.isfinite(jnp.asarray(v, dtype)).all() for v in values)
+
+    new, old = ([v for v in values if v is not None] for values in (new, old))
+    return not are_finite(new, dtype) and are_finite(old)
 
 
 def add_bias(y: jax.Array, bias: Any) -> jax.Array:

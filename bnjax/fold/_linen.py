@@ -32,12 +32,13 @@ def fold(model: nn.Module, variables: Any, *arguments: Any, **keywords: Any) -> 
 
     program = trace(evaluate, reader.recorder, stored, inputs.arrays)
     pairs = pair(program)
-    new = _layers.replaced(program, pairs, stored, _place) | sown
+    new = _layers.replaced(program, pairs, reader.dtypes, stored, _place)
+    new |= sown
     params = unflatten_dict({k[1:]: v for k, v in new.items() if k[0] == "params"})
     others = unflatten_dict({k: v for k, v in new.items() if k[0] != "params"})
-    intercept = _replacing(
-        _layers.roles(reader, pairs), {c.path for c in pairs.folded.values()}
-    )
+    linears = {call.path for call in pairs.folded.values()}
+    biased = {path for path in linears if _place(path, "bias") in new}
+    intercept = _replacing(_layers.roles(reader, pairs), biased)
 
     def apply(params: Any, *arguments: Any, **keywords: Any) -> Any:
         options = {**inputs.static, **keywords}

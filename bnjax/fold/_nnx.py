@@ -34,7 +34,7 @@ def fold(model: nnx.Module, *arguments: Any, **keywords: Any) -> Folded:
 
     program = trace(evaluate, reader.recorder, stored, inputs.arrays)
     pairs = pair(program)
-    new = _layers.replaced(program, pairs, stored, _place)
+    new = _layers.replaced(program, pairs, reader.dtypes, stored, _place)
     copy = nnx.clone(model)
     _convert(copy, new, _layers.roles(reader, pairs), pairs)
     left = reader.left(p for p, m in _modules(copy) if _variables(m, nnx.BatchStat))
@@ -118,18 +118,19 @@ def _convert(
     linears = {call.path for call in pairs.folded.values()}
     for path, layer in _modules(model):
         if path in linears:
-            if layer.bias is None:
-                layer.promote_dtype = functools.partial(_apart, layer.promote_dtype)
-            for name in ("kernel", "bias"):
-                setattr(layer, name, nnx.Param(new[_place(path, name)]))
-            if hasattr(layer, "use_bias"):  # Linear compares it with its bias
-                layer.use_bias = True
+            layer.kernel = nnx.Param(new[_place(path, "kernel")])
+            if (bias := new.get(_place(path, "bias"))) is not None:
+                if layer.bias is None:
+                    layer.promote_dtype = functools.partial(_apart, layer.promote_dtype)
+                layer.bias = nnx.Param(bias)
+                if hasattr(layer, "use_bias"):  # Linear compares it with its bias
+                    layer.use_bias = True
         if path in roles:
             for name in _variables(layer):
                 delattr(layer, name)
-            if not roles[path].folded:
-                for name in _layers.AFFINE:
-                    setattr(layer, name, nnx.Param(new[_place(path, name)]))
+            for name in _layers.AFFINE:
+                if (value := new.get(_place(path, name))) is not None:
+                    setattr(layer, name, nnx.Param(value))
             _set_call(layer, functools.partial(_replaced, roles[path]))
 
 

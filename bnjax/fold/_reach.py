@@ -31,7 +31,8 @@ class Reach(NamedTuple):
         axis: of the features.
         shifted: whether the bias is in it.
         dtype: the widest of those that it had.
-        widened: whether the product is wider than the kernel that entered it.
+        widened: whether the product is wider than the kernel, which enters it as it is
+            stored.
     """
 
     layer: tuple[str, ...]
@@ -59,10 +60,19 @@ def carried(
         what = "output" if {r.what for r in held} != {first.what} else first.what
     elif eqn.primitive.name in ("conv_general_dilated", "dot_general"):
         entered = _aval(eqn.invars[reaches.index(first)]).dtype
-        what, widened = "output", _dtypes.promote(entered, aval.dtype) != entered
-    dtype = _dtypes.promote(aval.dtype, *(reach.dtype for reach in held))
+        exact = wider(first.dtype, entered) == entered
+        what, widened = "output", exact and wider(entered, aval.dtype) != entered
+    dtype = wider(aval.dtype, *(reach.dtype for reach in held))
     shifted = any(reach.shifted for reach in held)
     return Reach(first.layer, what, axis, shifted, dtype, widened)
+
+
+def wider(*dtypes: Any) -> Any:
+    """The dtype that holds them all; JAX promotes none of less than 16 bits."""
+    inexact = (d for d in dtypes if jnp.issubdtype(d, jnp.inexact))
+    narrow = {jnp.dtype(d) for d in inexact if jnp.finfo(d).bits < 16}
+    kept = [d for d in dtypes if jnp.dtype(d) not in narrow]
+    return _dtypes.promote(*kept) if kept else jnp.dtype(dtypes[0])
 
 
 def _axis(eqn, reaches, held, zeros) -> int | None:
