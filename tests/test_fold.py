@@ -1247,3 +1247,123 @@ def test_overflow_of_half_precision():
     folded = fold_model(net, variables, x)
     assert "would overflow float16" in dict(folded.kept)["norm"]
     assert_close(folded.apply(folded.params, x), net.apply(variables, x), tol=1e-3)
+
+
+# NNX models with transforms inside, and variables of other kinds.
+
+
+class Counted(nnx.Module):
+    """A pair with a dropout's counter, one of its own, and an intermediate value."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(4, 4, (2,), use_bias=False, rngs=rngs)
+        self.norm = bnjax.nnx.BatchNorm(4, activation=nnx.relu, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.settings = nnx.Variable(2)  # no array
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.settings.get_value() * self.dropout(self.norm(self.conv(x)))
+
+
+class Decorated(Counted):
+    @nnx.jit
+    @nnx.remat
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+def call(model, x):
+    return model(x)
+
+
+def scanned(model, x):
+    def step(carry, _):
+        model, x = carry
+        return (model, model(x)), None
+
+    axes = (nnx.Carry, 0)
+    step = nnx.scan(step, in_axes=axes, out_axes=axes)
+    return step((model, x), jnp.arange(2))[0][1]
+
+
+def looped(model, x):
+    def step(_, carry):
+        return carry[0], carry[0](carry[1])
+
+    return nnx.fori_loop(0, 2, step, (model, x))[1]
+
+
+def repeated(model, x):
+    def more(carry):
+        return carry[0] < 2
+
+    def body(carry):
+        i, model, x = carry
+        return i + 1, model, model(x)
+
+    return nnx.while_loop(more, body, (jnp.int32(0), model, x))[2]
+
+
+INSIDE = {
+    "nothing": (call, True),
+    "remat": (nnx.remat(call), True),
+    "jit": (nnx.jit(call), True),
+    "remat in jit": (nnx.jit(nnx.remat(call)), True),
+    "vmap": (nnx.vmap(call, in_axes=(None, 0)), True),
+    "cond": (lambda m, x: nnx.cond(x.sum() > 0, call, lambda m, x: x, m, x), False),
+    "switch": (lambda m, x: nnx.switch(x.ndim % 2, [call, call], m, x), False),
+    "scan": (scanned, False),
+    "fori_loop": (looped, False),
+    "while_loop": (repeated, False),
+}
+
+
+class Outer(nnx.Module):
+    def __init__(self, inner, f):
+        self.inner, self.f = inner, f
+
+    def __call__(self, x):
+        return self.f(self.inner, x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(Counted, name) for name in INSIDE]
+    + [(Decorated, name) for name in ("nothing", "vmap", "scan")],
+)
+def test_nnx_transforms_inside(name, kind):
+    f, folds = INSIDE[name]
+    model = trained(Outer(kind(nnx.Rngs(0)), f))
+    x = draw(0, 2, 3, 5, 4)
+    folded = fold_model(model, x)
+    if folds:
+        assert folded.folded == (("inner/conv", "inner/norm"),)
+    else:
+        ((path, why),) = folded.kept
+        assert path == "inner/norm"
+        assert "a loop, a branch" in why
+    expected = nnx.clone(model)(x)
+    for apply in (folded.apply, jax.jit(folded.apply)):
+        assert_close(apply(folded.params, x), expected, tol=1e-5)
+
+
+def test_nnx_stacked_by_vmap_and_scanned():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs):
+        return Counted(rngs)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def layers(model, x):
+        return model(x)
+
+    model = trained(Outer(make(nnx.Rngs(0)), layers))
+    x = draw(0, 2, 5, 4)
+    folded = fold_model(model, x)
+    ((path, why),) = folded.kept
+    assert path == "inner/norm"
+    assert "a loop, a branch" in why
+    expected = nnx.clone(model)(x)
+    assert_close(jax.jit(folded.apply)(folded.params, x), expected, tol=1e-5)

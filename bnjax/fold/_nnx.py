@@ -40,10 +40,11 @@ def fold(model: nnx.Module, *arguments: Any, **keywords: Any) -> Folded:
     left = reader.left(p for p, m in _modules(copy) if _variables(m, nnx.BatchStat))
     graph, state, others = nnx.split(copy, nnx.Param, ...)
     params, merge = _by_path(state)
+    constants, merge_others = _by_path(others)
 
     def apply(params: Any, *arguments: Any, **keywords: Any) -> Any:
-        values = flatten_dict(params)
-        folded = nnx.merge(graph, merge(values), others)
+        state, rest = merge(flatten_dict(params)), merge_others(constants)  # new ones:
+        folded = nnx.merge(graph, state, rest)  # each trace has variables of its own
         return folded(*arguments, **{**inputs.static, **keywords})
 
     return finished(apply, unflatten_dict(params), inputs, program, pairs, left)
@@ -54,13 +55,21 @@ def _place(path: Path, name: str) -> Path:
 
 
 def _by_path(state: Any) -> tuple[dict[Path, Any], Callable[[Mapping], Any]]:
-    """The arrays of a state by path, and how to make a state of such a dictionary."""
+    """The arrays of a state by path, and how to make a state of such a dictionary.
+
+    The state is a new one, with variables of its own. What is no array stays as it is.
+    """
     leaves, tree = jax.tree.flatten_with_path(state)
     found = {}
     for keys, value in leaves:
         *path, last = (jax.tree_util.keystr((key,), simple=True) for key in keys)
         found[(*path,) if last == "value" else (*path, last)] = value
-    return found, lambda values: jax.tree.unflatten(tree, [values[k] for k in found])
+    arrays = {k: v for k, v in found.items() if hasattr(v, "shape")}
+
+    def merge(values: Mapping) -> Any:
+        return jax.tree.unflatten(tree, [values.get(k, v) for k, v in found.items()])
+
+    return arrays, merge
 
 
 def _modules(model: nnx.Module) -> list[tuple[Path, Any]]:
