@@ -224,7 +224,7 @@ def test_names_may_be_a_function_or_prefixes_or_torchs(nets, converted):
 
 
 def test_prefixes_are_whole_names():
-    entries = {f"{m}.weight": np.zeros((2, 3)) for m in ("layer1.a", "layer10.a")}
+    entries = {f"{m}.weight": np.zeros((2, 3), "f4") for m in ("layer1.a", "layer10.a")}
     names = {"layer1": "first", "": "rest"}
     assert _paths(convert.from_torch(entries, names=names)) == {
         "params/first/a/kernel",
@@ -823,6 +823,116 @@ class TestKeras:
             found = convert.from_keras(weights, **options)
             assert found["params"]["negative_slope"] == 1
         assert set(convert.from_keras(weights)["params"]) == {"alpha"}
+
+
+# What stands in place of a state_dict, of momentum and of dtypes.
+
+
+@pytest.mark.parametrize(
+    "momentum",
+    [1.5, -0.1, np.nan, np.inf, np.float32(1.5), jnp.float32(2.0), "0.1"],
+)
+def test_momentum_that_is_none_of_torchs(momentum):
+    with pytest.raises(ValueError, match="is the weight of the new value") as info:
+        convert.momentum_from_torch(momentum)
+    assert "Write momentum_from_torch(0.1)" in str(info.value)
+    assert repr(momentum) in str(info.value)
+
+
+def net_of(dtype):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (torch.float64, "float32"),
+        (torch.float32, "bfloat16"),
+        (torch.bfloat16, "float16"),
+    ],
+)
+def test_dtypes_that_do_not_fit_advise_a_cast(given, wanted):
+    net = net_of(given)
+    found = convert.from_torch(net_of(torch.float32).state_dict())
+    like = jax.tree.map(lambda v: v.astype(wanted), found)
+    with pytest.raises(ValueError, match=f"dtype: .*, not {wanted}") as info:
+        convert.from_torch(net.state_dict(), like=like)
+    assert f"Cast before, net.to(torch.{wanted}).state_dict()" in str(info.value)
+    assert "names=" not in str(info.value)
+    del like["params"]["0"]["bias"]
+    with pytest.raises(ValueError, match=r"names=.*Cast before"):
+        convert.from_torch(net.state_dict(), like=like)
+    narrow = net_of(torch.bfloat16).state_dict()
+    with pytest.raises(
+        ValueError, match=r"Cast .*lambda v: v\.astype\(jnp\.bf"
+    ) as info:
+        convert.to_torch(found, like=narrow)
+    assert "names=" not in str(info.value)
+
+
+@pytest.mark.parametrize("package", ["torch", "keras"])
+def test_float64_is_not_narrowed_in_silence(package):
+    if package == "torch":
+        weights, read = net_of(torch.float64).state_dict(), convert.from_torch
+    else:
+        weights, read = {"d/kernel": np.ones((3, 2)), "d/n": 3}, convert.from_keras
+    with pytest.warns(bnjax.BatchNormWarning, match="float64, .* become float32") as w:
+        found = read(weights)
+    assert w[0].filename == __file__
+    assert "Cast before" in str(w[0].message)
+    assert {v.dtype.name for v in jax.tree.leaves(found["params"])} == {"float32"}
+    with jax.enable_x64(True):
+        wide = read(weights)
+    assert {v.dtype.name for v in jax.tree.leaves(wide["params"])} == {"float64"}
+
+
+def test_integers_that_do_not_fit():
+    hashes = {"hashes": np.array([2**40, 1])}
+    with pytest.raises(ValueError, match="hashes int64 holds integers beyond int32"):
+        convert.from_torch(hashes)
+    hashes["hashes"][0] = 2**30
+    assert convert.from_torch(hashes)["buffers"]["hashes"][0] == 2**30
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (
+            lambda net: convert.from_torch(net),
+            r"Sequential.* Write net\.state_dict\(\)",
+        ),
+        (lambda net: convert.from_torch("a.pt"), r"is a str: .* Write torch\.load"),
+        (lambda net: convert.from_torch([*net.parameters()]), "is a list: expected"),
+        (lambda net: convert.from_torch(net[0].weight), "is a Parameter: expected"),
+        (lambda net: convert.from_torch(None), "is a NoneType: expected the entries"),
+        (lambda net: convert.from_torch({0: np.zeros(3)}), "keys are no strings"),
+        (lambda net: convert.from_keras(net), r"Write {w\.path: w for w in model"),
+        (lambda net: convert.from_keras(keras.layers.Dense(3)), "weights is a Dense"),
+        (lambda net: convert.to_torch(net), r"Sequential: .* Write {'params': params"),
+        (
+            lambda net: convert.to_torch({"params": {}}, like=net),
+            "like is a Sequential",
+        ),
+        (
+            lambda net: convert.from_torch(net.state_dict(), like=net),
+            r"variables are of type Sequential",
+        ),
+        (
+            lambda net: convert.from_torch(
+                net.state_dict(), kinds={n: type(m) for n, m in net.named_modules()}
+            ),
+            r"names of classes by .* type\(module\)\.__name__",
+        ),
+        (
+            lambda net: convert.from_torch(net.state_dict(), names=["a"]),
+            r"names=\['a'\]: expected a dict",
+        ),
+    ],
+)
+def test_other_things_in_place_of_weights(call, match):
+    with pytest.raises(TypeError, match=match):
+        call(net_of(torch.float32))
 
 
 # Bad input: one error with all of it, and nothing returned.

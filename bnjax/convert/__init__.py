@@ -53,7 +53,6 @@ from typing import Any
 
 import numpy as np
 
-from bnjax import _checks
 from bnjax.convert import _entries
 from bnjax.convert._conventions import CONVENTIONS, Convention
 from bnjax.convert._tree import Names
@@ -99,14 +98,16 @@ def from_torch(
         {"params": ..., "batch_stats": ...}, those of them that occur, as new arrays.
         Without `like` also "buffers": integers of other names than those above. What
         else is not learned has no mark in a state_dict, and is among the parameters.
-        float64 becomes float32 unless `jax_enable_x64` is set.
+        float64 becomes float32, with a warning, unless `jax_enable_x64` is set.
 
     Raises:
+        TypeError: a model, or something else that is no state_dict.
         ValueError: lists all that is missing, extra, unknown or does not fit.
 
-    >>> norm = {"weight": np.ones(3), "running_mean": np.zeros(3)}
-    >>> norm |= {"running_var": np.ones(3), "num_batches_tracked": np.array(7)}
-    >>> state_dict = {"conv.weight": np.zeros((5, 3, 2, 4))}
+    >>> zeros, ones = np.zeros(3, np.float32), np.ones(3, np.float32)
+    >>> norm = {"weight": ones, "running_mean": zeros, "running_var": ones}
+    >>> norm |= {"num_batches_tracked": np.array(7)}
+    >>> state_dict = {"conv.weight": np.zeros((5, 3, 2, 4), np.float32)}
     >>> state_dict |= {f"norms.0.{name}": value for name, value in norm.items()}
     >>> variables = from_torch(state_dict, names={"conv": "Conv_0", "norms": "norm"})
     >>> print(variables["params"]["Conv_0"]["kernel"].shape)
@@ -145,13 +146,14 @@ def from_keras(
     Raises:
         ValueError: lists all that is missing, extra, unknown or does not fit.
 
-    >>> variables = from_keras([np.full(2, 3.0), np.zeros(2), np.ones(2), np.ones(2)])
+    >>> zeros, ones = np.zeros(2, np.float32), np.ones(2, np.float32)
+    >>> variables = from_keras([3 * ones, zeros, zeros, ones])
     >>> print(variables["params"]["scale"])
     [3. 3.]
 
     References: keras-team/keras: keras/src/layers/normalization/batch_normalization.py.
     """
-    if not isinstance(weights, Mapping):
+    if isinstance(weights, (list, tuple)):
         names_in_order = CONVENTIONS["keras"][:4]
         if len(weights) != len(names_in_order):
             raise ValueError(
@@ -174,8 +176,9 @@ def to_torch(
     """The state_dict of a torch layer or model from Flax variables.
 
     The inverse of `from_torch`, exact; with `like` also for parameters of a user's
-    module that are called as Flax calls others. Load it with `net.load_state_dict(
-    {name: torch.as_tensor(value) for name, value in to_torch(...).items()})`.
+    module that are called as Flax calls others. Load it with
+    `net.load_state_dict({name: torch.as_tensor(value) for name, value in
+    to_torch(...).items()})`.
 
     Args:
         variables: {"params": ..., "batch_stats": ...} and the "buffers" of
@@ -231,5 +234,10 @@ def momentum_from_torch(momentum: float | None) -> float:
             "momentum=None is torch's cumulative average over all batches, which no "
             "momentum gives: expected a number. Use bnjax.running.cumulative(ddof=1)."
         )
-    _checks.weight("momentum", momentum)
-    return 1 - momentum
+    if isinstance(momentum, str) or not 0 <= (value := float(momentum)) <= 1:
+        raise ValueError(
+            f"momentum={momentum!r} is the weight of the new value, as in torch: "
+            "expected a number in [0, 1]. Write momentum_from_torch(0.1), torch's "
+            "default, for the momentum 0.9 of Flax's layers."
+        )
+    return 1 - value

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.convert import _readings, _split, _tree
+from bnjax.convert import _checks, _readings, _split, _tree
 from bnjax.convert._conventions import (
     CONVENTIONS,
     SEPARATORS,
@@ -34,14 +34,16 @@ _SCALARS = {"bias": (0, 2, 3, 4, 5), "scale": (0, 3, 4, 5)}
 
 def read(
     package: str,
-    weights: Mapping[str, Any],
+    weights: Any,
     names: _tree.Names,
     kinds: Mapping[str, str],
     like: Any,
 ) -> dict[str, Any]:
     """Flax variables; see `from_torch`."""
+    _checks.weights(package, weights)
+    _checks.names_and_kinds(names, kinds)
     separator = SEPARATORS[package]
-    wanted = None if like is None else _tree.flat(like)
+    wanted = None if like is None else _tree.flat({**_collections(like), **like})
     of = _readings.Entries(
         package,
         _readings.modules_of(package, weights),
@@ -82,7 +84,9 @@ def read(
             found, own | {p: wanted[p] for p in found.keys() & wanted}, sources
         )
         dtypes |= {path: wanted[path].dtype for path in found.keys() & wanted}
-    problems.check("the weights do not fit", _ADVICE)
+    problems += _tree.overflows(found, dtypes, sources)
+    problems.check("the weights do not fit", _ADVICE, _checks.CASTS[package])
+    _checks.warn_narrowed(package, {sources[p]: dtype for p, dtype in dtypes.items()})
     return _tree.nested({p: jnp.asarray(a.astype(dtypes[p])) for p, a in found.items()})
 
 
@@ -94,6 +98,9 @@ def write(
     count: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """A state_dict; see `to_torch`."""
+    _checks.names_and_kinds(names, kinds)
+    if like is not None:
+        _checks.weights("torch", like, "like")
     module_of = _tree.inverse(names, SEPARATORS["torch"], like)
     problems = _tree.Problems()
     found: _tree.Flat = {}
@@ -122,7 +129,7 @@ def write(
             found[entry], sources[entry] = wanted[entry], "like"
         problems += _tree.compare(found, wanted, sources)
         dtypes |= {entry: value.dtype for entry, value in wanted.items()}
-    problems.check("the variables do not fit", _ADVICE)
+    problems.check("the variables do not fit", _ADVICE, _checks.CASTS["flax"])
     return {e: a.astype(dtypes[e], order="C") for e, a in found.items()}
 
 
@@ -165,6 +172,8 @@ def _entry(module: str, name: str) -> str:
 
 def _collections(variables: Mapping[str, Any], *others: str) -> dict[str, Any]:
     """The parameters and the running statistics, without other collections."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(_checks.NO_VARIABLES.format(received=type(variables).__name__))
     names = ("params", "batch_stats", *others)
     given = {c: variables[c] for c in names if c in variables}
     if not given:

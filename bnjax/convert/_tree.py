@@ -14,14 +14,31 @@ from bnjax.convert._conventions import has_weights
 Names = Mapping[str, str] | Callable[[str], str] | None
 Flat = dict[str, Any]  # by "collection/module/leaf"
 
+_CAST = (
+    "Expected dtypes that those of `like` can hold: nothing is narrowed unasked. "
+    "Cast before, {cast}, or give a `like` that is as wide."
+)
+
 
 class Problems(list[str]):
     """Lines on what does not fit, raised together."""
 
-    def check(self, what: str, advice: str) -> None:
-        """Raises a ValueError that lists them, if there are any."""
+    def check(self, what: str, advice: str, cast: str) -> None:
+        """Raises a ValueError that lists them, if there are any.
+
+        Args:
+            what: does not fit.
+            advice: on layers, names and shapes.
+            cast: the code that casts to a {dtype}, given in its place where nothing
+                else is wrong.
+        """
         if self:
             lines = "".join(f"\n  {line}" for line in self)
+            dtypes = [line for line in self if line.startswith("dtype: ")]
+            if dtypes:
+                dtype = dtypes[0].rpartition(" ")[2]
+                cast = _CAST.format(cast=cast.format(dtype=dtype))
+                advice = cast if len(dtypes) == len(self) else f"{advice} {cast}"
             raise ValueError(f"{what}, and nothing was converted:{lines}\n{advice}")
 
 
@@ -175,6 +192,17 @@ def compare(found: Flat, like: Flat, sources: Mapping[str, str]) -> list[str]:
         elif not _fits(value, like[path].dtype):
             lines.append(f"dtype: {what} {value.dtype}, not {like[path].dtype}")
     return sorted(lines)
+
+
+def overflows(found: Flat, dtypes: Flat, sources: Mapping[str, str]) -> list[str]:
+    """Integers that JAX would wrap: it has 32 bits unless told otherwise."""
+    lines = []
+    for path, value in found.items():
+        dtype = jax.dtypes.canonicalize_dtype(dtypes[path])
+        if jnp.issubdtype(dtype, jnp.integer) and not _fits(value, dtype):
+            what = f"{sources[path]} -> {path} {value.dtype}"
+            lines.append(f"dtype: {what} holds integers beyond {dtype}")
+    return lines
 
 
 def _fits(value: np.ndarray, dtype: Any) -> bool:
