@@ -24,7 +24,7 @@ class CoMoments(NamedTuple):
     >>> m2 = jnp.array([[[2.0, 4.0], [4.0, 8.0]]])
     >>> pair = CoMoments(2.0, jnp.array([2.0, 1.0]), m2)  # (1, -1) and (3, 3)
     >>> one = CoMoments(1.0, jnp.array([5.0, 1.0]), jnp.zeros((1, 2, 2)))
-    >>> print(merge(pair, one).mean, merge(pair, one).m2)
+    >>> print(merge(pair, one).mean, merge(pair, one).m2.round(4))
     [3. 1.] [[[8. 4.] [4. 8.]]]
     """
 
