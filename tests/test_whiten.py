@@ -543,7 +543,11 @@ ERRORS = {
         r"mask has shape \(7, 6\), which varies along the feature axis 3.*"
         r"Write mask.all\(axis=3, keepdims=True\)",
     ),
-    "mask of another shape": (batch(mask=np.ones(5)), ValueError, "mask has shape"),
+    "mask of another shape": (
+        batch(mask=np.ones(5, bool)),
+        ValueError,
+        "mask has shape",
+    ),
     "method": (
         batch(method="zca"),
         ValueError,
