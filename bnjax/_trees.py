@@ -1,7 +1,8 @@
 """The batch-normalization layers of a model, by the paths of their variables.
 
 Trees of Linen (dicts, FrozenDicts) and of NNX (States) alike: a layer at `block/norm`
-has `block/norm/mean`, `block/norm/var` and leaves `block/norm/moments`.
+has `block/norm/mean`, `block/norm/var` and leaves `block/norm/moments`. The metadata
+that Flax puts around a leaf (`nn.Partitioned` and the like) is no part of its path.
 """
 
 import fnmatch
@@ -41,8 +42,26 @@ _NO_MATCH = (
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a tree by path, Moments being leaves; and its structure."""
-    leaves, structure = jax.tree.flatten_with_path(tree, is_leaf=_are_moments)
-    return {_name(path): leaf for path, leaf in leaves}, structure
+    nodes = jax.tree.flatten_with_path(
+        tree, is_leaf=lambda node: _are_moments(node) or is_box(node)
+    )[0]
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_are_moments)
+    return dict(zip((_name(path) for path, _ in nodes), leaves, strict=True)), structure
+
+
+def is_box(node: Any) -> bool:
+    """Whether it is one of Flax's metadata boxes around an array."""
+    boxes = hasattr(node, "unbox") and hasattr(node, "replace_boxed")
+    return boxes and len(jax.tree.leaves(node)) == 1
+
+
+def unboxed(tree: Any) -> Any:
+    """The tree without metadata boxes."""
+
+    def bare(node: Any) -> Any:  # `unbox` would put the array on the mesh
+        return jax.tree.leaves(node)[0] if is_box(node) else node
+
+    return jax.tree.map(bare, tree, is_leaf=is_box)
 
 
 def map_paths(f: Callable[[str, Any], Any], tree: Any) -> Any:

@@ -1,7 +1,10 @@
 """One comparison that fails on what it should, and the measures of the tests."""
 
 import re
+from typing import Any
 
+import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,3 +120,32 @@ def plain_batch_norm(x, scale, bias, *, axes, mask=None, epsilon=1e-5):
     rstd = 1 / jnp.sqrt(m2 / n + epsilon)
     scale, bias, rstd = (jnp.expand_dims(v, axes) for v in (scale, bias, rstd))
     return centred * rstd * scale + bias, (mean, m2)
+
+
+# Flax's metadata boxes, by name.
+
+
+class Tagged(flax.struct.PyTreeNode, nn.meta.AxisMetadata):
+    """A box of the user's, whose content has another name."""
+
+    content: Any
+
+    def unbox(self):
+        return self.content
+
+    def replace_boxed(self, val):
+        return self.replace(content=val)
+
+    def add_axis(self, index, params):
+        return self
+
+    def remove_axis(self, index, params):
+        return self
+
+
+BOXES = {
+    "Partitioned": lambda leaf: nn.Partitioned(leaf, (None,)),
+    "LogicallyPartitioned": lambda leaf: nn.LogicallyPartitioned(leaf, (None,)),
+    "another": Tagged,
+    "in one another": lambda leaf: Tagged(nn.Partitioned(leaf, (None,))),
+}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from helpers import assert_close, assert_trees_close
+from helpers import BOXES, assert_close, assert_trees_close
 from jax.sharding import Mesh, PartitionSpec
 
 import bnjax
@@ -1052,3 +1052,38 @@ def test_back_to_torch_without_like():
         convert.to_torch(kernel)
     moments = {"batch_moments": {"b": jnp.zeros(3)}}  # transient: left out
     assert set(convert.to_torch({"params": kernel} | moments)) == {"weight"}
+
+
+# Flax's metadata boxes.
+
+
+@pytest.mark.parametrize("shapes", [False, True])
+@pytest.mark.parametrize("box", BOXES)
+def test_boxes(box, shapes):
+    """Off on the way out, and on again where `like` has them."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    state_dict = net.state_dict()
+    plain = convert.from_torch(state_dict)
+    kernel = plain["params"]["0"]["kernel"]
+    like = jax.tree.map(BOXES[box], plain)
+    like["params"]["0"]["kernel"] = kernel  # a tree of both kinds
+    if shapes:
+        like = jax.eval_shape(lambda: like)
+    new = convert.from_torch(state_dict, like=like)
+    assert jax.tree.structure(new) == jax.tree.structure(like)
+    assert_trees_close(jax.tree.leaves(new), jax.tree.leaves(plain), tol=0)
+    back = convert.to_torch(new, like=state_dict)
+    for name, value in convert.to_torch(plain, like=state_dict).items():
+        assert (back[name] == value).all()
+    weights = [np.full(4, value, np.float32) for value in range(4)]
+    norm = {c: tree["1"] for c, tree in like.items()}
+    new = convert.from_keras(weights, like=norm)
+    assert jax.tree.structure(new) == jax.tree.structure(norm)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_names_of_boxes_in_messages(box):
+    variables = convert.from_torch(torch.nn.BatchNorm1d(4).state_dict())
+    boxed = jax.tree.map(BOXES[box], variables)
+    with pytest.raises(ValueError, match=r"weight -> params/scale \(3,\), not \(4,\)"):
+        convert.from_torch(torch.nn.BatchNorm1d(3).state_dict(), like=boxed)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
-from helpers import assert_close
+from helpers import BOXES, assert_close
 
 import bnjax
 from bnjax import Moments, diagnostics
@@ -385,3 +385,61 @@ def test_report_as_a_table(variables, moments, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_rich)
     assert "gamma near zero" in str(diagnostics.report(variables))
+
+
+# Flax's metadata boxes.
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_boxes(box, variables, moments):
+    """What is found is what is found without them."""
+    variables["batch_stats"]["first"]["var"][2] = 1e9
+    variables["params"]["second"]["scale"][1] = 0
+    variables["batch_stats"]["third"]["mean"][3] += 50
+    boxed = jax.tree.map(BOXES[box], variables)
+    plain, stats = variables["batch_stats"], boxed["batch_stats"]
+    assert diagnostics.report(boxed) == diagnostics.report(variables)
+    both = [
+        diagnostics.report(tree, batch_moments=moments) for tree in (boxed, variables)
+    ]
+    assert len(both[0]) >= 3
+    assert both[0] == both[1]
+    assert str(diagnostics.channels(boxed)) == str(diagnostics.channels(variables))
+    drifts = [str(diagnostics.drift(tree, moments)) for tree in (stats, plain)]
+    assert drifts[0] == drifts[1]
+    fresh = [str(diagnostics.never_updated(tree)) for tree in (stats, plain)]
+    assert fresh[0] == fresh[1]
+    copies = jax.tree.map(lambda leaf: np.stack([leaf, 2 * leaf]), plain)
+    differences = [
+        diagnostics.replicas_agree(tree, axis=0).differences
+        for tree in (jax.tree.map(BOXES[box], copies), copies)
+    ]
+    assert differences[0]
+    assert differences[0] == differences[1]
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_trees_of_boxes(box, variables):
+    """Masks and statistics of other rooms, which share how they read a tree."""
+    boxed = jax.tree.map(BOXES[box], variables)
+    mask = bnjax.training.weight_decay_mask(boxed["params"])
+    expected = bnjax.training.weight_decay_mask(variables["params"])
+    assert mask == jax.tree.map(BOXES[box], expected)
+    mask = bnjax.training.freeze_mask(boxed["params"], "first/*")
+    assert sum(jax.tree.leaves(mask)) == 2
+    stats = bnjax.training.reset_batch_stats(boxed["batch_stats"])
+    assert jax.tree.structure(stats) == jax.tree.structure(boxed["batch_stats"])
+
+
+def test_boxes_of_an_initialized_model():
+    """A scale that is partitioned, as `init` gives it."""
+
+    def partitioned(init):
+        return nn.with_partitioning(init, ("model",))
+
+    scale = {"scale_init": partitioned(nn.initializers.zeros)}
+    net = bnjax.BatchNorm(False, **scale)
+    variables = net.init(jax.random.key(0), jnp.zeros((3, C)))
+    assert isinstance(variables["params"]["scale"], nn.Partitioned)
+    found = {finding.what for finding in diagnostics.report(variables)}
+    assert found == {"gamma near zero", "statistics never updated"}

@@ -91,8 +91,8 @@ def from_torch(
             Classes that are not known are read by names and shapes, as without.
         like: variables of the Flax model, from `init` or `jax.eval_shape`, which the
             result has to match in structure, shapes and dtypes. Their dtypes are taken
-            where that loses nothing. Entries of other names have to be there as they
-            are, in any collection.
+            where that loses nothing, and their metadata boxes (`nn.Partitioned`).
+            Entries of other names have to be there as they are, in any collection.
 
     Returns:
         {"params": ..., "batch_stats": ...}, those of them that occur, as new arrays.

@@ -87,7 +87,8 @@ def read(
     problems += _tree.overflows(found, dtypes, sources)
     problems.check("the weights do not fit", _ADVICE, _checks.CASTS[package])
     _checks.warn_narrowed(package, {sources[p]: dtype for p, dtype in dtypes.items()})
-    return _tree.nested({p: jnp.asarray(a.astype(dtypes[p])) for p, a in found.items()})
+    arrays = {p: jnp.asarray(a.astype(dtypes[p])) for p, a in found.items()}
+    return _tree.nested(_tree.boxed(arrays, like))
 
 
 def write(

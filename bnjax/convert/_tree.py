@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax import _trees
 from bnjax.convert._conventions import has_weights
 
 Names = Mapping[str, str] | Callable[[str], str] | None
@@ -141,10 +142,25 @@ def unused(
 
 
 def flat(tree: Any) -> Flat:
-    """The leaves of nested dictionaries, by path."""
-    leaves = jax.tree.flatten_with_path(tree)[0]
-    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {keystr(path): leaf for path, leaf in leaves}
+    """The leaves of nested dictionaries, by path, out of Flax's metadata boxes."""
+    leaves = jax.tree.flatten_with_path(_trees.unboxed(tree))[0]
+    return {_path(keys): leaf for keys, leaf in leaves}
+
+
+def boxed(leaves: Flat, like: Any) -> Flat:
+    """The leaves in the boxes that `like` has at their paths."""
+    nodes = jax.tree.flatten_with_path(like, is_leaf=_trees.is_box)[0]
+    boxes = {_path(keys): node for keys, node in nodes if _trees.is_box(node)}
+    put = {
+        path: jax.tree.unflatten(jax.tree.structure(box), [leaves[path]])
+        for path, box in boxes.items()
+        if path in leaves
+    }
+    return leaves | put
+
+
+def _path(keys: tuple) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def nested(leaves: Flat) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bnjax import _checks
+from bnjax import _checks, _trees
 
 
 class Difference(NamedTuple):
@@ -81,7 +81,7 @@ def replicas_agree(
 
     References: google/flax#921 on statistics that were never synchronised.
     """
-    leaves = jax.tree.flatten_with_path(statistics)[0]
+    leaves = jax.tree.flatten_with_path(_trees.unboxed(statistics))[0]
     paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
     if axis is None:
         copies = _on_devices([leaf for _, leaf in leaves])

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bnjax import _trees
 from bnjax.moments import Moments, beside
 
 
@@ -192,7 +193,7 @@ def _nodes(tree: Any, keys: set[str]) -> dict[str, Any]:
     def is_node(node: Any) -> bool:
         return isinstance(node, Mapping) and keys <= set(node)
 
-    leaves = jax.tree.flatten_with_path(tree, is_leaf=is_node)[0]
+    leaves = jax.tree.flatten_with_path(_trees.unboxed(tree), is_leaf=is_node)[0]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): node
         for path, node in leaves
