@@ -5,6 +5,7 @@ import functools
 import flax.core
 import flax.linen as nn
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -17,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
 from bnjax.diagnostics import replicas_agree
-from bnjax.running import cumulative, ema
+from bnjax.running import State, cumulative, ema
 from bnjax.training import (
     TrainState,
     accumulate,
@@ -155,8 +156,8 @@ def test_structure_and_dtypes_stay():
 
 
 def test_what_cannot_be_merged():
-    with pytest.raises(ValueError, match=r"batch_stats/norm/u is not the statistics"):
-        merge_batch_stats({"norm": {"u": np.ones((8, 3))}})
+    with pytest.raises(ValueError, match=r"batch_stats/norm is not the statistics"):
+        merge_batch_stats({"norm": {"mean": np.ones((8, 3))}})
     with pytest.raises(ValueError, match=r"a/mean has shape \(\): expected a leading"):
         merge_batch_stats({"a": {"mean": 1.0, "var": 1.0}})
     with pytest.raises(ValueError, match=r"shape \(8, 3\): expected counts \(5,\)"):
@@ -509,6 +510,240 @@ def test_what_cannot_be_accumulated():
         accumulate(loss_fn, v, stacked(), rule=ema())
 
 
+# ---- what else a model updates ----
+
+
+class Count(nn.Module):
+    """How many batches it has seen, in a collection of its own."""
+
+    collection: str = "counters"
+
+    @nn.compact
+    def __call__(self, x):
+        seen = self.variable(self.collection, "seen", jnp.zeros, (), jnp.int32)
+        if not self.is_initializing() and self.is_mutable_collection(self.collection):
+            seen.value += 1
+        return x
+
+
+class Largest(nn.Module):
+    """The largest input so far, among the statistics."""
+
+    @nn.compact
+    def __call__(self, x):
+        most = self.variable("batch_stats", "most", jnp.zeros, x.shape[-1:])
+        if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
+            most.value = jnp.maximum(most.value, x.max(0))
+        return x
+
+
+OTHERS = {
+    "spectral": lambda name: nn.SpectralNorm(nn.Dense(3), name=name),
+    "flax": lambda name: nn.BatchNorm(use_running_average=False, name=name),
+    "counters": lambda name: Count(name=name),
+    "in batch_stats": lambda name: Largest(name=name),
+    "counts in batch_stats": lambda name: Count("batch_stats", name=name),
+}
+
+
+class WithOthers(nn.Module):
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for i, name in enumerate(self.names):
+            other = OTHERS[name](f"other{i or ''}")
+            spectral = isinstance(other, nn.SpectralNorm)
+            x = other(x, update_stats=True) if spectral else other(x)
+        x = bnjax.BatchNorm(use_running_average=False, momentum=0.9, name="norm")(x)
+        return nn.Dense(2, name="head")(nn.tanh(x))
+
+
+MUTABLE = ["batch_stats", "batch_moments", "counters"]
+
+
+def with_others(*names, frozen=False):
+    model, x = WithOthers(names), batch()["x"]
+    variables = model.init(jax.random.key(0), x)
+    variables = flax.core.freeze(variables) if frozen else variables
+
+    def loss_fn(variables, part):
+        result = model.apply(variables, part["x"], mutable=MUTABLE)
+        return ((result[0] - part["t"]) ** 2).mean(), result
+
+    return variables, loss_fn
+
+
+def in_turn(variables, loss_fn, parts):
+    """The plain loop: everything advances but what leaves Moments. And the gradients"""
+    state = {name: flax.core.unfreeze(v) for name, v in variables.items()}
+    params, total = state.pop("params"), None
+    for part in parts:
+
+        def loss(params, state=state, part=part):
+            return loss_fn({"params": params, **state}, part)
+
+        (_, (_, left)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        left = flax.core.unfreeze(left)
+        left.pop("batch_moments")
+        left["batch_stats"]["norm"] = state["batch_stats"]["norm"]
+        state |= left
+        total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+    return state, jax.tree.map(lambda g: g / len(parts), total)
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"), [*((name, False) for name in OTHERS), ("spectral", True)]
+)
+def test_what_else_the_model_updates_advances_in_turn(name, frozen):
+    variables, loss_fn = with_others(name, frozen=frozen)
+    parts = [{n: v[k] for n, v in stacked().items()} for k in range(K)]
+    state, grads = in_turn(variables, loss_fn, parts)
+    found = accumulate(loss_fn, variables, stacked(), rule=ema(0.9))
+    stats = flax.core.unfreeze(found.batch_stats)
+    before = State(**variables["batch_stats"]["norm"])
+    expected = ema(0.9).update(before, found.pool["norm"])._asdict()
+    assert_trees_close(stats.pop("norm"), expected)
+    state["batch_stats"].pop("norm")
+    assert_trees_close(stats, state["batch_stats"], tol=1e-6)
+    updates = {n: flax.core.unfreeze(v) for n, v in found.updates.items()}
+    assert updates == {n: v for n, v in state.items() if n == "counters"}
+    of_all = [jax.flatten_util.ravel_pytree(g)[0] for g in (found.grads, grads)]
+    assert_close(*of_all, tol=2e-5)
+    structures = [jax.tree.structure(t) for t in (found.batch_stats, found.grads)]
+    expected = variables["batch_stats"], variables["params"]
+    assert structures == [jax.tree.structure(t) for t in expected]
+
+
+def test_sigma_after_twenty_micro_batches_is_the_singular_value():
+    variables, loss_fn = with_others("spectral", "counters")
+
+    @jax.jit
+    def step(state):
+        found = accumulate(loss_fn, {**variables, **state}, stacked(), rule=ema(0.9))
+        return {"batch_stats": found.batch_stats, **found.updates}
+
+    state = {name: variables[name] for name in ("batch_stats", "counters")}
+    for _ in range(5):
+        state = step(state)
+    kernel = oracle.wide(variables["params"]["Dense_0"]["kernel"])
+    (sigma,) = (
+        v for v in jax.tree.leaves(state["batch_stats"]["other"]) if not v.shape
+    )
+    assert_close(sigma, np.linalg.norm(kernel, 2), tol=1e-3)
+    assert state["counters"]["other1"]["seen"] == 20
+
+
+def test_keep_holds_what_else_there_is():
+    variables, loss_fn = with_others("flax", "in batch_stats")
+    keep = ["other", "norm"]
+    with pytest.raises(ValueError, match="keep='others' matches none"):
+        accumulate(loss_fn, variables, stacked(), rule=ema(), keep=["others"])
+    stats = dict(accumulate(loss_fn, variables, stacked(), rule=ema(), keep=keep)[2])
+    largest = {"most": np.maximum(stats["other1"]["most"], 0)}
+    assert_trees_close(stats.pop("other1"), largest, tol=0)
+    before = dict(variables["batch_stats"])
+    assert before.pop("other1")["most"].max() < largest["most"].max()
+    assert_trees_close(stats, before, tol=0)
+
+
+def test_what_does_not_come_back_cannot_advance():
+    """No return, no advance: an error, which says what to return."""
+    variables, loss_fn = with_others("spectral")
+
+    def moments_alone(variables, part):
+        loss, (_, left) = loss_fn(variables, part)
+        return loss, left["batch_moments"]
+
+    with pytest.raises(
+        ValueError, match=r"batch_stats/other.*all that .*apply.* returns"
+    ):
+        accumulate(moments_alone, variables, stacked(), rule=ema())
+    found = accumulate(moments_alone, variables, stacked(), rule=ema(), keep=["other*"])
+    stats = variables["batch_stats"]
+    assert_trees_close(found.batch_stats["other"], stats["other"], tol=0)
+
+
+def test_variables_that_are_not_there_at_the_start():
+    variables, loss_fn = with_others("flax")
+    stats = {"norm": variables["batch_stats"]["norm"]}
+    with pytest.raises(ValueError, match=r"left batch_stats/other/mean.*model\.init"):
+        accumulate(loss_fn, {**variables, "batch_stats": stats}, stacked(), rule=ema())
+
+
+def test_what_else_an_nnx_model_updates():
+    class Seen(nnx.Variable):
+        pass
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.seen = Seen(jnp.zeros((), jnp.int32))
+            self.other = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+            self.norm = bnjax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+            self.norm.record_moments = True
+
+        def __call__(self, x):
+            self.seen[...] += 1
+            return self.norm(self.other(x))
+
+    parts = nnx.split(Model(), nnx.Param, nnx.BatchStat, ...)
+    graphdef, states = parts[0], dict(zip(("params", "batch_stats", "rest"), parts[1:]))
+
+    def loss_fn(variables, x):
+        model = nnx.merge(graphdef, *(variables[name] for name in states))
+        y = model(x)
+        _, _, stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+        moments = nnx.state(model, bnjax.nnx.BatchMoments)
+        left = {"batch_moments": moments, "batch_stats": stats, "rest": rest}
+        return jnp.tanh(y).mean(), (y, left)
+
+    x = stacked()["x"]
+    found = accumulate(loss_fn, states, x, rule=ema(0.9))
+    model = Model()
+    for part in x:
+        model.other(part)
+    assert_close(found.batch_stats["other"]["mean"][...], model.other.mean[...])
+    assert_close(found.batch_stats["other"]["var"][...], model.other.var[...])
+    assert found.updates["rest"]["seen"][...] == K
+    assert found.pool["norm"].count == K * SIZE
+    assert found.updates["rest"]["norm"]["moments"].get_value().count == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"), [*((name, False) for name in OTHERS), ("spectral", True)]
+)
+def test_reset_and_merge_leave_alone_what_is_no_mean_and_var(name, frozen):
+    other = with_others(name)[0]["batch_stats"]
+    stats = {"of": jax.tree.map(lambda v: v + 1, flax.core.unfreeze(other))}
+    stats["mixed"] = {**stats["of"]["norm"], "most": jnp.full(3, 7.0)}
+    stats = flax.core.freeze(stats) if frozen else stats
+    apart = jax.tree.map(lambda v: jnp.stack([v, 3 * v]), stats)
+    reset, merged = reset_batch_stats(stats), merge_batch_stats(apart)
+    for new in (reset, merged):
+        assert jax.tree.structure(new) == jax.tree.structure(stats)
+        assert type(new) is type(stats)
+    given = dict(jax.tree.flatten_with_path(stats)[0])
+    for path, value in given.items():
+        leaf = path[-1].key
+        new = dict(jax.tree.flatten_with_path(reset)[0])[path]
+        of = dict(jax.tree.flatten_with_path(merged)[0])[path]
+        if leaf in ("mean", "var"):
+            assert_close(new, np.full(value.shape, float(leaf == "var")))
+            mean = np.asarray(given[(*path[:-1], jax.tree_util.DictKey("mean"))])
+            expected = 2 * np.asarray(value) + (mean**2 if leaf == "var" else 0)
+            assert_close(of, expected)
+        else:
+            assert new is value
+            assert_close(of, np.stack([value, 3 * np.asarray(value)]), tol=0)
+
+
+def test_half_of_a_layers_statistics_is_refused():
+    whitened = {"whiten": {"mean": jnp.ones((2, 3)), "cov": jnp.ones((2, 1, 3, 3))}}
+    for refuse in (merge_batch_stats, reset_batch_stats):
+        with pytest.raises(ValueError, match=r"batch_stats/whiten.* is not the stat"):
+            refuse(whitened)
+
+
 # ---- TrainState ----
 
 
@@ -766,5 +1001,3 @@ def test_reset():
             assert value.dtype == stats[name][leaf].dtype
             expected = np.full(value.shape, float(leaf == "var"))
             assert_close(value, expected)
-    with pytest.raises(ValueError, match=r"batch_stats/spectral is not the statistics"):
-        reset_batch_stats({"spectral": {"sigma": jnp.ones(2)}})

@@ -1,5 +1,6 @@
 """Gradient accumulation with exact statistics."""
 
+import glob
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,17 @@ _RULE = (
     "expected a rule of mean and var alone. Write rule=bnjax.running.ema(momentum), "
     "with the momentum of the layers."
 )
+_NOT_RETURNED = (
+    "batch_stats/{paths} got no Moments, and loss_fn returned no batch_stats in which "
+    "it could advance: expected all that model.apply(variables, x, "
+    "mutable=['batch_stats', 'batch_moments']) returns. Write return loss, result, or "
+    "name what shall stay as it is: keep={keep!r}."
+)
+_UNKNOWN = (
+    "loss_fn left {path}, which is not in the variables: expected the variables that "
+    "model.init returns. Add it to them, for it is passed on from one micro-batch to "
+    "the next."
+)
 
 
 class Accumulated(NamedTuple):
@@ -28,6 +40,8 @@ class Accumulated(NamedTuple):
         output: what the model has returned, of each micro-batch, along a leading axis;
             None if the loss function returned the Moments alone.
         pool: the Moments that the update was made from, by layer.
+        updates: the other collections that `loss_fn` returns, by name, after the last
+            micro-batch: `{**variables, "batch_stats": batch_stats, **updates}`.
     """
 
     loss: jax.Array
@@ -35,6 +49,7 @@ class Accumulated(NamedTuple):
     batch_stats: Any
     output: Any
     pool: dict[str, Moments]
+    updates: dict[str, Any]
 
 
 def accumulate(
@@ -56,10 +71,16 @@ def accumulate(
     running update is that of the whole batch, with the variance of the micro-batches'
     means. An update per micro-batch would leave that out, and decay K times.
 
+    What else the model updates advances through the micro-batches in turn, as in K
+    steps of a plain loop, and is returned: the vectors of `nn.SpectralNorm`, counters
+    in collections of their own, the statistics of Flax's BatchNorm (which leaves no
+    Moments: K updates).
+
     Args:
         loss_fn: (variables, micro-batch) -> (loss, result); result is what the model's
-            `apply` returns with `mutable=["batch_stats", "batch_moments"]`, or the tree
-            below `batch_moments`. The loss is a mean over the micro-batch.
+            `apply` returns with `mutable=["batch_stats", "batch_moments"]` and further
+            collections to advance; or the tree below `batch_moments`, if nothing else
+            is updated. The loss is a mean over the micro-batch.
         variables: {"params", "batch_stats"} and whatever else the model has.
         batches: a tree of arrays with the micro-batches along their leading axis,
             (K, batch / K, ...); keys of `jax.random.split(key, K)`, too. To split a
@@ -68,17 +89,18 @@ def accumulate(
         rule: the running update, `bnjax.running.ema(momentum)`, or with `ddof=1` for
             layers with `unbiased=True`. The momentum of a layer is not among its
             variables, so it is named here.
-        keep: patterns of the paths of layers whose statistics are not updated.
+        keep: patterns of the paths of layers whose `batch_stats` are not updated.
         pool: `pool` of the calls before this one since the last step of the optimizer,
             which are counted in; see the example for `optax.MultiSteps` below.
 
     Returns:
-        Accumulated(loss, grads, batch_stats, output, pool).
+        Accumulated(loss, grads, batch_stats, output, pool, updates).
 
     Raises:
         TypeError: `loss_fn` returns no Moments.
-        ValueError: a layer that left no Moments, or one of other shapes than
-            `batch_stats` has; a rule that keeps more than mean and var.
+        ValueError: a layer that left no Moments and was not updated, or one of other
+            shapes than `batch_stats` has; a variable that `variables` lacks; a rule
+            that keeps more than mean and var.
 
     With `optax.MultiSteps`, one update per step of the optimizer, from the pool since:
 
@@ -106,23 +128,29 @@ def accumulate(
     """
     _check_rule(rule)
     others = {name: value for name, value in variables.items() if name != "params"}
-    leaves, structure = jax.tree.flatten(others)
+    state, structure = _trees.flatten(others)
+    advances = _Advances(variables["batch_stats"], keep)
 
-    def loss(params, batch):
-        fresh = jax.tree.unflatten(structure, leaves)  # NNX's belong to one trace
+    def loss(params, state, batch):
+        fresh = jax.tree.unflatten(structure, state.values())  # NNX's are of one trace
         value, result = loss_fn({"params": params, **fresh}, batch)
         output = result[0] if isinstance(result, tuple) and len(result) == 2 else None
-        return value, (output, _trees.moments_of(result, "loss_fn"))
+        left = _trees.moments_of(result, "loss_fn")
+        return value, (output, left, advances.after(state, result))
 
-    def step(total, batch):
-        (value, left), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        return jax.tree.map(jnp.add, total, grads), (value, left)
+    def step(carry, batch):
+        total, state = carry
+        grad = jax.value_and_grad(loss, has_aux=True)
+        (value, (output, left, state)), grads = grad(params, state, batch)
+        return (jax.tree.map(jnp.add, total, grads), state), (value, (output, left))
 
     params = variables["params"]
     start = jax.tree.map(
         lambda p: jnp.zeros(p.shape, _dtypes.statistics(p.dtype)), params
     )
-    total, (losses, (output, rows)) = lax.scan(step, start, batches)
+    state = jax.tree.map(jnp.asarray, state)
+    carry, (losses, (output, rows)) = lax.scan(step, (start, state), batches)
+    total, state = carry
     grads = jax.tree.map(lambda g, p: (g / len(losses)).astype(p.dtype), total, params)
     found = {path: _merged(each) for path, each in rows.items()}
     if pool is not None:
@@ -131,8 +159,85 @@ def accumulate(
     def update(path, mean, var):
         return rule.update(State(mean, var), found[path])
 
-    stats = _trees.updated(variables["batch_stats"], found, update, keep)
-    return Accumulated(losses.mean(), grads, stats, output, found)
+    new = jax.tree.unflatten(structure, state.values())
+    stats = _trees.updated(new["batch_stats"], found, update, advances.keep())
+    updates = {name: new[name] for name in new if name in advances.returned}
+    return Accumulated(losses.mean(), grads, stats, output, found, updates)
+
+
+class _Advances:
+    """What the model updates by itself, found out while a micro-batch is traced.
+
+    Attributes:
+        returned: the collections that `loss_fn` returns, but for those of statistics.
+    """
+
+    def __init__(self, batch_stats: Any, keep: Sequence[str]):
+        self.returned: set[str] = set()
+        self._patterns = [keep] if isinstance(keep, str) else [*keep]
+        self._layers: dict[str, set[str]] = {}
+        for path in _trees.flatten(batch_stats)[0]:
+            layer, _, name = path.rpartition("/")
+            self._layers.setdefault(layer, set()).add(name)
+        self._kept = _trees.matching(keep, {*self._layers}, "keep")
+        self._measured: set[str] = set()  # the layers that leave Moments
+        self._updated: set[str] = set()  # the layers that write `batch_stats` otherwise
+        self._statistics = False  # whether `batch_stats` is returned
+
+    def after(self, state: Mapping[str, Any], result: Any) -> dict[str, Any]:
+        """The state after a micro-batch; layers that leave Moments keep theirs.
+
+        Args:
+            state: the leaves of all collections but the parameters, by path.
+            result: of `loss_fn`.
+        """
+        pair = isinstance(result, tuple) and len(result) == 2
+        left: Any = result[1] if pair else result
+        whole = isinstance(left, Mapping) and "batch_moments" in left
+        moments = left["batch_moments"] if whole else left
+        self._measured = {_trees.layer_of(path) for path in _trees.flatten(moments)[0]}
+        fixed = self._kept | self._measured
+        new = dict(state)
+        for name in left if whole else ():
+            collections = {path.partition("/")[0] for path in state}
+            if name not in collections - {"batch_moments"}:
+                continue  # transient: begins anew with each call
+            if name == "batch_stats":
+                self._statistics = True
+            else:
+                self.returned.add(name)
+            for path, value in _trees.flatten({name: left[name]})[0].items():
+                layer = _trees.layer_of(path.removeprefix("batch_stats/"))
+                if name == "batch_stats" and layer in fixed:
+                    continue
+                if path not in state:
+                    raise ValueError(_UNKNOWN.format(path=path))
+                if value is state[path] or isinstance(value, tuple):  # as it was
+                    continue
+                if name == "batch_stats":
+                    self._updated.add(layer)
+                new[path] = _like(value, state[path])
+        return new
+
+    def keep(self) -> list[str]:
+        """Patterns of the layers that no Moments update."""
+        others = {*self._layers} - self._kept - self._measured
+        if others and not self._statistics:
+            paths = ", batch_stats/".join(sorted(others))
+            raise ValueError(_NOT_RETURNED.format(paths=paths, keep=sorted(others)))
+        own = {
+            layer
+            for layer in others
+            if layer in self._updated or not self._layers[layer] & {*State._fields}
+        }
+        return [*self._patterns, *map(glob.escape, sorted(own))]
+
+
+def _like(value: Any, old: Any) -> Any:
+    """`value` in the dtype of what it replaces, unless that is real and it is not."""
+    if jnp.iscomplexobj(value) and not jnp.iscomplexobj(old):
+        return value
+    return value if value.dtype == old.dtype else value.astype(old.dtype)
 
 
 def _merged(rows: Moments) -> Moments:

@@ -27,8 +27,9 @@ def merge_batch_stats(
     the variances, which `lax.pmean(batch_stats)` gives, leaves Var[mean] out.
 
     Args:
-        batch_stats: a tree of {mean, var}. Without `axis_name` the values of replicas
-            lie along a leading axis, as in what `jax.pmap` or
+        batch_stats: a tree of {mean, var}; what else it holds (the vectors of
+            `nn.SpectralNorm`) stays as it is. Without `axis_name` the values of
+            replicas lie along a leading axis, as in what `jax.pmap` or
             `multihost_utils.process_allgather` returns; stack others first.
         counts: how many values each replica has seen, (replica,); with `axis_name` the
             own one, a scalar. None: as many as the others. Replicas with count 0 change
@@ -36,10 +37,11 @@ def merge_batch_stats(
         axis_name: the axis, or axes, of shard_map, pmap or vmap to merge over.
 
     Returns:
-        `batch_stats` of the same structure and dtypes, without the leading axis.
+        `batch_stats` of the same structure and dtypes, each mean and var without the
+        leading axis.
 
     Raises:
-        ValueError: a layer that holds something else than mean and var, no leading
+        ValueError: a layer that has one of mean and var (and a covariance), no leading
             axis, counts of another length, an axis name that is repeated or not bound.
 
     >>> apart = {"mean": jnp.array([[2.0], [7.0]]), "var": jnp.array([[1.0], [4.0]])}
@@ -53,14 +55,15 @@ def merge_batch_stats(
     if counts is not None:  # NumPy's are of int64: as int32 they would begin again
         counts = jnp.asarray(counts, float)
 
-    def merged(path, stats):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not _is_layer(stats):
-            raise ValueError(_checks.NO_STATISTICS.format(path=name))
-        values = _merge(stats, counts, axis_name, name)
-        return jax.tree.unflatten(jax.tree.structure(stats), values)
-
-    return jax.tree.map_with_path(merged, batch_stats, is_leaf=_is_layer)
+    leaves, structure = _trees.flatten(batch_stats)
+    for layer, has in _layers(leaves).items():
+        paths = [f"{layer}/{name}".removeprefix("/") for name in State._fields]
+        if has == {*State._fields}:
+            stats = State(*(leaves[path] for path in paths))
+            leaves |= zip(paths, _merge(stats, counts, axis_name, layer))
+        elif has:
+            raise ValueError(_checks.NO_STATISTICS.format(path=layer))
+    return jax.tree.unflatten(structure, leaves.values())
 
 
 def reset_batch_stats(batch_stats: Any) -> Any:
@@ -69,13 +72,14 @@ def reset_batch_stats(batch_stats: Any) -> Any:
     Before fine-tuning on other data, or to begin an average anew.
 
     Args:
-        batch_stats: a tree of {mean, var}, of Linen or of NNX.
+        batch_stats: a tree of {mean, var}, of Linen or of NNX. What else it holds (the
+            vectors of `nn.SpectralNorm`) stays as it is.
 
     Returns:
         `batch_stats` of the same structure, shapes and dtypes.
 
     Raises:
-        ValueError: a layer that holds something else than mean and var.
+        ValueError: a layer that has a covariance in place of var.
 
     >>> stats = {"norm": {"mean": jnp.array([5.0]), "var": jnp.array([7.0])}}
     >>> print(reset_batch_stats(stats))
@@ -84,23 +88,31 @@ def reset_batch_stats(batch_stats: Any) -> Any:
     References: Li et al. 2016 (AdaBN), section 3 (statistics of another domain).
     """
     start = ema().init
+    layers = _layers(_trees.flatten(batch_stats)[0])
 
-    def reset(path: str, value: Any) -> jax.Array:
+    def reset(path: str, value: Any) -> Any:
         layer, _, name = path.rpartition("/")
-        if name not in State._fields:
+        if name in State._fields:
+            return start(jnp.shape(value), jnp.asarray(value).dtype)._asdict()[name]
+        if len(layers[layer]) == 1:  # the mean, and a covariance
             raise ValueError(_checks.NO_STATISTICS.format(path=layer or name))
-        return start(jnp.shape(value), jnp.asarray(value).dtype)._asdict()[name]
+        return value
 
     return _trees.map_paths(reset, batch_stats)
 
 
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, Mapping) and set(node) == {"mean", "var"}
+def _layers(leaves: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Which of mean and var each layer has, by its path."""
+    layers: dict[str, set[str]] = {}
+    for path in leaves:
+        layer, _, name = path.rpartition("/")
+        layers.setdefault(layer, set()).update({name} & {*State._fields})
+    return layers
 
 
-def _merge(stats, counts, axis_name, path: str) -> tuple[jax.Array, ...]:
+def _merge(stats: State, counts, axis_name, path: str) -> tuple[jax.Array, ...]:
     """The merged mean and var of one layer."""
-    given = [jnp.asarray(stats[name]) for name in ("mean", "var")]
+    given = [jnp.asarray(value) for value in stats]
     mean, var = (v.astype(_dtypes.statistics(v.dtype)) for v in given)
     if axis_name is None:
         _checks.replicas(path, mean.shape, None if counts is None else counts.shape)
