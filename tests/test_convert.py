@@ -257,6 +257,25 @@ def test_a_layer_by_itself():
     assert back["num_batches_tracked"].dtype == np.int64
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_layer_without_running_statistics(affine):
+    """torch's uses those of the batch in evaluation too; ours runs on what it has."""
+    layer = torch.nn.BatchNorm2d(3, affine=affine, track_running_stats=False).eval()
+    if affine:
+        torch.nn.init.normal_(layer.weight)
+    x, _ = images(0)
+    variables = convert.from_torch(layer.state_dict())
+    ours = bnjax.BatchNorm(False, update_stats=False, use_scale=affine, use_bias=affine)
+    expected = np.moveaxis(layer(to_nchw(x)).detach().numpy(), 1, -1)
+    assert_close(ours.apply(variables, x), expected, tol=1e-5)
+    like = jax.eval_shape(ours.init, jax.random.key(0), x)
+    if affine:
+        like = {"params": like["params"]}
+        assert_trees_close(
+            convert.from_torch(layer.state_dict(), like=like), variables, tol=0
+        )
+
+
 def test_results_are_copies():
     """torch's optimizers write in place, and JAX may share NumPy's memory."""
     layer = torch.nn.Linear(3, 2)

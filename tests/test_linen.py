@@ -268,6 +268,74 @@ def test_two_switches(use_running, update, as_field):
     assert_close(y, expected)
 
 
+LAYERS = {
+    "batch": bnjax.BatchNorm,
+    "ghost": functools.partial(bnjax.linen.GhostBatchNorm, virtual_batch_size=3),
+    "split": functools.partial(bnjax.linen.SplitBatchNorm, num_splits=2),
+    "whiten": bnjax.linen.DecorrelatedBatchNorm,
+    "remat": nn.remat(bnjax.BatchNorm),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_without_running_statistics(name, masked):
+    """Neither read nor written, they are not asked for; `init` declares them."""
+    layer, x = LAYERS[name](False, update_stats=False), data()
+    mask = np.arange(6).reshape(6, 1, 1, 1) % 3 > 0 if masked else None
+    v = layer.init(jax.random.key(0), x)
+    assert len(v["batch_stats"]) == 2
+    v = {**v, "params": variables(shape=v["params"]["scale"].shape)["params"]}
+    params = {"params": v["params"]}
+    expected = np.asarray(layer.apply(v, x, mask=mask))
+    assert_close(layer.apply(params, x, mask=mask), expected, tol=0)
+    y, left = layer.apply(params, x, mask=mask, mutable=["batch_stats"])
+    assert_close(y, expected, tol=0)
+    assert left == {}
+    other = {**params, "batch_stats": {}}
+    assert_close(layer.apply(other, x, mask=mask), expected, tol=0)
+    if name == "batch":
+        valid = np.broadcast_to(True if mask is None else mask, x.shape)
+        exact = oracle.wide(x)[valid].reshape(-1, 3)
+        y = (oracle.wide(x) - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
+        scale, bias = map(oracle.wide, _affine(v))
+        assert_close(expected[valid], (y * scale + bias)[valid], tol=1e-5)
+    if name != "remat":  # which traces its arguments
+        at_call = LAYERS[name](False).apply(params, x, mask=mask, update_stats=False)
+        assert_close(at_call, expected, tol=0)
+        _, left = layer.apply(params, x, mask=mask, mutable=["batch_moments"])
+        _, whole = layer.apply(v, x, mask=mask, mutable=["batch_moments"])
+        assert_trees_close(left, jax.tree.map(np.asarray, whole), tol=0)
+
+
+def test_one_layer_of_a_model_without_running_statistics():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = bnjax.BatchNorm(True, name="with")(x)
+            return bnjax.BatchNorm(False, update_stats=False, name="without")(x)
+
+    v, x = Two().init(jax.random.key(0), data()), data()
+    stats = {"with": v["batch_stats"]["with"]}
+    y = Two().apply({**v, "batch_stats": stats}, x)
+    assert_close(y, Two().apply(v, x), tol=0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        bnjax.BatchNorm(True, update_stats=False),
+        bnjax.BatchNorm(False),
+        bnjax.BatchNorm(False, update_stats=True),
+        bnjax.linen.BatchRenorm(False, update_stats=False),
+    ],
+)
+def test_statistics_that_are_used_or_written_are_asked_for(layer):
+    """Batch renormalization trains by them, also where it does not write them."""
+    with pytest.raises(flax.errors.ScopeCollectionNotFound):
+        layer.apply({"params": variables()["params"]}, data())
+
+
 def _affine(v):
     return v["params"]["scale"], v["params"]["bias"]
 

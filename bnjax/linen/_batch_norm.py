@@ -39,7 +39,9 @@ class BatchNorm(Normalization):
         unbiased: whether the running variance divides by n - 1, as PyTorch's does. The
             batch is always normalized by the biased variance.
         update_stats: whether the running statistics are written. None: as Flax, when
-            batch statistics are used. False: never, and `mutable` is not needed. True:
+            batch statistics are used. False: never, and `mutable` is not needed; where
+            batch statistics are used neither is `batch_stats`, which makes a layer
+            without running statistics (PyTorch's track_running_stats=False). True:
             always, also when normalizing by the running statistics (those from before
             the update).
         skip_nonfinite_updates: whether a batch whose moments hold a NaN or an infinity

@@ -41,6 +41,7 @@ class Normalization(nn.Module):
     )
 
     force_float32_reductions = True  # a field of `BatchNorm` alone, as in Flax
+    trains_by_statistics = False  # whether training reads the running statistics
 
     @nn.nowrap
     def _family(self) -> _layer.Family:
@@ -109,8 +110,14 @@ def call(
     x = _checks.inexact("x", x)
     features = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
     shape = family.leading + features
-    stats = _running_statistics(layer, family, shape, x)
-    stored = running.State._make(variable.value for variable in stats)
+    update = not use_running if update is None else update
+    stats, stored = _running_statistics(
+        layer,
+        family,
+        shape,
+        x,
+        needed=bool(use_running or update or layer.trains_by_statistics),
+    )
     affine = {
         **_parameters(layer, features if shared_affine else shape),
         "residual": residual,
@@ -125,7 +132,6 @@ def call(
 
     over["axis_name"] = layer.axis_name
     over["axis_index_groups"] = layer.axis_index_groups
-    update = not use_running if update is None else update
     pools = _asks_for_moments(layer)
     y, batch = _layer.forward(
         x,
@@ -147,24 +153,30 @@ def call(
 
 
 def _running_statistics(
-    layer: Any, family: _layer.Family, shape: Shape, x: jax.Array
-) -> list[nn.Variable]:
-    """The variables of the running statistics: mean, and var or cov.
+    layer: Any, family: _layer.Family, shape: Shape, x: jax.Array, *, needed: bool
+) -> tuple[list[nn.Variable], running.State]:
+    """The variables of the running statistics, mean and var or cov, and their values.
 
-    The mean of complex inputs is complex from the start: a loop over training steps
-    needs one type, and so does a checkpoint.
+    Where a call neither uses nor writes them they may be missing: what falls back on
+    them, features without a valid value, finds their start then. The mean of complex
+    inputs is complex from the start: a loop over training steps needs one type, and so
+    does a checkpoint.
     """
     dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     dtype = _dtypes.real(dtype)
     if jnp.iscomplexobj(x):
         dtype = _dtypes.promote(dtype, x.dtype)
+    start = family.begin(shape, dtype)
+    declares = needed or layer.is_initializing()
+    if not declares and not any(layer.has_variable("batch_stats", n) for n in start):
+        return [], running.State(*start.values())
     stats = []
-    for name, value in family.begin(shape, dtype).items():
+    for name, value in start.items():
         stored = layer.variable("batch_stats", name, lambda value=value: value)
         path = f"batch_stats/{name}"
         _checks.feature_shape(path, stored.value, value.shape, layer.axis)
         stats.append(stored)
-    return stats
+    return stats, running.State._make(variable.value for variable in stats)
 
 
 def _parameters(layer: Any, shape: Shape) -> dict[str, Any]:

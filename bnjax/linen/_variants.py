@@ -92,6 +92,8 @@ class BatchRenorm(Normalization):
     r_max: Limit = 3.0
     d_max: Limit = 5.0
 
+    trains_by_statistics = True
+
     @nn.compact
     def __call__(
         self,
