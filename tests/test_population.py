@@ -309,7 +309,8 @@ def test_complex_values_and_structure_and_dtypes():
     assert type(stats) is nn.FrozenDict
     assert_close(stats["mean"], x.mean(0), dtype=jnp.complex64)
     assert_close(stats["var"], x.var(0), dtype=jnp.float32)
-    half = {"batch_stats": jax.tree.map(jnp.bfloat16, v["batch_stats"])}
+    real = layer.init(jax.random.key(0), x.real)["batch_stats"]
+    half = {"batch_stats": jax.tree.map(jnp.bfloat16, real)}
     stats = pooled(apply, {**v, **half}, [x.real])
     assert stats["mean"].dtype == jnp.bfloat16
 
