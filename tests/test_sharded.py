@@ -337,6 +337,25 @@ def test_replicas_that_hold_different_shifts():
     assert_close(np.asarray(y).reshape(SHAPE), expected, tol=2e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_vmaps_within_a_typed_shard_map(masked):
+    """A grid of networks over devices: batches of conditions, on shared data."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(5, 1, size=(16, 3)).astype(np.float32)
+    mask = rng.random((16, 1)) < 0.7 if masked else None
+    factors = rng.normal(3, 1, size=(8, 2, 3)).astype(np.float32)
+
+    def loss(factor, x):
+        return jnp.sum(jnp.sin(bnjax.batch_norm(x, factor, mask=mask)[0]))
+
+    def grid(factors, x):
+        return jax.vmap(jax.vmap(jax.grad(loss), (0, None)), (0, None))(factors, x)
+
+    specs = P("data"), P()
+    f = jax.shard_map(grid, mesh=mesh(), in_specs=specs, out_specs=P("data"))
+    assert_close(jax.jit(f)(factors, x), np.asarray(grid(factors, x)), tol=1e-4)
+
+
 def test_a_shift_in_common_saves_the_second_read():
     """Typed as replicated, a running mean serves all replicas; no branch is needed."""
     x = case()[0] + np.float32(1e4)

@@ -72,28 +72,38 @@ def batch_moments(
     zero = jnp.zeros(_axes.sizes(x.shape, features), x.dtype)
     shift = _finite(shift, reduction.axis_name, zero)
 
-    def subsampled(x, mask, shift):
+    count = count_valid(x, mask, reduction.axes)
+    if reduction.axis_name is not None:
+        return _of_batch(x, mask, shift, count, reduction)
+    # JAX batches a condition in a typed shard_map only if all that its branches use
+    # varies over the same axes.
+    if mask is None:
+        x, shift = _replicas.cast_together(x, shift)
+    else:
+        x, shift, mask = _replicas.cast_together(x, shift, mask)
+
+    def subsampled(x, mask, shift, count):
         shift = _subsample_mean(x, mask, reduction)
-        count = count_valid(x, mask, reduction.axes)
-        return _from_sums(count, shift, *sums_about(x, mask, shift, reduction))
+        sums = sums_about(x, mask, shift, reduction)
+        (_, mean, m2), rest = _from_sums(count, shift, *sums)
+        return mean, m2, rest
 
     @jax.custom_batching.custom_vmap
-    def guarded(x, mask, shift):
-        return _of_batch(x, mask, shift, reduction)
+    def guarded(x, mask, shift, count):
+        (_, mean, m2), rest = _of_batch(x, mask, shift, count, reduction)
+        return mean, m2, rest
 
     @guarded.def_vmap  # one condition for all, or both of its sides would be computed
-    def _(size, batched, x, mask, shift):
+    def _(size, batched, x, mask, shift, count):
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
-        result = _of_batch(x, mask, shift, reduction, size, axes)
-        return result, jax.tree.map(lambda _: True, result)
+        (_, mean, m2), rest = _of_batch(x, mask, shift, count, reduction, size, axes)
+        return (mean, m2, rest), (True, True, True)
 
-    if reduction.axis_name is not None:
-        return _of_batch(x, mask, shift, reduction)
+    choose = _backend.on_gpu(reduction.implementation, subsampled, guarded)
     if _replicas.split_by_jit(x):  # a condition on what is local would be communicated
-        return (subsampled if _is_local(x, reduction) else guarded)(x, mask, shift)
-    return _backend.on_gpu(reduction.implementation, subsampled, guarded)(
-        x, mask, shift
-    )
+        choose = subsampled if _is_local(x, reduction) else guarded
+    mean, m2, rest = choose(x, mask, shift, count)
+    return Moments(count, mean, m2), rest
 
 
 def _is_local(x: jax.Array, reduction: Reduction) -> bool:
@@ -105,7 +115,7 @@ def _is_local(x: jax.Array, reduction: Reduction) -> bool:
 
 
 def _of_batch(
-    x, mask, shift, reduction: Reduction, size: int | None = None, axes=(None,) * 3
+    x, mask, shift, count, reduction: Reduction, size: int | None = None, axes=()
 ) -> tuple[Moments, jax.Array]:
     """The guarded Moments; or those of `size` batches, along the `axes` of vmap."""
 
@@ -130,11 +140,12 @@ def _of_batch(
         return shift, *sums_about(x, mask, shift, reduction)
 
     first = _backend.on_cpu(reduction.implementation, about_zero, about_shift)
-    count = each(lambda x, mask: count_valid(x, mask, reduction.axes), *axes[:2])
+    if size is not None and axes[3] is None:
+        count = jnp.broadcast_to(count, (size, *count.shape))
     return _guarded(
         sums,
-        count(x, mask),
-        each(first, *axes)(x, mask, shift),
+        count,
+        each(first, *axes[:3])(x, mask, shift),
         reduction.axis_name,
         reduction.groups,
         reduction.implementation,
@@ -213,6 +224,7 @@ def _guarded(
     # All groups decide together: the collectives of the branch are of all replicas.
     exact = _exact(count, s1, s2, centre)
     count, s1, s2 = own(count, s1, s2)
+    divisor = _replicas.cast_like(s1, count)
 
     def as_they_are():
         return _replicas.cast_together(centre, s1, s2)
@@ -221,7 +233,7 @@ def _guarded(
         known = _backend.on_cpu(
             implementation, lambda: s1, lambda: own(*total(sums(None)[0]))[0]
         )
-        mean = coarse(mean_of(known(), count))
+        mean = coarse(mean_of(known(), divisor))
         return [mean, *own(*total(*sums(mean)))]
 
     return _from_sums(count, *lax.cond(exact, as_they_are, about_the_mean))
