@@ -67,7 +67,9 @@ def rounded(y: jax.Array, implementation: str | None) -> jax.Array:
     may then write, and store for the backward pass, a float32 copy beside `y`. A TPU
     fuses two results of the same inputs, such as y and dx, only if both end alike.
     """
-    return _rounded(y, implementation)
+    if jnp.iscomplexobj(y) or jnp.finfo(y.dtype).bits >= 32:
+        return y
+    return on_cpu(implementation, _unchanged, _round)(y)
 
 
 @rounded.defjvp
@@ -87,23 +89,22 @@ def round_cotangent(y: jax.Array, dtype, implementation: str | None) -> jax.Arra
 @round_cotangent.defjvp
 def _(dtype, implementation, primals, tangents):
     def rounding(t):
-        return _rounded(t.astype(dtype), implementation).astype(t.dtype)
+        return _round(t.astype(dtype)).astype(t.dtype)
 
     (y,), (tangent,) = primals, tangents
-    if not jnp.iscomplexobj(tangent):
-        tangent = on_cpu(implementation, lambda t: t, rounding)(tangent)
+    if tangent.dtype != dtype and not jnp.iscomplexobj(tangent):
+        tangent = on_cpu(implementation, _unchanged, rounding)(tangent)
     return round_cotangent(y, dtype, implementation), tangent
 
 
-def _rounded(y: jax.Array, implementation: str | None) -> jax.Array:
-    if jnp.iscomplexobj(y) or jnp.finfo(y.dtype).bits >= 32:
-        return y
+def _unchanged(y: jax.Array) -> jax.Array:
+    return y
+
+
+def _round(y: jax.Array) -> jax.Array:
+    """The identity, which XLA does not see through: a rounding to the dtype of `y`."""
     info = jnp.finfo(y.dtype)
-
-    def rounding(y):
-        return lax.reduce_precision(y, info.nexp, info.nmant)
-
-    return on_cpu(implementation, lambda y: y, rounding)(y)
+    return lax.reduce_precision(y, info.nexp, info.nmant)
 
 
 def _fence(storage, implementation: str | None, x: jax.Array, *vectors: jax.Array):

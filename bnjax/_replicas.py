@@ -96,8 +96,7 @@ def own_rows(rows, axis_name: AxisName | None, groups: Groups | None):
     """Of each array with a row for every group, the row of this replica's group."""
     if groups is None or axis_name is None:
         return list(rows)
-    group_of = jnp.asarray(_groups_of(axis_size(axis_name), groups))
-    mine = group_of[lax.axis_index(axis_name)]
+    mine = _own(_groups_of(axis_size(axis_name), groups), axis_name)
     return [lax.dynamic_index_in_dim(row, mine, keepdims=False) for row in rows]
 
 
@@ -170,7 +169,7 @@ def _cast(x, axes: frozenset):
 def _own_group(rows: jax.Array, axis_name: AxisName, groups: Groups):
     """`rows` with every row of another group set to zero (not multiplied: NaN)."""
     group_of = _groups_of(rows.shape[0], groups)
-    mine = jnp.asarray(group_of)[lax.axis_index(axis_name)]
+    mine = _own(group_of, axis_name)
     own = (group_of == mine).reshape((-1,) + (1,) * (rows.ndim - 1))
     return jnp.where(own, rows, jnp.zeros_like(rows))
 
@@ -181,3 +180,8 @@ def _groups_of(replicas: int, groups: Groups) -> np.ndarray:
     for number, members in enumerate(groups):
         group_of[list(members)] = number
     return group_of
+
+
+def _own(values: np.ndarray, axis_name: AxisName) -> jax.Array:
+    """This replica's of the values, one for each."""
+    return jnp.asarray(values)[lax.axis_index(axis_name)]

@@ -70,9 +70,9 @@ def moments(
 
         count = #valid,  mean = sum x / count,  m2 = sum |x - mean|^2
 
-    One read of `x`, and two more where a mean lies further than 3 standard deviations
-    from the shift (on a GPU never: one read, and one of a small subsample). The
-    relative error of the variance stays below 1e-5 in float32 at |mean|/std = 1e4,
+    One read of `x`, and one or two more where a mean lies further than 3 standard
+    deviations from the shift (on a GPU never: one read, and one of a small subsample).
+    The relative error of the variance stays below 1e-5 in float32 at |mean|/std = 1e4,
     whatever the shift.
 
     Args:

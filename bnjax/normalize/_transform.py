@@ -154,10 +154,8 @@ def usable(batch: Moments, given: Inputs, plan: Plan) -> tuple[jax.Array, jax.Ar
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _compiled(transform: Transform, given: Inputs, plan: Plan, *extra):
-    narrow, wide = given.x.dtype, _dtypes.statistics(given.x.dtype)
-    x = given.x.astype(wide)
-    if narrow != wide:
-        x = _backend.round_cotangent(x, narrow, plan.affine.implementation)
+    x = given.x.astype(_dtypes.statistics(given.x.dtype))
+    x = _backend.round_cotangent(x, given.x.dtype, plan.affine.implementation)
     return transform(given._replace(x=x), plan, *extra)
 
 
