@@ -20,13 +20,16 @@ def on_cpu(implementation: str | None, cpu, default):
     return choose
 
 
-def on_gpu(implementation: str | None, gpu, default):
-    """`gpu` where a condition would make the host wait, `default` elsewhere."""
+def by_platform(implementation: str | None, function):
+    """`function(implementation)`; for None, that of the platform compiled for."""
 
     def choose(*args):
         if implementation is not None:
-            return gpu(*args) if implementation == "subsample" else default(*args)
-        return lax.platform_dependent(*args, cuda=gpu, rocm=gpu, default=default)
+            return function(implementation)(*args)
+        gpu = function("subsample")
+        return lax.platform_dependent(
+            *args, cpu=function("reread"), cuda=gpu, rocm=gpu, default=function("xla")
+        )
 
     return choose
 

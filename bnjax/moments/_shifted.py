@@ -29,6 +29,7 @@ References: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample var
 section 3 (shifted data).
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -73,36 +74,52 @@ def batch_moments(
     shift = _finite(shift, reduction.axis_name, zero)
 
     count = count_valid(x, mask, reduction.axes)
-    if reduction.axis_name is not None:
-        return _of_batch(x, mask, shift, count, reduction)
-    # JAX batches a condition in a typed shard_map only if all that its branches use
-    # varies over the same axes.
-    if mask is None:
-        x, shift = _replicas.cast_together(x, shift)
-    else:
-        x, shift, mask = _replicas.cast_together(x, shift, mask)
+    if reduction.axis_name is None:
+        # JAX batches a condition in a typed shard_map only if all that its branches use
+        # varies over the same axes.
+        if mask is None:
+            x, shift = _replicas.cast_together(x, shift)
+        else:
+            x, shift, mask = _replicas.cast_together(x, shift, mask)
+    split = _replicas.split_by_jit(x)
+    local = _is_local(x, reduction)
 
-    def subsampled(x, mask, shift, count):
-        shift = _subsample_mean(x, mask, reduction)
-        sums = sums_about(x, mask, shift, reduction)
-        (_, mean, m2), rest = _from_sums(count, shift, *sums)
-        return mean, m2, rest
+    def taken_by(implementation):
+        known = reduction._replace(implementation=implementation)
+        if known.axis_name is not None:
+            return functools.partial(_of_batch, reduction=known)
+        if local if split else implementation == "subsample":
+            return functools.partial(_subsampled, reduction=known)
+        return functools.partial(_batched_together, reduction=known)
+
+    choose = _backend.by_platform(reduction.implementation, taken_by)
+    return choose(x, mask, shift, count)
+
+
+def _subsampled(x, mask, shift, count, reduction: Reduction):
+    """The Moments from sums about the mean of a subsample; see `_subsample_mean`."""
+    shift = _subsample_mean(x, mask, reduction)
+    return _from_sums(count, shift, *sums_about(x, mask, shift, reduction))
+
+
+def _batched_together(x, mask, shift, count, reduction: Reduction):
+    """The guarded Moments; a batch of them has one condition for all.
+
+    A condition for each would be a selection, with both of its sides computed.
+    """
 
     @jax.custom_batching.custom_vmap
     def guarded(x, mask, shift, count):
         (_, mean, m2), rest = _of_batch(x, mask, shift, count, reduction)
         return mean, m2, rest
 
-    @guarded.def_vmap  # one condition for all, or both of its sides would be computed
+    @guarded.def_vmap
     def _(size, batched, x, mask, shift, count):
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
         (_, mean, m2), rest = _of_batch(x, mask, shift, count, reduction, size, axes)
         return (mean, m2, rest), (True, True, True)
 
-    choose = _backend.on_gpu(reduction.implementation, subsampled, guarded)
-    if _replicas.split_by_jit(x):  # a condition on what is local would be communicated
-        choose = subsampled if _is_local(x, reduction) else guarded
-    mean, m2, rest = choose(x, mask, shift, count)
+    mean, m2, rest = guarded(x, mask, shift, count)
     return Moments(count, mean, m2), rest
 
 
@@ -133,13 +150,11 @@ def _of_batch(
         along = None if centre is None else 0
         return each(one, *axes[:2], along)(stored, mask, centre)
 
-    def about_zero(x, mask, shift):
-        return jnp.zeros_like(shift), *sums_about(x, mask, None, reduction)
-
-    def about_shift(x, mask, shift):
+    def first(x, mask, shift):
+        if reduction.implementation == "reread":
+            return jnp.zeros_like(shift), *sums_about(x, mask, None, reduction)
         return shift, *sums_about(x, mask, shift, reduction)
 
-    first = _backend.on_cpu(reduction.implementation, about_zero, about_shift)
     if size is not None and axes[3] is None:
         count = jnp.broadcast_to(count, (size, *count.shape))
     return _guarded(
@@ -230,13 +245,21 @@ def _guarded(
         return _replicas.cast_together(centre, s1, s2)
 
     def about_the_mean():
-        known = _backend.on_cpu(
-            implementation, lambda: s1, lambda: own(*total(sums(None)[0]))[0]
-        )
-        mean = coarse(mean_of(known(), divisor))
+        known = s1 if implementation == "reread" else own(*total(sums(None)[0]))[0]
+        mean = coarse(mean_of(known, divisor))
         return [mean, *own(*total(*sums(mean)))]
 
-    return _from_sums(count, *lax.cond(exact, as_they_are, about_the_mean))
+    def found(values):
+        (_, mean, m2), rest = _from_sums(divisor, *values)
+        return mean, m2, rest
+
+    if implementation == "reread":  # else XLA:CPU takes the mean again for each value
+        mean, m2, rest = lax.cond(
+            exact, lambda: found(as_they_are()), lambda: found(about_the_mean())
+        )
+    else:  # a GPU computes both branches, unless one returns no more than it is given
+        mean, m2, rest = found(lax.cond(exact, as_they_are, about_the_mean))
+    return Moments(count, mean, m2), rest
 
 
 def _from_sums(count, centre, s1, s2) -> tuple[Moments, jax.Array]:
