@@ -1,11 +1,25 @@
 """Eight CPU devices, before any operation; strict rank promotion everywhere."""
 
+import ctypes
+import gc
+import sys
+
 import jax
 import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
+gc.set_threshold(100_000, 20, 20)  # JAX makes many objects that live on
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves `slow` tests out, unless -m names them."""
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +34,18 @@ def x64():
 
 
 @pytest.fixture
-def quickly():
-    """Compiles in two thirds of the time, what then runs for longer."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized():
+    """Compiles as users do; all else compiles in two thirds of the time."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_programs_left():
+    """Else a worker keeps every program that it has compiled: gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,5 +1,6 @@
 """One comparison that fails on what it should, and the measures of the tests."""
 
+import itertools
 import re
 from typing import Any
 
@@ -8,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 # Relative to the largest expected magnitude. Looser ones need a reason on the line.
 TOLERANCE = {
@@ -38,6 +40,40 @@ def assert_close(actual, expected, *, tol=None, dtype=None, what=""):
     assert error <= limit, f"{what} error {error:.3g} > {limit:.3g}"
 
 
+def covering(strength: int = 2, **factors) -> pytest.MarkDecorator:
+    """`parametrize` by all combinations of the factors, most of them marked `full`.
+
+    The others, which the default suite runs, hold each combination of the values of any
+    `strength` factors at least once: each pair of values for 2, each value for 1. They
+    are chosen greedily, and always the same.
+
+    Args:
+        strength: how many factors at a time.
+        **factors: the values of each argument of the test; ids for a dict's.
+    """
+    names, values = [*factors], [[*v] for v in factors.values()]
+    rows = [*itertools.product(*(range(len(v)) for v in values))]
+    chosen = itertools.combinations(range(len(names)), min(strength, len(names)))
+    columns = [*chosen]
+
+    def held(row):
+        return {(c, tuple(row[i] for i in c)) for c in columns}
+
+    missing, kept = set().union(*map(held, rows)), set()
+    while missing:
+        row = max(rows, key=lambda row: len(held(row) & missing))
+        kept.add(row)
+        missing -= held(row)
+    parameters = [
+        pytest.param(
+            *(v[i] for v, i in zip(values, row)),
+            marks=[] if row in kept else pytest.mark.full,
+        )
+        for row in rows
+    ]
+    return pytest.mark.parametrize(names, parameters)
+
+
 def assert_trees_close(actual, expected, **kwargs):
     paths, tree = jax.tree.flatten_with_path(actual)
     leaves, expected_tree = jax.tree.flatten(expected)
@@ -53,7 +89,8 @@ def poison(x, mask, value=np.nan):
 
 def residual_bytes(f, *args) -> int:
     """Bytes that reverse mode keeps between the forward and the backward pass."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(jax.vjp(f, *args)[1]))
+    kept = jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], *args)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
 def compiled_text(f, *args) -> str:

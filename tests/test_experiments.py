@@ -95,7 +95,6 @@ def test_all_modules_are_found():
     assert {str(path.relative_to(REPOSITORY)) for path in files} <= found
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("given", [False, True])
 def test_a_smoke_run_leaves_nothing_unless_told_where(tmp_path, given):
     seen = []

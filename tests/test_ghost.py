@@ -34,7 +34,6 @@ def case(seed=0, shape=SHAPE, dtype=np.float32):
 # ---- the formula ----
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("size", "remainder"),
@@ -61,7 +60,7 @@ def test_the_papers_formula(size, remainder, masked):
     assert_close(moments.m2, m2, tol=2e-6)
 
 
-@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("size", [4, 5])
 def test_gradients(size):
     """Group by group; those of the Moments too."""
@@ -87,7 +86,6 @@ def test_gradients(size):
     assert_close(dx, exact, tol=1e-10)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("size", [12, 13])
 def test_one_group_is_batch_norm_to_the_bit(size):
     x, scale, bias, dy = case()
@@ -106,7 +104,6 @@ def test_one_group_is_batch_norm_to_the_bit(size):
     np.testing.assert_array_equal(actual[0], expected[0])
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(("axis", "size"), [(0, 3), (1, 4), ((0, 2), 2), ((1, 2), 4)])
 def test_other_feature_axes(axis, size):
     """The batch is the first axis that is none; residual and activation, too."""
@@ -164,7 +161,6 @@ def test_one_value_per_group_warns():
         ghost_batch_norm(x, virtual_batch_size=1)
 
 
-@pytest.mark.usefixtures("quickly")
 def test_complex_values():
     x, scale, bias, imaginary = case()
     z = x + 1j * imaginary
@@ -176,7 +172,7 @@ def test_complex_values():
 # ---- what it is the same as ----
 
 
-@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.usefixtures("x64")
 def test_is_gradient_accumulation_over_the_groups():
     """Loss, gradients and running statistics of one step."""
 

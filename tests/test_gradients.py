@@ -12,6 +12,7 @@ from helpers import (
     assert_close,
     assert_trees_close,
     compiled_text,
+    covering,
     plain_batch_norm,
     poison,
     residual_bytes,
@@ -37,9 +38,11 @@ def mask_of(shape=(*SHAPE[:-1], 1), seed=1):
     return np.random.default_rng(seed).random(shape) < 0.6
 
 
-@pytest.mark.parametrize("implementation", [None, "xla", "reread", "subsample"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@covering(
+    implementation=[None, "xla", "reread", "subsample"],
+    masked=[False, True],
+    dtype=["float32", "bfloat16"],
+)
 def test_the_papers_gradient(dtype, masked, implementation):
     x, scale, bias, dy = case(dtype)
     mask = mask_of() if masked else None
@@ -67,10 +70,9 @@ def test_bfloat16_gradient_is_rounded_once():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    ("order", "options"),
-    [
+@covering(
+    strength=1,
+    case_of=[
         (2, {}),
         (2, {"residual": True, "activation": jnp.sin}),
         (1, {"activation": jnp.tanh}),
@@ -79,15 +81,15 @@ def test_bfloat16_gradient_is_rounded_once():
         (1, {"bias": False}),
         (1, {"scale": False, "bias": False, "activation": jnp.tanh}),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else f"order {value}",
+    masked=[True, False],
 )
-def test_check_grads(order, options, masked):
+def test_check_grads(case_of, masked):
     """Both modes, through y and through the Moments.
 
     The second order with and without all that there is; what lies between is a part of
     it.
     """
-    options = dict(options)
+    order, options = case_of[0], dict(case_of[1])
     x, scale, bias, r = case(shape=(5, 4, 3))
     arguments = {"x": x}
     if options.pop("scale", True):
@@ -98,6 +100,7 @@ def test_check_grads(order, options, masked):
         arguments["residual"] = r
     mask = mask_of((5, 4, 1)) if masked else None
 
+    @jax.jit
     def f(arguments):
         y, m = bnjax.batch_norm(**arguments, mask=mask, **options)
         return y, m.mean, m.m2, m.variance(ddof=1)
@@ -114,12 +117,15 @@ def test_check_grads_of_normalize_and_moments():
     check = functools.partial(
         check_grads, order=2, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4
     )
-    check(bnjax.normalize, (x, mean, var, scale, bias))
+    check(jax.jit(bnjax.normalize), (x, mean, var, scale, bias))
     mask = mask_of((5, 4, 3))
-    check(lambda x: bnjax.moments(x, mask=mask)[1:], (x,))
-    check(
-        lambda a, b: bnjax.merge(bnjax.moments(a), bnjax.moments(b))[1:], (x[:2], x[2:])
-    )
+    check(jax.jit(lambda x: bnjax.moments(x, mask=mask)[1:]), (x,))
+
+    @jax.jit
+    def merged(a, b):
+        return bnjax.merge(bnjax.moments(a), bnjax.moments(b))[1:]
+
+    check(merged, (x[:2], x[2:]))
 
 
 @pytest.mark.usefixtures("x64")
@@ -129,6 +135,7 @@ def test_check_grads_of_other_axes(axis):
     features = [x.shape[a] for a in np.atleast_1d(axis)]
     scale = jnp.asarray(np.random.default_rng(0).normal(size=features))
 
+    @jax.jit
     def f(x, scale):
         return bnjax.batch_norm(x, scale, scale + 1, axis=axis)[0]
 
@@ -154,9 +161,10 @@ def test_complex_gradient():
     plain = parts(functools.partial(plain_batch_norm, axes=(0, 1)))
     args = (z.real, z.imag, scale, bias)
     for transform in (jax.grad, jax.jacfwd):
-        for a, e in zip(
-            transform(ours, (0, 1, 2, 3))(*args), transform(plain, (0, 1, 2, 3))(*args)
-        ):
+        actual, expected = (
+            jax.jit(transform(f, (0, 1, 2, 3)))(*args) for f in (ours, plain)
+        )
+        for a, e in zip(actual, expected):
             assert_close(a, np.asarray(e), tol=1e-10)
 
 
@@ -334,9 +342,11 @@ TRANSFORMS = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transform(name):
+    """The derivatives of the first order eagerly, too."""
     args = case()[:3]
-    expected = TRANSFORMS[name](loss_of(plain))(*args)
-    actual = TRANSFORMS[name](loss_of(ours))(*args)
+    ours_, plain_ = (TRANSFORMS[name](loss_of(f)) for f in (ours, plain))
+    expected = jax.jit(plain_)(*args)
+    actual = (ours_ if name in ("grad", "jvp") else jax.jit(ours_))(*args)
     assert_trees_close(actual, jax.tree.map(np.asarray, expected), tol=1e-9)
 
 

@@ -259,7 +259,7 @@ def test_held_out_images_are_not_trained_on():
     np.testing.assert_array_equal(np.concatenate(parts), data.train.images)
 
 
-def test_dropout_differs_from_step_to_step(quickly):
+def test_dropout_differs_from_step_to_step():
     """At rate 0 nothing else changes between two steps on the same batch."""
     batch = sources.load("digits").test
     batch = Batch(batch.images[:16], batch.labels[:16])
@@ -360,7 +360,6 @@ def trained(folder: Path, cell: entries.Cell, settings: inception.Config):
     return found, last
 
 
-@pytest.mark.usefixtures("quickly")
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     cell = entries.cell(config(dropout=0.3), "bn_baseline", MODELS["bn_baseline"])
     whole, last = trained(tmp_path / "whole", cell, config())
@@ -394,7 +393,6 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch)
     assert starts == [0, 20]
 
 
-@pytest.mark.usefixtures("quickly")
 def test_divergence_is_a_result(tmp_path, capsys):
     """It ends a training, not the run; the next start does not repeat it."""
     wild = config(models=("inception",), learning_rate=1e30, out=tmp_path)
@@ -407,7 +405,6 @@ def test_divergence_is_a_result(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quickly")
 def test_ensemble(tmp_path, capsys):
     two = config(ensemble=2, steps=20, evaluate_every=20, out=tmp_path)
     assert study.main(inception.STUDY, two) == 0

@@ -125,7 +125,6 @@ def network(name):
     return layers.make_network(name, (4, 8), (2, 1), center=50, spread=9, whitened=4)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_normalizers(images, name):
     """What each does to whom: the scale of weights, other images, and biases."""
@@ -164,7 +163,6 @@ def test_weight_normalization_begins_with_the_length_of_hes_weights(images):
     assert float(first.std() / plain["__call__"][0].std()) == pytest.approx(1, abs=0.3)
 
 
-@pytest.mark.usefixtures("quickly")
 def test_a_rate_that_is_an_argument_trains_alike(images):
     """As with the same rates inside of the optimizer, and the same noise."""
     name = "noisy batch"

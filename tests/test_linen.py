@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import orbax.checkpoint as ocp
 import pytest
-from helpers import assert_close, assert_trees_close, poison, residual_bytes
+from helpers import assert_close, assert_trees_close, covering, poison, residual_bytes
 
 import bnjax
 
@@ -79,8 +79,11 @@ CONFIGURATIONS = [
 ]
 
 
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "complex64"])
-@pytest.mark.parametrize("number", range(len(CONFIGURATIONS)))
+@covering(
+    strength=1,
+    number=range(len(CONFIGURATIONS)),
+    x_dtype=["float32", "bfloat16", "complex64"],
+)
 def test_equals_flax(number, x_dtype):
     """Variables, init output, training output and update, evaluation output."""
     options = CONFIGURATIONS[number]
@@ -635,17 +638,16 @@ def test_tabulate_and_shapes():
         jax.jit(apply_train(layer))(variables(), data())
 
 
-@pytest.mark.parametrize("dtype", [None, jnp.complex64])
-@pytest.mark.parametrize(
-    "fields",
-    [
+@covering(
+    fields=[
         {},
         {"param_dtype": jnp.complex64},
         {"param_dtype": jnp.complex64, "force_float32_reductions": False},
         {"force_float32_reductions": False},
     ],
+    dtype=[None, jnp.complex64],
+    is_complex=[True, False],
 )
-@pytest.mark.parametrize("is_complex", [True, False])
 def test_running_statistics_keep_their_dtype(is_complex, fields, dtype):
     """A loop over training steps, and a checkpoint restored into fresh variables."""
     x = data() + 1j * data(5) if is_complex else data()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, assert_trees_close, poison
+from helpers import assert_close, assert_trees_close, covering, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,8 +55,11 @@ def test_worked_example():
     assert_trees_close(merged, Moments(*map(np.array, (3.0, 16 / 3, 14 / 3))))
 
 
-@pytest.mark.parametrize("axis", [-1, 0, 1, 3, (1, 3), (-1, -3), (2, 0)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@covering(
+    strength=1,
+    axis=[-1, 0, 1, 3, (1, 3), (-1, -3), (2, 0)],
+    dtype=["float32", "bfloat16", "float16", "complex64"],
+)
 def test_values(axis, dtype):
     x = jnp.asarray(data(dtype=np.complex64 if dtype == "complex64" else np.float32))
     x = x.astype(dtype)
@@ -92,9 +95,9 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("mask_shape", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("axis", [-1, 1, (0, 3)])
+@covering(
+    mask_shape=MASKS.values(), garbage=[np.nan, np.inf, 1e30], axis=[-1, 1, (0, 3)]
+)
 def test_masked_values_change_nothing(mask_shape, garbage, axis):
     x = data()
     mask = np.random.default_rng(1).random(mask_shape) < 0.5
@@ -132,8 +135,11 @@ def check_variance(x, mask=None, **options):
 IMPLEMENTATIONS = (None, "xla", "reread", "subsample")
 
 
-@pytest.mark.parametrize("shape", [(4096, 5), (64, 28, 28, 5), (300, 3), (9, 11, 2)])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@covering(
+    strength=1,
+    implementation=IMPLEMENTATIONS,
+    shape=[(4096, 5), (64, 28, 28, 5), (300, 3), (9, 11, 2)],
+)
 def test_variance_at_large_mean(implementation, shape):
     """The first batch, without help of a running mean; outliers; garbage in a mask."""
     rng = np.random.default_rng(0)

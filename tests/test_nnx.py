@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_trees_close, poison, residual_bytes
+from helpers import assert_close, assert_trees_close, covering, poison, residual_bytes
 from jax.nn import initializers
 
 import bnjax
@@ -157,8 +157,9 @@ CONFIGURATIONS = [
 ]
 
 
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("number", range(len(CONFIGURATIONS)))
+@covering(
+    strength=1, number=range(len(CONFIGURATIONS)), x_dtype=["float32", "bfloat16"]
+)
 def test_equals_flax(number, x_dtype):
     """Training output and statistics, twice, and the evaluation output."""
     options, masked = CONFIGURATIONS[number], (number + (x_dtype == "float32")) % 2
@@ -180,9 +181,11 @@ def test_equals_flax(number, x_dtype):
     assert_close(ours(x), expected, dtype=expected.dtype, tol=max(rounded, tol))
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float64", "complex64"])
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float64", "complex64"])
+@covering(
+    dtype=[None, "bfloat16", "float64", "complex64"],
+    x_dtype=["float32", "bfloat16", "float64", "complex64"],
+    param_dtype=["float32", "bfloat16", "float64"],
+)
 @pytest.mark.filterwarnings("ignore:scatter inputs:FutureWarning")  # Flax's own
 @pytest.mark.filterwarnings("ignore:Casting complex")
 def test_dtypes_are_flaxs(dtype, x_dtype, param_dtype):

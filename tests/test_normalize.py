@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, assert_trees_close, poison
+from helpers import assert_close, assert_trees_close, covering, poison
 
 import bnjax
 
@@ -45,8 +45,11 @@ def test_worked_example():
     assert_close(m.variance(), np.array([14 / 9]))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("axis", [-1, 0, 1, (1, 3), (-1, -3), (2, 0)])
+@covering(
+    strength=1,
+    axis=[-1, 0, 1, (1, 3), (-1, -3), (2, 0)],
+    implementation=IMPLEMENTATIONS,
+)
 def test_values(axis, implementation):
     x, scale, bias = case(axis=axis)
     y, m = jax.jit(
@@ -140,8 +143,11 @@ def test_half_precision_is_rounded_once():
     assert_close(y, wide, tol=2**-8)  # one rounding, relative to the largest
 
 
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("shape", [(6, 1, 1, 1), (6, 4, 5, 1), SHAPE])
+@covering(
+    strength=1,
+    garbage=[np.nan, np.inf, 1e30],
+    shape=[(6, 1, 1, 1), (6, 4, 5, 1), SHAPE],
+)
 def test_mask(shape, garbage):
     x, scale, bias = case()
     mask = np.random.default_rng(1).random(shape) < 0.6

@@ -13,7 +13,6 @@ pytestmark = pytest.mark.experiment
 NAME, PICTURE = "normalizers.jsonl", "normalizers_digits.png"
 
 
-@pytest.mark.usefixtures("quickly")
 def test_smoke_and_again(tmp_path, capsys):
     config = normalizers.Config(smoke=True, out=tmp_path)
     assert study.main(normalizers.STUDY, config) == 0

@@ -702,7 +702,6 @@ def test_damaged_array_record(tmp_path):
             records.Records([path])[0]
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     "stages", [(1,), pytest.param((2, 2, 2, 2), marks=pytest.mark.slow)]
 )

@@ -137,7 +137,6 @@ def test_strengths(images):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.usefixtures("quickly")
 def test_the_network(images, normalize):
     """LRN after the first two convolutions; a bias where there is no BN."""
     net = RegularizedNet((4, 6, 8), (1, 2, 1), normalize, lrn=0.3, center=9, spread=60)
@@ -158,7 +157,6 @@ def test_the_network(images, normalize):
     assert ("batch_stats" in variables) == normalize
 
 
-@pytest.mark.usefixtures("quickly")
 def test_dropout_is_for_training(images):
     net = RegularizedNet((4,), (1,), False, dropout=0.5, spread=255)
     variables = net.init(jax.random.key(0), images[:2], train=False)
@@ -206,7 +204,6 @@ def test_decay_is_of_kernels():
     assert moved[0.0, 0.1] == 0
 
 
-@pytest.mark.usefixtures("quickly")
 def test_strengths_are_set_without_compiling_again():
     """Other seeds, rates and decays: one compiled step; no rate, no change."""
     digits = regularization.networks.load_images("digits", None)

@@ -46,7 +46,6 @@ def test_the_limits_clip_what_they_are_said_to():
         assert (np.abs(each) < limit).any()
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", LIMITS)
 def test_the_papers_formula(name, masked):
@@ -64,7 +63,7 @@ def test_the_papers_formula(name, masked):
     assert_close(moments.m2, m2)
 
 
-@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", LIMITS)
 def test_the_papers_gradient(name, masked):
@@ -83,7 +82,6 @@ def test_the_papers_gradient(name, masked):
     np.testing.assert_array_equal((dmean, dvar), 0)
 
 
-@pytest.mark.usefixtures("quickly")
 def test_clipped_to_nothing_is_batch_norm_to_the_bit():
     x, mean, var, scale, bias, dy = case(np.float32)
     mask = np.random.default_rng(1).random((6, 5, 1)) < 0.7
@@ -103,7 +101,6 @@ def test_clipped_to_nothing_is_batch_norm_to_the_bit():
     assert_trees_close(actual[2], expected[2], tol=1e-6)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("axis", [-1, 0, 1, (0, 2), (2, 1)])
 def test_unclipped_the_output_is_that_of_inference(axis):
     """For other feature axes too, with a residual and an activation."""

@@ -69,7 +69,7 @@ def random_params(net, pixels=6):
 
 @pytest.mark.parametrize(("activation", "normalize"), KINDS)
 @pytest.mark.parametrize("depth", [2, 4])
-@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.usefixtures("x64")
 def test_a_network_against_numpy(activation, normalize, depth):
     net = Net(depth, 5, activation, normalize)
     params, train, test = random_params(net)
@@ -116,7 +116,7 @@ def images():
 
 
 @pytest.mark.parametrize(("activation", "normalize"), KINDS[1:3])
-@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.usefixtures("x64")
 def test_training_is_gradient_descent_on_each(images, activation, normalize):
     """Against one network at a time, its layers written out, BN left to autodiff."""
     net = Net(3, 7, activation, normalize)
@@ -163,7 +163,6 @@ def test_training_is_gradient_descent_on_each(images, activation, normalize):
             assert_trees_close(mine, jax.tree.map(np.asarray, params[part]), tol=1e-9)
 
 
-@pytest.mark.usefixtures("quickly")
 def test_each_place_of_the_grid_is_its_own_network(images):
     """Split over devices or not: rate by rate, and scale by scale."""
     net = Net(2, 12, "tanh", True)
@@ -181,7 +180,6 @@ def test_each_place_of_the_grid_is_its_own_network(images):
     assert (trained > untrained + 0.2).all()
 
 
-@pytest.mark.usefixtures("quickly")
 def test_validation_and_test_are_not_exchanged(images):
     net = Net(2, 12, "tanh", True)
     batches = np.random.default_rng(1).integers(0, 60, (15, 12))

@@ -206,7 +206,6 @@ def test_the_equilibrium():
 # ---- the experiment ----
 
 
-@pytest.mark.usefixtures("quickly")
 def test_smoke_and_again(tmp_path, capsys):
     config = scale_invariance.Config(smoke=True, out=tmp_path)
     assert study.main(scale_invariance.STUDY, config) == 0
@@ -249,7 +248,6 @@ def test_smoke_and_again(tmp_path, capsys):
     assert found == list(cells.values())
 
 
-@pytest.mark.usefixtures("quickly")
 def test_a_training_that_fails_is_recorded(tmp_path):
     smoke = dataclasses.replace(
         scale_invariance.Config(out=tmp_path), **scale_invariance.SMOKE

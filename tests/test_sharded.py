@@ -14,6 +14,7 @@ from helpers import (
     collectives,
     collectives_of,
     compiled_text,
+    covering,
     entry,
     poison,
 )
@@ -156,8 +157,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("mode", MODES)
+@covering(strength=1, mode=MODES, mask=MASKS)
 def test_equals_the_concatenated_batch(mode, mask):
     x, scale, bias, dy = case()
     keep = MASKS[mask]
@@ -174,10 +174,11 @@ def test_equals_the_concatenated_batch(mode, mask):
         assert_close(np.asarray(actual[1][0])[seen], y[seen], tol=5e-6)
 
 
-@pytest.mark.parametrize(
-    "groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 5, 7], [1], [2, 3, 4, 6]]]
+@covering(
+    strength=1,
+    mode=["typed", "untyped", "pmap", "vmap"],
+    groups=[[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 5, 7], [1], [2, 3, 4, 6]]],
 )
-@pytest.mark.parametrize("mode", ["typed", "untyped", "pmap", "vmap"])
 def test_groups(groups, mode):
     """Uneven ones too; also the derivative."""
     x, scale, bias, dy = case()
@@ -287,8 +288,11 @@ def data_parallel(mode, f):
     return run
 
 
-@pytest.mark.parametrize("mask", [None, "uneven", "per feature"])
-@pytest.mark.parametrize("mode", ["typed", "untyped", "pmap", "Auto", "Explicit"])
+@covering(
+    strength=1,
+    mode=["typed", "untyped", "pmap", "Auto", "Explicit"],
+    mask=[None, "uneven", "per feature"],
+)
 def test_one_collective_forward_and_one_backward(mode, mask):
     """Of plain sums: 2C numbers, and the counts where masks make them differ."""
     x, scale, bias, dy = case()

@@ -38,7 +38,6 @@ def mask_of(shape=SHAPE):
 # ---- the formula ----
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("shape", [None, (12, 1, 1), SHAPE])
 def test_the_papers_formula(shape):
     x, scale, bias, _ = case()
@@ -80,7 +79,6 @@ def test_gradients(shared):
     assert_trees_close((dx, dscale, dbias), (expected, *rows), tol=1e-10)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("splits", [2, 3])
 def test_parts_are_domains_in_turn(splits):
     x, scale, bias, dy = case(splits=splits)
@@ -104,7 +102,6 @@ def test_parts_are_domains_in_turn(splits):
         assert_trees_close(one, alone[1], tol=2e-6)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("domain", [None, 0, np.zeros(12, int)])
 def test_one_domain_is_batch_norm(domain):
     """To the bit, but by example, where each has a row of its own, to rounding."""
@@ -142,7 +139,6 @@ def test_one_domain_for_the_whole_batch():
     assert_trees_close(traced, (y, moments), tol=2e-6)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("axis", [0, 1, (0, 2), (2, 1)])
 @pytest.mark.parametrize("how", ["parts", "by example", "one"])
 def test_other_feature_axes(how, axis):
@@ -212,7 +208,6 @@ def test_means_of_domains_far_from_zero():
 # ---- domains that are not there ----
 
 
-@pytest.mark.usefixtures("quickly")
 def test_a_traced_domain_that_is_not_there_gives_nan():
     """To its own examples; neither to others nor to any statistics."""
     x, scale, bias, _ = case()
@@ -255,7 +250,6 @@ def test_a_domain_that_a_batch_lacks_keeps_its_running_statistics():
 # ---- the layer ----
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("shared", [False, True])
 def test_adversarial_and_clean_halves(shared):
     """As two layers, one for each half; inference is that of the clean one."""
@@ -305,7 +299,6 @@ def test_measures_by_domain_while_it_infers():
 # ---- many devices ----
 
 
-@pytest.mark.usefixtures("quickly")
 def test_each_domain_is_merged_over_the_replicas():
     """Also where a domain lies on some of them alone, and within groups of them."""
     x, scale, bias, _ = case()
@@ -450,7 +443,6 @@ def test_one_value_per_part_warns():
 # ---- narrow dtypes: as many domains as asked for, not as the dtype can number ----
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("how", ["by example", "traced", "whole batch", "given"])
 @pytest.mark.parametrize(
     ("dtype", "splits"),

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.experiment
 NAME, PICTURE = "why_it_works.jsonl", "why_it_works_digits.png"
 
 
-@pytest.mark.usefixtures("quickly")
 def test_smoke_and_again(tmp_path, capsys):
     config = why_it_works.Config(smoke=True, out=tmp_path)
     assert study.main(why_it_works.STUDY, config) == 0
@@ -55,7 +54,6 @@ def test_smoke_and_again(tmp_path, capsys):
     assert found == [cells["plain"], cells["bn"]]
 
 
-@pytest.mark.usefixtures("quickly")
 def test_a_training_that_fails_is_recorded_as_far_as_it_went():
     config = dataclasses.replace(
         why_it_works.Config(), **why_it_works.SMOKE | {"rates": (1e38,)}
