@@ -6,7 +6,7 @@ from bnjax import _layer
 from bnjax.linen._normalization import Normalization
 
 
-class BatchNorm(Normalization):
+class BatchNorm(Normalization, nn.BatchNorm):
     """Batch normalization, a drop-in replacement of `flax.linen.BatchNorm`.
 
         y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
@@ -17,6 +17,10 @@ class BatchNorm(Normalization):
     `batch_moments` (`mutable=True` does not), the layer leaves the Moments of its input
     there, as `batch_moments/moments`, merged with what the collection already holds: a
     layer that is called twice pools both inputs. Start it empty at each step.
+
+    An instance is one of `flax.linen.BatchNorm`, for code that looks for those; nothing
+    that it does is inherited. So are GhostBatchNorm and BatchRenorm, which have its
+    variables and infer as it does.
 
     Attributes:
         use_running_average: whether to normalize by the running statistics; here or in
@@ -60,9 +64,6 @@ class BatchNorm(Normalization):
 
     References: Ioffe & Szegedy 2015.
     """
-
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
 
     @nn.nowrap
     def _family(self) -> _layer.Family:

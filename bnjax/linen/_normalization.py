@@ -19,7 +19,11 @@ Shape = tuple[int, ...]
 
 
 class Normalization(nn.Module):
-    """The layers' common part; what tells a layer from the others is its family."""
+    """The layers' common part; what tells a layer from the others is its family.
+
+    Those with the variables of Flax's BatchNorm, which infer as it does, are subclasses
+    of both, for public code asks for that class. This comes first: its call is theirs.
+    """
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
@@ -40,7 +44,7 @@ class Normalization(nn.Module):
         default=None, kw_only=True
     )
 
-    force_float32_reductions = True  # a field of `BatchNorm` alone, as in Flax
+    force_float32_reductions = True  # a field of Flax's subclasses alone
     trains_by_statistics = False  # whether training reads the running statistics
 
     @nn.nowrap

@@ -12,7 +12,7 @@ from bnjax.linen._normalization import Normalization, call
 from bnjax.renorm import Limit
 
 
-class GhostBatchNorm(Normalization):
+class GhostBatchNorm(Normalization, nn.BatchNorm):
     """Ghost batch normalization: small batches inside a large one.
 
         y_i = (x_i - mean_g) / sqrt(var_g + epsilon) * scale + bias,   i in group g
@@ -47,7 +47,7 @@ class GhostBatchNorm(Normalization):
         return _layer.ghost(self.virtual_batch_size, self.remainder)
 
 
-class BatchRenorm(Normalization):
+class BatchRenorm(Normalization, nn.BatchNorm):
     """Batch renormalization: trains on what it will infer with.
 
         r = clip(sigma_B / sigma, 1/r_max, r_max)

@@ -15,7 +15,7 @@ from bnjax import _layer
 from bnjax.nnx._normalization import Normalization
 
 
-class BatchNorm(Normalization):
+class BatchNorm(Normalization, nnx.BatchNorm):
     """Batch normalization, a drop-in replacement of `flax.nnx.BatchNorm`.
 
         y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
@@ -28,6 +28,10 @@ class BatchNorm(Normalization):
     empty whenever `record_moments=True` is set: by `nnx.view(model,
     record_moments=True)` in the view alone, by `model.set_attributes(
     record_moments=True)` in the model. False removes it, and so does `nnx.pop`.
+
+    An instance is one of `flax.nnx.BatchNorm`, for code that looks for those; nothing
+    that it does is inherited. So are GhostBatchNorm and BatchRenorm, which have its
+    variables and infer as it does.
 
     One difference to Flax is meant. Flax casts the input and all variables to `dtype`
     before it computes, which in evaluation leaves of (x - mean) / sqrt(var + epsilon)
@@ -117,6 +121,7 @@ class BatchNorm(Normalization):
             scale_init=scale_init,
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
             promote_dtype=promote_dtype,
             bias_metadata=bias_metadata,
             scale_metadata=scale_metadata,
@@ -125,7 +130,6 @@ class BatchNorm(Normalization):
             skip_nonfinite_updates=skip_nonfinite_updates,
             activation=activation,
         )
-        self.use_fast_variance = use_fast_variance
 
     def _family(self) -> _layer.Family:
         return _layer.Family()

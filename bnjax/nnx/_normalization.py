@@ -47,6 +47,7 @@ class Settings(TypedDict, total=False):
     scale_init: Callable[..., Any]
     axis_name: str | Sequence[str] | None
     axis_index_groups: Any
+    use_fast_variance: bool
     promote_dtype: Callable[..., Any]
     bias_metadata: Mapping[str, Any]
     scale_metadata: Mapping[str, Any]
@@ -57,7 +58,12 @@ class Settings(TypedDict, total=False):
 
 
 class Normalization(nnx.Module):
-    """The layers' common part; what tells a layer from the others is its family."""
+    """The layers' common part; what tells a layer from the others is its family.
+
+    Those with the variables of Flax's BatchNorm, which infer as it does, are subclasses
+    of both, for public code asks for that class. This comes first: its methods are
+    theirs.
+    """
 
     mean: nnx.BatchStat[jax.Array]
 
@@ -82,6 +88,7 @@ class Normalization(nnx.Module):
         scale_init: Callable[..., Any] = initializers.ones,
         axis_name: str | Sequence[str] | None = None,
         axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
         promote_dtype: Callable[..., Any] = flax_promote_dtype,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -117,6 +124,7 @@ class Normalization(nnx.Module):
         self.use_scale = use_scale
         self.axis_name = axis_name
         self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
         self.unbiased = unbiased
         self.update_stats = update_stats

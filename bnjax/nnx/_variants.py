@@ -12,7 +12,7 @@ from bnjax.nnx._normalization import Normalization, Settings
 from bnjax.renorm import Limit
 
 
-class GhostBatchNorm(Normalization):
+class GhostBatchNorm(Normalization, nnx.BatchNorm):
     """Ghost batch normalization: small batches inside a large one.
 
         y_i = (x_i - mean_g) / sqrt(var_g + epsilon) * scale + bias,   i in group g
@@ -30,7 +30,7 @@ class GhostBatchNorm(Normalization):
         remainder: what to do with a batch that is not divisible: "error", or "smaller"
             for a smaller last group.
         rngs: as `BatchNorm`'s.
-        **settings: the other arguments of `BatchNorm`, but for `use_fast_variance`.
+        **settings: the other arguments of `BatchNorm`.
 
     >>> layer = GhostBatchNorm(6, virtual_batch_size=4, rngs=nnx.Rngs(0))
     >>> print(layer(jax.random.normal(jax.random.key(0), (12, 6))).shape)
@@ -56,7 +56,7 @@ class GhostBatchNorm(Normalization):
         return _layer.ghost(self.virtual_batch_size, self.remainder)
 
 
-class BatchRenorm(Normalization):
+class BatchRenorm(Normalization, nnx.BatchNorm):
     """Batch renormalization: trains on what it will infer with.
 
         r = clip(sigma_B / sigma, 1/r_max, r_max)
@@ -76,7 +76,7 @@ class BatchRenorm(Normalization):
         d_max: the largest distance between the means, in running standard deviations,
             >= 0; a number or a function of the step.
         rngs: as `BatchNorm`'s.
-        **settings: the other arguments of `BatchNorm`, but for `use_fast_variance`.
+        **settings: the other arguments of `BatchNorm`.
 
     >>> layer = BatchRenorm(6, r_max=lambda step: 1 + step / 100, rngs=nnx.Rngs(0))
     >>> y = layer(jax.random.normal(jax.random.key(0), (5, 6)), step=50)
@@ -150,7 +150,7 @@ class SplitBatchNorm(Normalization):
         num_splits: the number of domains.
         shared_affine: whether all domains share one scale and bias, (feature,).
         rngs: as `BatchNorm`'s.
-        **settings: the other arguments of `BatchNorm`, but for `use_fast_variance`.
+        **settings: the other arguments of `BatchNorm`.
 
     >>> layer = SplitBatchNorm(6, num_splits=2, rngs=nnx.Rngs(0))
     >>> clean = jax.random.normal(jax.random.key(0), (5, 6))
@@ -237,7 +237,7 @@ class DecorrelatedBatchNorm(Normalization):
             early) or "cholesky" (exact, not ZCA); see `bnjax.whiten.inverse_sqrt`.
         iterations: of "newton_schulz".
         rngs: as `BatchNorm`'s.
-        **settings: the other arguments of `BatchNorm`, but for `use_fast_variance`.
+        **settings: the other arguments of `BatchNorm`.
 
     >>> layer = DecorrelatedBatchNorm(6, group_size=3, rngs=nnx.Rngs(0))
     >>> y = layer(jax.random.normal(jax.random.key(0), (20, 6)))
