@@ -16,6 +16,12 @@ def statistics(*values) -> jnp.dtype:
     return promote(jnp.float32, *values)
 
 
+def result(*values) -> jnp.dtype:
+    """Of a result of these values, None aside: as promoted, float32 for integers."""
+    dtype = promote(*(value for value in values if value is not None))
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else statistics(dtype)
+
+
 def real(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of |x|: variances and counts are real."""
     return jnp.finfo(dtype).dtype

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _dtypes, running, whiten
+from bnjax import _checks, _dtypes, running, whiten
 from bnjax.ghost import Remainder, ghost_batch_norm
 from bnjax.moments import Moments, merge, moments
 from bnjax.normalize import batch_norm, normalize
@@ -136,6 +136,14 @@ def decorrelated(group_size: int | None, method: str, iterations: int) -> Family
         return whiten.CoMoments.empty(*grouped(shape), dtype)
 
     return Family(train, infer, measure, start, begin, empty, whiten.merge)
+
+
+def inexact(x: ArrayLike) -> jax.Array:
+    """`x` as an array to compute with: integers and booleans as float32, as in Flax."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
+        return x.astype(_dtypes.statistics(x.dtype))
+    return _checks.inexact("x", x)
 
 
 def forward(

@@ -255,3 +255,194 @@ def test_folding_leaves_a_subclass_with_a_call_of_its_own():
     folded = bnjax.fold.fold_model(net, variables, x)
     expected = net.apply(variables, x)
     assert_close(folded.apply(folded.params, x), np.asarray(expected), tol=2e-6)
+
+
+# ---- integers and booleans ----
+
+INTEGERS = ["uint8", "int8", "uint16", "int32", "bool"]
+
+
+def integers(dtype, shape=(8, 5, 4, 3), seed=0):
+    rng = np.random.default_rng(seed)
+    if dtype == "bool":
+        return rng.random(shape) < 0.3
+    info = np.iinfo(dtype)
+    low, high = max(info.min, -1000), min(info.max, 1000)
+    return rng.integers(low, high, shape, endpoint=True).astype(dtype)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("dtype", ["uint8", "bool"])
+@every_layer
+def test_integers_are_their_values(name, dtype):
+    """What the layer makes of them in float32, in training and evaluation."""
+    x = integers(dtype)
+    wide = jnp.asarray(x, jnp.float32)
+    layer = linen(name, momentum=0.5)
+    variables = layer.init(jax.random.key(0), wide, False)
+    model, other = of_nnx(name, momentum=0.5), of_nnx(name, momentum=0.5)
+    for running in (False, True):
+        y, updates = layer.apply(variables, x, running, mutable=["batch_stats"])
+        expected = layer.apply(variables, wide, running, mutable=["batch_stats"])
+        jax.tree.map(np.testing.assert_array_equal, (y, updates), expected)
+        assert y.dtype == jnp.float32
+        np.testing.assert_array_equal(model(x, running), other(wide, running))
+        np.testing.assert_array_equal(
+            y, layer.apply(variables, wide, running, mutable=["batch_stats"])[0]
+        )
+        np.testing.assert_array_equal(
+            statistics(model)["mean"], statistics(other)["mean"]
+        )
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_statistics_of_integers(dtype):
+    """Those of float64, also of a white image; sums of bytes would begin again."""
+    x = integers(dtype)
+    x[..., 0] = True if dtype == "bool" else min(np.iinfo(dtype).max, 255)
+    count, mean, m2 = oracle.moments(x.astype(np.float64), (0, 1, 2))
+    layer = bnjax.BatchNorm(use_running_average=False, momentum=0.0)
+    variables = layer.init(jax.random.key(0), x)
+    y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    stats = updates["batch_stats"]
+    assert_close(stats["mean"], mean, dtype="float32")
+    assert_close(stats["var"], m2 / count, tol=2e-6, dtype="float32")
+    assert (stats["mean"][0], stats["var"][0]) == (mean[0], 0)
+    ones = np.ones(3), np.zeros(3)
+    assert_close(y, oracle.batch_norm(x.astype(np.float64), *ones, (0, 1, 2)), tol=5e-6)
+
+
+OUTPUTS = [
+    {},
+    {"dtype": jnp.bfloat16},
+    {"param_dtype": jnp.bfloat16},
+    {"param_dtype": jnp.float16, "use_bias": False},
+    {"param_dtype": jnp.bfloat16, "use_scale": False, "use_bias": False},
+]
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("fields", OUTPUTS)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_dtypes_of_results_of_integers_are_flaxs(dtype, fields, running):
+    x = integers(dtype)
+    results = []
+    for layer in (nn.BatchNorm(**fields), bnjax.BatchNorm(**fields)):
+
+        def run(x, layer=layer):
+            variables = layer.init(jax.random.key(0), x, running)
+            return layer.apply(variables, x, running, mutable=["batch_stats"])
+
+        found = jax.eval_shape(run, x)
+        results.append(jax.tree.map(lambda v: v.dtype, found))
+    assert results[0] == results[1]
+    y = [
+        jax.eval_shape(
+            lambda x, n=norm: n(3, rngs=nnx.Rngs(0), **fields)(x, running), x
+        )
+        for norm in (nnx.BatchNorm, bnjax.nnx.BatchNorm)
+    ]
+    assert y[0].dtype == y[1].dtype
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", ["int64", "uint64", "int32"])
+def test_wide_integers_are_flaxs(dtype):
+    x = integers("int32").astype(dtype)
+    y = [norm(False).init_with_output(jax.random.key(0), x)[0] for norm in NORMS]
+    assert y[0].dtype == y[1].dtype
+    assert_close(y[1], np.asarray(y[0]), tol=1e-5)
+
+
+NORMS = nn.BatchNorm, bnjax.BatchNorm
+
+
+def test_a_mask_and_moments_of_integers():
+    x = integers("uint8")
+    mask = np.random.default_rng(1).random((8, 1, 1, 1)) < 0.7
+    layer = bnjax.BatchNorm(use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    _, left = layer.apply(
+        variables, x, mask=mask, mutable=["batch_moments"], update_stats=False
+    )
+    count, mean, m2 = oracle.moments(x.astype(float), (0, 1, 2), mask)
+    found = left["batch_moments"]["moments"]
+    assert found.count == count[0]
+    assert_close(found.mean, mean)
+    assert_close(found.m2, m2)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_folding_with_integer_inputs():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = bnjax.BatchNorm(not train, name="input")(x)
+            x = nn.Conv(4, (3, 3), name="conv")(x)
+            return bnjax.BatchNorm(not train, name="norm")(x)
+
+    net, x = Net(), integers("uint8")
+    variables = net.init(jax.random.key(0), x, True)
+    folded = bnjax.fold.fold_model(net, variables, x, train=False)
+    assert folded.folded == (("conv", "norm"),)
+    y = net.apply(variables, x, False)
+    assert_close(folded.apply(folded.params, x), np.asarray(y), tol=5e-6)
+
+
+class QNetwork(nn.Module):
+    """As purejaxql has it: without normalized inputs a dummy layer makes the tree."""
+
+    norm: type[nn.Module]
+    norm_input: bool
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = jnp.transpose(x, (0, 2, 3, 1))
+        if self.norm_input:
+            x = self.norm(use_running_average=not train)(x)
+        else:
+            self.norm(use_running_average=not train)(x)  # dummy
+            x = x / 255.0
+        x = nn.Conv(4, (3, 3), strides=2, kernel_init=nn.initializers.he_normal())(x)
+        x = nn.relu(self.norm(use_running_average=not train)(x))
+        x = nn.Dense(8)(x.reshape(x.shape[0], -1))
+        x = nn.relu(self.norm(use_running_average=not train)(x))
+        return nn.Dense(5)(x)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize(
+    ("norm_input", "dtype"), [(False, "uint8"), (False, "bool"), (True, "uint8")]
+)
+def test_a_dummy_layer_on_raw_observations(norm_input, dtype):
+    """Initialized with floats; the error came at the first real step."""
+    observations = integers(dtype, (7, 2, 9, 8))
+    found = []
+    for norm in NORMS:
+        net = QNetwork(norm, norm_input)
+        variables = net.init(jax.random.key(0), jnp.zeros((1, 2, 9, 8)), False)
+
+        @jax.jit
+        def step(params, stats, x, net=net):
+            def loss(params):
+                q, updates = net.apply(
+                    {"params": params, "batch_stats": stats},
+                    x,
+                    train=True,
+                    mutable=["batch_stats"],
+                )
+                return (q**2).mean(), updates["batch_stats"]
+
+            grads, stats = jax.grad(loss, has_aux=True)(params)
+            return jax.tree.map(lambda p, g: p - 0.01 * g, params, grads), stats
+
+        state = variables["params"], variables["batch_stats"]
+        for _ in range(2):
+            state = step(*state, observations)
+        acted = net.apply(
+            {"params": state[0], "batch_stats": state[1]}, observations, False
+        )
+        found.append((acted, state[1]))
+    renamed = jax.tree.leaves(found[0]), jax.tree.leaves(found[1])
+    for theirs, ours in zip(*renamed, strict=True):
+        assert_close(ours, np.asarray(theirs), tol=1e-4)  # of Flax's variance, too

@@ -64,8 +64,8 @@ class Normalization(nn.Module):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature), of the dtypes and the sizes that the function
-                of the layer's name takes.
+            x: (batch, *spatial, feature), of the sizes and dtypes that the function of
+                the layer's name takes; or integers or booleans, which are promoted.
             use_running_average: see the attribute; exactly one of the two is given.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
             residual: of the shape of `x`; added before the activation.
@@ -111,7 +111,8 @@ def call(
     )
     _checks.weight("momentum", layer.momentum)
     update = layer.update_stats if update_stats is None else update_stats
-    x = _checks.inexact("x", x)
+    given = jnp.asarray(x)
+    x = _layer.inexact(given)
     features = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
     shape = family.leading + features
     update = not use_running if update is None else update
@@ -126,6 +127,9 @@ def call(
         **_parameters(layer, features if shared_affine else shape),
         "residual": residual,
     }
+    if layer.dtype is None and x.dtype != given.dtype:  # a widened x would tell it
+        dtype = _dtypes.result(given, affine.get("scale"), affine.get("bias"))
+        affine["dtype"] = dtype
     over: dict[str, Any] = {"mask": mask}
     if layer.is_initializing():
         with warnings.catch_warnings():

@@ -108,7 +108,7 @@ class BatchRenorm(Normalization, nn.BatchNorm):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature), real.
+            x: (batch, *spatial, feature), real; integers and booleans are promoted.
             use_running_average: see `BatchNorm`; exactly one of the two is given.
             step: (), integer: the training step, for schedules.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
@@ -180,7 +180,7 @@ class SplitBatchNorm(Normalization):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature), floating or complex.
+            x: (batch, *spatial, feature); integers and booleans are promoted.
             use_running_average: see `BatchNorm`; exactly one of the two is given.
             domain: integers: () for the whole batch, (batch,) by example. None: in
                 training the batch is `num_splits` equal parts in turn, in inference

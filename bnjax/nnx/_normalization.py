@@ -144,8 +144,8 @@ class Normalization(nnx.Module):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature), of the dtypes and the sizes that the function
-                of the layer's name takes.
+            x: (batch, *spatial, feature), of the sizes and dtypes that the function of
+                the layer's name takes; or integers or booleans, which are promoted.
             use_running_average: takes precedence over the attribute.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
             residual: of the shape of `x`; added before the activation.
@@ -184,7 +184,8 @@ class Normalization(nnx.Module):
         _checks.weight("momentum", self.momentum)
         update = self.update_stats if update_stats is None else update_stats
         update = not use_running if update is None else update
-        x = _checks.inexact("x", x)
+        given = jnp.asarray(x)
+        x = _layer.inexact(given)
         variables = [getattr(self, name) for name in self.statistics]
         stored = running.State._make(variable[...] for variable in variables)
         over = {
@@ -195,7 +196,7 @@ class Normalization(nnx.Module):
         y, batch = _layer.forward(
             x,
             stored,
-            {**self._affine(x, stored), "residual": residual},
+            {**self._affine(given, stored), "residual": residual},
             over,
             family,
             use_running=use_running,
@@ -258,7 +259,7 @@ class Normalization(nnx.Module):
         if dtype is None:
             values = (x, *stored, scale, bias)
             x, _, _, *parameters = self.promote_dtype(values, dtype=None)
-            dtype = _dtypes.promote(x, *(p for p in parameters if p is not None))
+            dtype = _dtypes.result(x, *parameters)
         return {
             "scale": scale,
             "bias": bias,
