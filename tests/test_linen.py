@@ -57,6 +57,7 @@ def test_arguments_are_flaxs_then_ours():
         ("update_stats", None, "KEYWORD_ONLY"),
         ("skip_nonfinite_updates", False, "KEYWORD_ONLY"),
         ("activation", None, "KEYWORD_ONLY"),
+        ("frozen", False, "KEYWORD_ONLY"),
     ]
     assert bnjax.BatchNorm.__name__ == nn.BatchNorm.__name__
     assert bnjax.BatchNorm is bnjax.linen.BatchNorm

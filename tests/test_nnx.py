@@ -72,6 +72,7 @@ def test_arguments_are_flaxs_then_ours():
         "update_stats",
         "skip_nonfinite_updates",
         "activation",
+        "frozen",
     ]
     theirs, ours = arguments(nnx.BatchNorm.__call__), arguments(BatchNorm.__call__)
     assert ours[: len(theirs)] == theirs

@@ -84,6 +84,8 @@ class Reader(NamedTuple):
 
     def _evaluates(self, path, layer, args, kwargs) -> None:
         """Raises unless the call reads the running statistics and writes nothing."""
+        if getattr(layer, "frozen", False):
+            return
         given = args[0] if args else kwargs.get("use_running_average")
         running = layer.use_running_average if given is None else given
         update = kwargs.get("update_stats")

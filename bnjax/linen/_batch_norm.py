@@ -52,6 +52,10 @@ class BatchNorm(Normalization, nn.BatchNorm):
             leaves the running statistics as they were.
         activation: an elementwise function; its input is not stored for the backward
             pass.
+        frozen: whether the layer evaluates whatever the call says, in training too: the
+            running statistics are used, and never written; the Moments that it leaves
+            are empty, so that nothing else updates the statistics by them. Scale and
+            bias stay as they are by a mask, `bnjax.training.freeze_mask`.
 
     >>> import jax
     >>> import jax.numpy as jnp

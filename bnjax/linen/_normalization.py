@@ -43,6 +43,7 @@ class Normalization(nn.Module):
     activation: Callable[[jax.Array], jax.Array] | None = dataclasses.field(
         default=None, kw_only=True
     )
+    frozen: bool = dataclasses.field(default=False, kw_only=True)
 
     force_float32_reductions = True  # a field of Flax's subclasses alone
     trains_by_statistics = False  # whether training reads the running statistics
@@ -106,7 +107,7 @@ def call(
     shared_affine: bool = False,
 ) -> jax.Array:
     """Normalizes `x` and writes what is to be written: see `Normalization.__call__`."""
-    use_running = nn.merge_param(
+    use_running = layer.frozen or nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )
     _checks.weight("momentum", layer.momentum)
@@ -115,7 +116,7 @@ def call(
     x = _layer.inexact(given)
     features = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
     shape = family.leading + features
-    update = not use_running if update is None else update
+    update = not use_running if update is None else update and not layer.frozen
     stats, stored = _running_statistics(
         layer,
         family,
@@ -148,14 +149,13 @@ def call(
         over,
         family,
         use_running=use_running,
-        measure=bool(update or pools),
+        measure=bool(update or (pools and not layer.frozen)),
     )
-    if batch is None:
-        return y
     if update:
         _update(layer, stats, stored, batch, x)
-    if pools:
+    if pools:  # empty ones if frozen: what updates statistics by them leaves these
         pool = layer.variable("batch_moments", "moments", family.empty, shape)
+    if pools and not layer.frozen:
         pool.value = family.merge(pool.value, batch)
     return y
 

@@ -6,6 +6,7 @@ the bit.
 """
 
 from bnjax.nnx._batch_norm import BatchNorm
+from bnjax.nnx._freeze import freeze
 from bnjax.nnx._normalization import BatchMoments
 from bnjax.nnx._variants import (
     BatchRenorm,
@@ -21,4 +22,5 @@ __all__ = [
     "DecorrelatedBatchNorm",
     "GhostBatchNorm",
     "SplitBatchNorm",
+    "freeze",
 ]

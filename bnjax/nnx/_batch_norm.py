@@ -71,6 +71,10 @@ class BatchNorm(Normalization, nnx.BatchNorm):
             leaves the running statistics as they were.
         activation: an elementwise function; its input is not stored for the backward
             pass.
+        frozen: whether the layer evaluates whatever the call or `train()` says: the
+            running statistics are used, and never written, and `moments` stay empty.
+            See `bnjax.nnx.freeze`. Scale and bias stay as they are by a mask,
+            `bnjax.training.freeze_mask`.
 
     >>> layer = BatchNorm(6, rngs=nnx.Rngs(0))
     >>> y = layer(jax.random.normal(jax.random.key(0), (5, 6)))
@@ -105,6 +109,7 @@ class BatchNorm(Normalization, nnx.BatchNorm):
         update_stats: bool | None = None,
         skip_nonfinite_updates: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        frozen: bool = False,
     ):
         self._declare(
             num_features,
@@ -129,6 +134,7 @@ class BatchNorm(Normalization, nnx.BatchNorm):
             update_stats=update_stats,
             skip_nonfinite_updates=skip_nonfinite_updates,
             activation=activation,
+            frozen=frozen,
         )
 
     def _family(self) -> _layer.Family:

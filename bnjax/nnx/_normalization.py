@@ -55,6 +55,7 @@ class Settings(TypedDict, total=False):
     update_stats: bool | None
     skip_nonfinite_updates: bool
     activation: Callable[[jax.Array], jax.Array] | None
+    frozen: bool
 
 
 class Normalization(nnx.Module):
@@ -96,6 +97,7 @@ class Normalization(nnx.Module):
         update_stats: bool | None = None,
         skip_nonfinite_updates: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        frozen: bool = False,
     ) -> None:
         """Sets the variables and the arguments; what `_family` reads is set before."""
         family = self._family()
@@ -130,6 +132,7 @@ class Normalization(nnx.Module):
         self.update_stats = update_stats
         self.skip_nonfinite_updates = skip_nonfinite_updates
         self.activation = activation
+        self.frozen = frozen
         self.record_moments = False
 
     def __call__(
@@ -180,10 +183,11 @@ class Normalization(nnx.Module):
         """Normalizes `x` and writes what is to be written: see `__call__`."""
         if use_running_average is None:
             use_running_average = self.use_running_average
-        use_running = _checks.chosen(use_running_average)
+        use_running = self.frozen or _checks.chosen(use_running_average)
         _checks.weight("momentum", self.momentum)
         update = self.update_stats if update_stats is None else update_stats
-        update = not use_running if update is None else update
+        update = not use_running if update is None else update and not self.frozen
+        record = self.record_moments and not self.frozen
         given = jnp.asarray(x)
         x = _layer.inexact(given)
         variables = [getattr(self, name) for name in self.statistics]
@@ -200,14 +204,14 @@ class Normalization(nnx.Module):
             over,
             family,
             use_running=use_running,
-            measure=bool(update or self.record_moments),
+            measure=bool(update or record),
         )
         if batch is None:
             return y
         batch = jax.lax.stop_gradient(batch)
         if update:
             self._update(stored, batch, x)
-        if self.record_moments:
+        if record:
             self.moments.set_value(family.merge(self.moments.get_value(), batch))
         return y
 
@@ -235,6 +239,7 @@ class Normalization(nnx.Module):
         use_running_average: bool | None = None,
         update_stats: bool | None = None,
         record_moments: bool | None = None,
+        frozen: bool | None = None,
     ) -> None:
         """Sets what is not None; `nnx.view` calls it on its copies of the layers.
 
@@ -243,6 +248,7 @@ class Normalization(nnx.Module):
           update_stats: whether the running statistics are written.
           record_moments: whether calls leave the Moments of their input in `moments`,
             which then starts empty.
+          frozen: whether to evaluate whatever the call says, and write nothing.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -250,6 +256,8 @@ class Normalization(nnx.Module):
             self.update_stats = update_stats
         if record_moments is not None:
             self.record_moments = record_moments
+        if frozen is not None:
+            self.frozen = frozen
 
     def _affine(self, x: jax.Array, stored: running.State) -> dict[str, Any]:
         """The arguments that `normalize` and `batch_norm` share."""
