@@ -128,6 +128,7 @@ def decorrelated(group_size: int | None, method: str, iterations: int) -> Family
         return shape[-1] // size, size
 
     def begin(shape: Shape, dtype: DTypeLike) -> dict[str, jax.Array]:
+        dtype = _dtypes.real(dtype)  # of real inputs alone
         groups, size = grouped(shape)
         identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (groups, size, size))
         return {"mean": jnp.zeros(shape, dtype), "cov": identity}
@@ -172,7 +173,8 @@ def forward(
     y = family.infer(x, *stored, **affine)
     if not measure:
         return y, None
-    return y, family.measure(x, axis=affine["axis"], shift=stored[0], **over)
+    shift = stored[0] if jnp.iscomplexobj(x) else stored[0].real
+    return y, family.measure(x, axis=affine["axis"], shift=shift, **over)
 
 
 def updated(
@@ -195,13 +197,16 @@ def updated(
         skip_nonfinite: whether a batch that is not finite changes nothing.
         batch_dtype: of the statistics of the batch in Flax; the result is promoted to
             it.
-        keep_dtype: whether real statistics keep the dtype of `stored` instead.
+        keep_dtype: whether statistics keep the dtype of `stored` instead, unless that
+            is real and they are not.
     """
     rule = running.ema(momentum, ddof=int(unbiased), skip_nonfinite=skip_nonfinite)
     values = []
     for old, new in zip(stored, rule.update(stored, Moments(*batch))):
         dtype = _dtypes.promote(old, batch_dtype)
         if not jnp.iscomplexobj(new):
-            dtype = old.dtype if keep_dtype else _dtypes.real(dtype)
+            dtype = _dtypes.real(dtype)
+        if keep_dtype and jnp.iscomplexobj(new) == jnp.iscomplexobj(old):
+            dtype = old.dtype
         values.append(new.astype(dtype))
     return running.State(*values)

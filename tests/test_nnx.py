@@ -191,7 +191,7 @@ def test_equals_flax(number, x_dtype):
 @pytest.mark.filterwarnings("ignore:Casting complex")
 def test_dtypes_are_flaxs(dtype, x_dtype, param_dtype):
     """Of the output and of the statistics, which Flax keeps float32 in storage."""
-    if x_dtype == "complex64" and dtype not in (None, "complex64"):
+    if x_dtype == "complex64" and dtype != "complex64":
         return  # Flax drops the imaginary part; bnjax raises
     with jax.enable_x64(True):
 
@@ -202,22 +202,78 @@ def test_dtypes_are_flaxs(dtype, x_dtype, param_dtype):
         theirs, ours = (jax.eval_shape(lambda n=n: run(n)) for n in FLAX_AND_OURS)
         assert ours[0].dtype == theirs[0].dtype
         assert ours[2].dtype == jnp.float32
-        is_complex = x_dtype == "complex64"
+        is_complex = dtype == "complex64"  # what the constructor knows
         assert ours[1].dtype == (jnp.complex64 if is_complex else jnp.float32)
 
 
 FLAX_AND_OURS = (nnx.BatchNorm, BatchNorm)
 
 
-def test_complex_values():
+COMPLEX = [
+    {"dtype": jnp.complex64},
+    {"dtype": "complex64", "use_scale": False, "use_bias": False},
+    {"param_dtype": jnp.complex64},
+    {"param_dtype": jnp.complex128, "use_bias": False},
+    {"param_dtype": "complex64", "use_scale": False, "use_bias": False},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype:UserWarning")
+@pytest.mark.parametrize("settings", COMPLEX)
+def test_complex_values(settings):
     """Flax drops the imaginary part of the running mean here."""
     x = data(dtype="complex64") + 1j * data(5)
-    layer = BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
+    layer = BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0), **settings)
+    assert layer.mean.get_value().dtype == jnp.complex64
     y = layer(x)
     count, mean, m2 = oracle.moments(x, AXES)
     assert_close(layer.mean.get_value(), mean, dtype="complex64")
     assert_close(layer.var.get_value(), m2 / count, dtype="float32")
     assert_close(layer(x, use_running_average=True), np.asarray(y), tol=1e-5)
+
+
+@pytest.mark.parametrize("is_complex", [True, False])
+@pytest.mark.parametrize("name", ["BatchNorm", "GhostBatchNorm", "SplitBatchNorm"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"dtype": jnp.complex64}, {"param_dtype": jnp.complex64}, {}],
+)
+def test_running_statistics_keep_their_dtype(settings, name, is_complex):
+    """A scan over training steps, also of real values in a complex layer."""
+    x = data() + 1j * data(5) if is_complex else data()
+    own = {"GhostBatchNorm": {"virtual_batch_size": 2}}
+    own["SplitBatchNorm"] = {"num_splits": 2}
+    cls = getattr(bnjax.nnx, name)
+    layer = cls(3, rngs=nnx.Rngs(0), **own.get(name, {}), **settings)
+    if is_complex and not {"dtype", "param_dtype"} & {*settings}:
+        message = "x has dtype complex64, but the running mean of this layer has dtype "
+        with pytest.raises(TypeError, match=message + f"float32.*Write {name}"):
+            layer(x)
+        assert layer(x, True).dtype == layer(x, update_stats=False).dtype == x.dtype
+        return
+    graph, state = nnx.split(layer)
+
+    def step(state, _):
+        layer = nnx.merge(graph, state)
+        layer(x)
+        return nnx.state(layer), None
+
+    state, _ = jax.lax.scan(step, state, None, length=300)
+    parts = np.split(np.asarray(x), 2) if name == "SplitBatchNorm" else [x]
+    moments = [oracle.moments(part, AXES) for part in parts]
+    keep = 1 - 0.99**300
+    mean = np.stack([mean * keep for _, mean, _ in moments])
+    var = np.stack([m2 / count * keep + 1 - keep for count, _, m2 in moments])
+    shape = state["mean"][...].shape
+    assert_close(state["mean"][...], mean.reshape(shape), tol=1e-5)
+    assert_close(state["var"][...], var.reshape(shape), tol=1e-5, dtype="float32")
+
+
+def test_a_complex_layer_measures_real_values():
+    layer = layer_of(param_dtype=jnp.complex64, momentum=0.0)
+    layer(data(), True, update_stats=True)
+    mean = oracle.moments(data(), AXES)[1]
+    assert_close(layer.mean.get_value(), mean, dtype="complex64")
 
 
 class Net(nnx.Module):

@@ -20,13 +20,14 @@ class BatchNorm(Normalization, nnx.BatchNorm):
 
         y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
 
-    Variables: `scale` and `bias` (nnx.Param), `mean` and `var` (nnx.BatchStat,
-    float32). Two switches are independent: where the statistics come from
-    (`use_running_average`; `train()` and `eval()` set it), and whether the running
-    statistics are written (`update_stats`). Where `record_moments` is true, each call
-    merges the Moments of its input into `moments`, a BatchMoments variable that starts
-    empty whenever `record_moments=True` is set: by `nnx.view(model,
-    record_moments=True)` in the view alone, by `model.set_attributes(
+    Variables: `scale` and `bias` (nnx.Param), `mean` and `var` (nnx.BatchStat, float32;
+    the mean is complex64 where `dtype` or `param_dtype` is complex, which is how a
+    layer is declared for complex inputs). Two switches are independent: where the
+    statistics come from (`use_running_average`; `train()` and `eval()` set it), and
+    whether the running statistics are written (`update_stats`). Where `record_moments`
+    is true, each call merges the Moments of its input into `moments`, a BatchMoments
+    variable that starts empty whenever `record_moments=True` is set: by
+    `nnx.view(model, record_moments=True)` in the view alone, by `model.set_attributes(
     record_moments=True)` in the model. False removes it, and so does `nnx.pop`.
 
     An instance is one of `flax.nnx.BatchNorm`, for code that looks for those; nothing
@@ -47,7 +48,9 @@ class BatchNorm(Normalization, nnx.BatchNorm):
         momentum: the weight of the old running value (PyTorch's is one minus this).
         epsilon: added to the variance.
         dtype: of the output; None for what `promote_dtype` makes of x, scale and bias.
-        param_dtype: of the parameters.
+            A complex one declares the layer for complex inputs.
+        param_dtype: of the parameters. A complex one declares the layer for complex
+            inputs.
         use_bias: whether to add a bias (beta).
         use_scale: whether to multiply by a scale (gamma).
         bias_init: initializer of the bias.

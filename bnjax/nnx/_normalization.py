@@ -32,6 +32,14 @@ class BatchMoments(nnx.Variable):
     """
 
 
+_REAL_MEAN = (
+    "x has dtype {dtype}, but the running mean of this layer has dtype {mean}, and "
+    "would lose the imaginary part: expected a layer that is declared for complex "
+    "inputs. Write {layer}(..., dtype=jnp.complex64); or param_dtype=jnp.complex64, "
+    "for a complex scale and bias as well."
+)
+
+
 class Settings(TypedDict, total=False):
     """The arguments that every variant shares with `BatchNorm`."""
 
@@ -102,7 +110,7 @@ class Normalization(nnx.Module):
         """Sets the variables and the arguments; what `_family` reads is set before."""
         family = self._family()
         shape = (*family.leading, num_features)
-        start = family.begin(shape, jnp.float32)
+        start = family.begin(shape, _statistics_dtype(dtype, param_dtype))
         for name, value in start.items():
             setattr(self, name, nnx.BatchStat(value))
         self.statistics = tuple(start)  # their names
@@ -192,6 +200,12 @@ class Normalization(nnx.Module):
         x = _layer.inexact(given)
         variables = [getattr(self, name) for name in self.statistics]
         stored = running.State._make(variable[...] for variable in variables)
+        if update and jnp.iscomplexobj(x) and not jnp.iscomplexobj(stored.mean):
+            raise TypeError(
+                _REAL_MEAN.format(
+                    dtype=x.dtype, mean=stored.mean.dtype, layer=type(self).__name__
+                )
+            )
         over = {
             "mask": mask,
             "axis_name": self.axis_name,
@@ -278,7 +292,7 @@ class Normalization(nnx.Module):
         }
 
     def _update(self, stored: running.State, batch: Any, x: jax.Array) -> None:
-        """Writes the running statistics after one batch; real ones keep their dtype."""
+        """Writes the running statistics after one batch; they keep their dtypes."""
         new = _layer.updated(
             stored,
             batch,
@@ -290,3 +304,10 @@ class Normalization(nnx.Module):
         )
         for name, value in zip(self.statistics, new, strict=True):
             getattr(self, name).set_value(value)
+
+
+def _statistics_dtype(*declared: DTypeLike | None) -> DTypeLike:
+    """Of the running mean; a loop over training steps needs one that stays."""
+    given = (dtype for dtype in declared if dtype is not None)
+    is_complex = any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in given)
+    return jnp.complex64 if is_complex else jnp.float32
