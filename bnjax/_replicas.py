@@ -92,6 +92,20 @@ def packed_group_sums(values, axis_name: AxisName | None, groups: Groups | None)
     return jax.vmap(unpack)(sums)
 
 
+def packed_rows(values, axis_name: AxisName):
+    """Each array of every replica, along a leading axis, in one collective.
+
+    The same on all replicas. Never differentiated: see `packed_group_sums`.
+    """
+    vector, unpack = pack(values)
+    return jax.vmap(unpack)(_all_gather(vector, axis_name, invarying=True))
+
+
+def of_own_group(rows: jax.Array, axis_name: AxisName, groups: Groups | None):
+    """`rows`, of replicas, with those of other groups set to zero."""
+    return rows if groups is None else _own_group(rows, axis_name, groups)
+
+
 def own_rows(rows, axis_name: AxisName | None, groups: Groups | None):
     """Of each array with a row for every group, the row of this replica's group."""
     if groups is None or axis_name is None:

@@ -23,9 +23,27 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from bnjax import _axes, _checks
-from bnjax.moments import Moments, merged_statistics, reduction
-from bnjax.normalize import Options, Rows, batch_axis, by_group, check_devices
+from bnjax import _axes, _checks, _replicas
+from bnjax._bound import bind
+from bnjax.moments import (
+    Moments,
+    Reduction,
+    merged_statistics,
+    nested_statistics,
+    reduction,
+)
+from bnjax.normalize import (
+    Inputs,
+    Options,
+    Plan,
+    Rows,
+    batch_axis,
+    by_given,
+    by_group,
+    check_devices,
+    train,
+    usable,
+)
 
 __all__ = ["ghost_batch_norm"]
 
@@ -40,6 +58,16 @@ _REMAINDER = (
     "a batch of {batch} (axis {axis} of {shape}) is not divisible by "
     "virtual_batch_size={size}: expected a multiple. Choose one that divides it, drop "
     "the last examples, or write remainder='smaller' for a last group of {rest}."
+)
+
+_REPLICAS = (
+    "virtual_batch_size={size} is more than a replica has, a batch of {batch} (axis "
+    "{axis} of {shape}), and the replicas of axis_name={axis_name!r}, {replicas} that "
+    "pool their statistics, do not fall into groups of that size: expected a multiple "
+    "of {batch} that divides {total}, or a divisor of {batch}. Choose one; or have "
+    "groups of any replicas by BatchNorm(axis_name={axis_name!r}, "
+    "axis_index_groups=[[0, 1], ...]), and bnjax.training.merge_batch_stats for one "
+    "set of running statistics from theirs."
 )
 
 _POLICY = (
@@ -75,15 +103,18 @@ def ghost_batch_norm(
         remainder: what to do with a batch that is not divisible: "error", or "smaller"
             for a smaller last group.
         **options: those of `batch_norm`. Over `axis_name` the returned Moments are
-            merged; the groups stay within their replica. `fallback` normalizes groups
-            without a valid value.
+            merged. A group lies within a replica; one that is larger than a replica's
+            batch is of adjacent replicas, of two of 16 for a size of 32, which takes
+            one collective. Where replicas do not fall into such groups,
+            remainder="smaller" leaves each a group of its own. `fallback` normalizes
+            groups without a valid value.
 
     Returns:
         y, of the shape of `x`, and the Moments of the whole batch.
 
     Raises:
-        ValueError: a batch that is not divisible, a `virtual_batch_size` below 1, and
-            whatever `batch_norm` raises.
+        ValueError: a batch that is not divisible, a `virtual_batch_size` below 1, or
+            one that replicas do not fill, and whatever `batch_norm` raises.
 
     Warns:
         BatchNormWarning: at trace time, for one value per feature and group.
@@ -99,16 +130,23 @@ def ghost_batch_norm(
     over = reduction(
         x,
         options.get("axis", -1),
-        options.pop("axis_name", None),
-        options.pop("axis_index_groups", None),
+        options.get("axis_name"),
+        options.get("axis_index_groups"),
     )
+    batch = batch_axis(x, options)
+    _check_policy(virtual_batch_size, remainder)
+    together = _together(x.shape, batch, virtual_batch_size, remainder, over)
+    if together is not None:
+        options["axis_index_groups"] = together
+        transform = bind(_over_replicas, pools=over.groups)
+        return train(transform, x, scale, bias, options)
+    runs = _runs(x.shape, batch, virtual_batch_size, remainder)
+    options = {**options, "axis_name": None, "axis_index_groups": None}
     mean, var = options.pop("fallback", None) or (None, None)
     shift = options.pop("shift", None)
     shift = mean if shift is None else shift
     vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
     _check_vectors(x, options.get("axis", -1), vectors)
-    batch = batch_axis(x, options)
-    runs = _runs(x.shape, batch, virtual_batch_size, remainder)
     number = sum(groups for _, _, groups in runs)
     check_devices(x, batch, number, equal=len(runs) == 1)
     pieces = [
@@ -128,12 +166,55 @@ def _check_vectors(x: jax.Array, axis, vectors: dict[str, ArrayLike | None]) -> 
             _checks.feature_shape(name, jnp.asarray(value), features, axis)
 
 
-def _runs(shape, batch: int, size: int, remainder: str) -> list[tuple[int, int, int]]:
-    """(start, stop, groups) of each run of equal groups."""
+def _check_policy(size: int, remainder: str) -> None:
     if not isinstance(size, int) or size < 1:
         raise ValueError(_SIZE.format(size=size))
     if remainder not in ("error", "smaller"):
         raise ValueError(_POLICY.format(remainder=remainder))
+
+
+def _together(
+    shape, batch: int, size: int, remainder: str, over: Reduction
+) -> tuple[tuple[int, ...], ...] | None:
+    """The replicas of each group, where a group is of several; else None."""
+    own = shape[batch]
+    if over.axis_name is None or own == 0 or size <= own:
+        return None
+    pools = over.groups or (tuple(range(_replicas.axis_size(over.axis_name))),)
+    several, rest = divmod(size, own)
+    if not rest and not any(len(pool) % several for pool in pools):
+        return tuple(
+            pool[start : start + several]
+            for pool in pools
+            for start in range(0, len(pool), several)
+        )
+    if remainder == "smaller":
+        return None
+    least = min(map(len, pools))
+    raise ValueError(
+        _REPLICAS.format(
+            size=size,
+            batch=own,
+            axis=batch,
+            shape=tuple(shape),
+            axis_name=over.axis_name,
+            replicas=least,
+            total=least * own,
+        )
+    )
+
+
+def _over_replicas(
+    given: Inputs, plan: Plan, *, pools: tuple[tuple[int, ...], ...] | None
+) -> tuple[jax.Array, Moments]:
+    """Each group of replicas by its statistics; the Moments of the pool it is in."""
+    group, pool = nested_statistics(given.x, given.mask, given.shift, plan.over, pools)
+    vectors = *usable(group, given, plan), given.scale, given.bias
+    return by_given(given.finite_x(), vectors, given.epsilon, plan.affine), pool
+
+
+def _runs(shape, batch: int, size: int, remainder: str) -> list[tuple[int, int, int]]:
+    """(start, stop, groups) of each run of equal groups."""
     total = shape[batch]
     whole, rest = total - total % size, total % size
     if rest and remainder == "error":

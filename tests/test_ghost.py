@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, assert_trees_close, collectives, poison
+from flax import nnx
+from helpers import (
+    assert_close,
+    assert_trees_close,
+    collectives,
+    plain_batch_norm,
+    poison,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_sharded import mesh
@@ -310,6 +317,251 @@ def test_groups_of_replicas_share_the_moments_alone():
         rows = np.concatenate([x[2 * i : 2 * i + 2] for i in members])
         for i in members:
             assert_close(moments.m2[i], oracle.moments(rows, AXES)[2], tol=5e-6)
+
+
+# ---- groups of several replicas ----
+
+REPLICAS, OWN = 8, 3
+POOLS = [None, [[0, 1, 2, 3, 4, 5], [6, 7]], [[7, 2], [0, 5, 1, 3], [4, 6]]]
+MODES = ["check_vma", "shard_map", "pmap", "vmap"]
+
+
+def over_replicas(f, mode, arrays):
+    """f of each replica's part of the arrays, (y, Moments by replica)."""
+    if mode in ("pmap", "vmap"):
+        transform = jax.pmap if mode == "pmap" else jax.vmap
+        parts = [a.reshape(REPLICAS, OWN, *a.shape[1:]) for a in arrays]
+        y, moments = transform(f, axis_name="data")(*parts)
+        return y.reshape(-1, *y.shape[2:]), moments
+
+    def one(*parts):
+        y, moments = f(*parts)
+        return y, jax.tree.map(lambda v: v[None], moments)
+
+    return jax.shard_map(
+        one,
+        mesh=mesh(),
+        in_specs=P("data"),
+        out_specs=P("data"),
+        check_vma=mode == "check_vma",
+    )(*arrays)
+
+
+def of_replicas(rows, members):
+    return np.concatenate([rows[OWN * i : OWN * (i + 1)] for i in members])
+
+
+def groups_of(pools, several):
+    pools = [list(range(REPLICAS))] if pools is None else pools
+    return [
+        pool[i : i + several] for pool in pools for i in range(0, len(pool), several)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:jax.pmap:DeprecationWarning")
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("several", "pools", "masked"),
+    [(2, 0, True), (4, 0, False), (8, 0, True), (2, 1, False), (2, 2, True)],
+)
+def test_groups_of_replicas(several, pools, mode, masked):
+    """Those of the concatenated batch; the Moments are the pool's."""
+    pools = POOLS[pools]
+    x, scale, bias, _ = case(shape=(REPLICAS * OWN, 5, 3))
+    mask = np.ones((len(x), 5, 1), bool)
+    if masked:
+        mask = np.random.default_rng(1).random((len(x), 5, 1)) < 0.6
+        mask[: OWN * 3] = False  # replicas with nothing valid
+    fallback = np.float32([0.5, 1, 2]), np.float32([2, 1, 4])
+
+    def f(x, mask):
+        return ghost_batch_norm(
+            x,
+            scale,
+            bias,
+            virtual_batch_size=several * OWN,
+            axis_name="data",
+            axis_index_groups=pools,
+            mask=mask if masked else None,
+            fallback=fallback,
+        )
+
+    y, moments = over_replicas(f, mode, (jnp.asarray(poison(x, mask)), mask))
+    for group in groups_of(pools, several):
+        rows, seen = of_replicas(x, group), of_replicas(mask, group)
+        expected = oracle.batch_norm(rows, scale, bias, AXES, seen)
+        if not seen.any():
+            expected = oracle.normalize(rows, *fallback, scale, bias, AXES)
+        seen = np.broadcast_to(seen, rows.shape)
+        assert_close(of_replicas(np.asarray(y), group)[seen], expected[seen], tol=5e-6)
+    for pool in [list(range(REPLICAS))] if pools is None else pools:
+        rows, seen = of_replicas(x, pool), of_replicas(mask, pool)
+        count, mean, m2 = oracle.moments(rows, AXES, seen)
+        for i in pool:
+            assert moments.count[i] == count[0]
+            assert_close(moments.mean[i], mean, tol=2e-6)
+            assert_close(moments.m2[i], m2, tol=5e-6)
+
+
+@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.parametrize("pools", [0, 1])
+@pytest.mark.parametrize("mode", ["check_vma", "shard_map", "vmap"])
+def test_gradients_of_groups_of_replicas(mode, pools):
+    """By y and by the Moments: of the concatenated batch, in one device's formula."""
+    pools = POOLS[pools]
+    x, scale, bias, dy = case(dtype=np.float64, shape=(REPLICAS * OWN, 5, 3))
+    along = jnp.array([[0.5, -0.2, 0.1], [1.0, 2.0, -1.0]])
+
+    def value(moments):
+        return jnp.sin(moments.mean) @ along[1] + jnp.sqrt(moments.m2) @ along[0]
+
+    def distributed(x, scale, bias):
+        def f(x, dy):
+            y, moments = ghost_batch_norm(
+                x,
+                scale,
+                bias,
+                virtual_batch_size=2 * OWN,
+                axis_name="data",
+                axis_index_groups=pools,
+            )
+            return y * dy, moments
+
+        y, moments = over_replicas(f, mode, (x, jnp.asarray(dy)))
+        first, last = (jax.tree.map(lambda v, i=i: v[i], moments) for i in (0, 7))
+        return y.sum() + value(first) + value(last)
+
+    def plain(x, scale, bias):
+        total = 0
+        for group in groups_of(pools, 2):
+            rows = jnp.concatenate([x[OWN * i : OWN * (i + 1)] for i in group])
+            y, _ = plain_batch_norm(rows, scale, bias, axes=AXES)
+            total += (y * of_replicas(dy, group)).sum()
+        for i in (0, 7):
+            (pool,) = [p for p in pools or [list(range(REPLICAS))] if i in p]
+            rows = jnp.concatenate([x[OWN * j : OWN * (j + 1)] for j in pool])
+            mean, m2 = plain_batch_norm(rows, scale, bias, axes=AXES)[1]
+            total += value(bnjax.Moments(0, mean, m2))
+        return total
+
+    with jax.numpy_rank_promotion("allow"):
+        expected = jax.grad(plain, (0, 1, 2))(x, scale, bias)
+    arguments = (jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias))
+    actual = jax.jit(jax.grad(distributed, (0, 1, 2)))(*arguments)
+    assert_trees_close(actual, expected, tol=1e-10)
+    tangents = jax.tree.map(jnp.sin, arguments)
+    slope = jax.jvp(distributed, arguments, tangents)[1]
+    exact = sum(np.vdot(e, t) for e, t in zip(expected, tangents))
+    assert_close(slope, exact, tol=1e-10)
+
+
+@pytest.mark.parametrize("pools", [0, 1])
+def test_collectives_of_groups_of_replicas(pools):
+    """One forward, for the output and the running statistics, and one backward."""
+    x, scale, bias, dy = case(shape=(REPLICAS * OWN, 5, 3))
+    split = functools.partial(
+        jax.shard_map, mesh=mesh(), in_specs=P("data"), out_specs=P("data")
+    )
+
+    def f(x):
+        return ghost_batch_norm(
+            x,
+            scale,
+            bias,
+            virtual_batch_size=2 * OWN,
+            axis_name="data",
+            axis_index_groups=POOLS[pools],
+        )
+
+    def forward(x):
+        y, moments = f(x)
+        return y, jax.tree.map(lambda v: jnp.atleast_1d(v), moments)
+
+    def both(x, dy):
+        y, vjp, moments = jax.vjp(f, x, has_aux=True)
+        return y, vjp(dy)[0], jax.tree.map(jnp.atleast_1d, moments)
+
+    assert sum(collectives(split(forward), x).values()) == 1
+    assert sum(collectives(split(both), x, dy).values()) == 2
+
+
+def test_pooled_moments_are_typed_replicated():
+    """They become running statistics, which are the same on all replicas."""
+    x = case(shape=(REPLICAS * OWN, 5, 3))[0]
+    f = jax.shard_map(
+        lambda x: ghost_batch_norm(x, virtual_batch_size=6, axis_name="data"),
+        mesh=mesh(),
+        in_specs=P("data"),
+        out_specs=(P("data"), P()),
+    )
+    assert_close(jax.jit(f)(x)[1].mean, oracle.moments(x, AXES)[1], tol=2e-6)
+
+
+def test_groups_of_replicas_far_from_zero():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(512, 3)) + rng.normal(size=(8, 3)).repeat(64, 0) + 1e4
+    x = x.astype(np.float32)
+    f = functools.partial(
+        ghost_batch_norm, virtual_batch_size=128, axis_name="data", epsilon=0.0
+    )
+    y, moments = jax.jit(jax.vmap(f, axis_name="data"))(x.reshape(8, 64, 3))
+    expected = oracle.ghost_batch_norm(x, np.ones(3), np.zeros(3), 128)
+    assert_close(y.reshape(x.shape), expected, tol=1e-3)  # of x - mean, at 1e4
+    np.testing.assert_allclose(moments.m2[0], oracle.moments(x, 0)[2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_layers_with_groups_of_replicas(framework):
+    """The running statistics are those of the whole batch."""
+    x = case(shape=(REPLICAS * OWN, 5, 3))[0]
+    options = {"virtual_batch_size": 12, "axis_name": "data", "momentum": 0.0}
+    if framework == "linen":
+        layer = bnjax.linen.GhostBatchNorm(use_running_average=False, **options)
+        variables = layer.init(jax.random.key(0), x)
+
+        def f(x):
+            y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+            return y, updates["batch_stats"]
+    else:
+
+        def f(x):
+            layer = bnjax.nnx.GhostBatchNorm(3, rngs=nnx.Rngs(0), **options)
+            return layer(x), {"mean": layer.mean[...], "var": layer.var[...]}
+
+    y, stats = jax.vmap(f, axis_name="data")(x.reshape(REPLICAS, OWN, 5, 3))
+    expected = oracle.ghost_batch_norm(x, np.ones(3), np.zeros(3), 12)
+    assert_close(y.reshape(x.shape), expected, tol=5e-6)
+    count, mean, m2 = oracle.moments(x, AXES)
+    for i in range(REPLICAS):
+        assert_close(stats["mean"][i], mean, tol=2e-6)
+        assert_close(stats["var"][i], m2 / count, tol=5e-6)
+
+
+def test_groups_that_replicas_do_not_fill():
+    x = case(shape=(REPLICAS * OWN, 5, 3))[0].reshape(REPLICAS, OWN, 5, 3)
+
+    def run(size, **options):
+        f = functools.partial(
+            ghost_batch_norm, virtual_batch_size=size, axis_name="data", **options
+        )
+        return jax.vmap(f, axis_name="data")(x)
+
+    for size in (4, 9, 48):
+        message = (
+            f"virtual_batch_size={size} is more than a replica has, a batch of 3 (axis "
+            "0 of (3, 5, 3)), and the replicas of axis_name='data', 8 that pool their "
+            "statistics, do not fall into groups of that size: expected a multiple of "
+            "3 that divides 24, or a divisor of 3. Choose one; or have groups of any "
+            "replicas by BatchNorm(axis_name='data', axis_index_groups=[[0, 1], ...]), "
+            "and bnjax.training.merge_batch_stats for one set"
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run(size)
+        y, _ = run(size, remainder="smaller")  # each replica is a group
+        assert_close(y, run(3)[0], tol=1e-6)
+    with pytest.raises(ValueError, match="3 that pool their statistics"):
+        run(6, axis_index_groups=[[0, 1, 2], [3, 4, 5, 6, 7]])
 
 
 # ---- messages ----

@@ -21,8 +21,8 @@ class GhostBatchNorm(Normalization, nn.BatchNorm):
     running statistics are those of the whole batch, and inference is `BatchNorm`'s.
     Variables as `BatchNorm`'s. `init` takes a batch of any size.
 
-    Over `axis_name` only the running statistics are shared: groups stay within their
-    replica.
+    Over `axis_name` the running statistics are shared. Groups stay within a replica;
+    larger ones than its batch are of adjacent replicas, if these fall into such groups.
 
     Attributes:
         virtual_batch_size: how many examples are normalized together.

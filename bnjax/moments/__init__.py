@@ -23,6 +23,7 @@ from bnjax.moments._statistics import (
     exact_statistics,
     merged_statistics,
     named,
+    nested_statistics,
     reduction,
     statistics,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "merged_statistics",
     "moments",
     "named",
+    "nested_statistics",
     "reduction",
     "statistics",
     "valid",

@@ -96,6 +96,66 @@ def _(axis_name, groups, primals, tangents):
     return result, Moments(jnp.zeros_like(result.count), dmean, sums[1])
 
 
+# The derivative of the Moments of a group of replicas, and of those of a larger pool: as
+# above, where the sums about the pool's mean come from those about the group's,
+#     sum conj(x - mean) dx = sum conj(x - mean_g) dx + conj(mean_g - mean) sum dx
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def nested_statistics(
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array | None,
+    how: Reduction,
+    pools: _replicas.Groups | None,
+) -> tuple[Moments, Moments]:
+    """The moments over a group of replicas, and over the pool of groups that it is in.
+
+    One collective for both, of each replica's Moments; one more in the derivative by
+    the pool's.
+
+    Args:
+        x: widened.
+        mask: of the rank of `x`, or None.
+        shift: see `_shifted`.
+        how: with the name of an axis, and groups of its replicas, or None for one.
+        pools: a partition of the axis that does not part a group; None for one of all.
+    """
+    name = how.axis_name
+    assert name is not None
+    local, rest = batch_moments(
+        x, mask, shift, how._replace(axis_name=None, groups=None)
+    )
+    each = _replicas.packed_rows((*local, rest), name)
+
+    def merged(groups):
+        own = (_replicas.of_own_group(value, name, groups) for value in each)
+        *rows, rests = own
+        return merged_rows(Moments(*rows), rests=rests)
+
+    return merged(how.groups), merged(pools)
+
+
+@nested_statistics.defjvp
+def _(how, pools, primals, tangents):
+    (x, mask, _), (dx, _, _) = primals, tangents
+    group, pool = jax.tree.map(named, nested_statistics(*primals, how, pools))
+    d, dx = deviation(x, mask, group.mean, how), valid(dx, mask)
+    first, second = dx.sum(how.axes), (jnp.conj(d) * dx).sum(how.axes)
+    moved = second + jnp.conj(group.mean - pool.mean) * first
+
+    def change(result, sums, groups):
+        sums = _replicas.all_sum(jnp.stack(sums), how.axis_name, groups)
+        dmean = mean_of(sums[0], result.count)
+        return Moments(jnp.zeros_like(result.count), dmean, 2 * sums[1].real)
+
+    changes = (
+        change(group, (first, second), how.groups),
+        change(pool, (first, moved), pools),
+    )
+    return (group, pool), changes
+
+
 def named(value: jax.Array) -> jax.Array:
     """`value`, under the name that the checkpoint policy keeps."""
     if jnp.iscomplexobj(value):  # jax.checkpoint keeps no complex value
