@@ -161,9 +161,11 @@ def _read_debiased(state: AverageState) -> State:
 
 
 def cumulative(*, ddof: int = 0, skip_nonfinite: bool = False) -> Rule:
-    """The plain average over all batches: PyTorch's momentum=None.
+    """The plain average over all batches, of biased variances; PyTorch's with `ddof=1`.
 
         value <- value + (batch value - value) / t
+
+    PyTorch's momentum=None averages unbiased variances: `cumulative(ddof=1)`.
 
     Args:
         ddof: 0 for the biased variance, 1 for the unbiased one (PyTorch).

@@ -180,3 +180,10 @@ def test_an_equal_static_argument_compiles_nothing(name):
     for value in (VALUES[name](), pickle.loads(pickle.dumps(VALUES[name]()))):
         jax.tree.map(np.testing.assert_array_equal, f(value, x), first)
     assert len(traced) == 1
+
+
+def test_the_first_line_of_cumulative_tells_its_variance():
+    """PyTorch's momentum=None is another one."""
+    first = running.cumulative.__doc__.splitlines()[0]
+    assert "biased" in first
+    assert "ddof=1" in first
