@@ -96,7 +96,7 @@ def _(axis_name, groups, primals, tangents):
     return result, Moments(jnp.zeros_like(result.count), dmean, sums[1])
 
 
-# The derivative of the Moments of a group of replicas, and of those of a larger pool: as
+# The derivative of the Moments of a group of replicas and of those of a larger pool: as
 # above, where the sums about the pool's mean come from those about the group's,
 #     sum conj(x - mean) dx = sum conj(x - mean_g) dx + conj(mean_g - mean) sum dx
 
