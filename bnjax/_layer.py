@@ -14,7 +14,7 @@ from bnjax import _checks, _dtypes, running, whiten
 from bnjax.ghost import Remainder, ghost_batch_norm
 from bnjax.moments import Moments, merge, moments
 from bnjax.normalize import batch_norm, normalize
-from bnjax.renorm import Limit, at_step, batch_renorm
+from bnjax.renorm import Limit, at_step, batch_renorm, warmed_up
 from bnjax.split import split_batch_norm, split_moments, split_normalize
 
 Shape = tuple[int, ...]
@@ -68,15 +68,42 @@ def ghost(virtual_batch_size: int, remainder: Remainder) -> Family:
     return Family(train)
 
 
-def renorm(r_max: Limit, d_max: Limit, step: ArrayLike | None) -> Family:
-    """The family of `BatchRenorm`."""
+def renorm(
+    r_max: Limit,
+    d_max: Limit,
+    step: ArrayLike | None,
+    steps: ArrayLike | None = None,
+    warmup_steps: int | None = None,
+) -> Family:
+    """The family of `BatchRenorm`.
+
+    Args:
+        r_max: see there.
+        d_max: see there.
+        step: of the training, for schedules; None for `steps`.
+        steps: those that the layer has counted; None if it does not.
+        warmup_steps: None if it does not count.
+    """
 
     def train(x, stored, **options):
-        limits = {"r_max": at_step("r_max", r_max, step)}
-        limits["d_max"] = at_step("d_max", d_max, step)
-        return batch_renorm(x, *stored, **limits, **options)
+        at = steps if step is None else step
+        limits = at_step("r_max", r_max, at), at_step("d_max", d_max, at)
+        if steps is not None and warmup_steps is not None:
+            limits = warmed_up(*limits, steps, warmup_steps)
+        return batch_renorm(x, *stored, r_max=limits[0], d_max=limits[1], **options)
 
     return Family(train)
+
+
+def no_steps() -> jax.Array:
+    """What a counter starts at."""
+    return jnp.zeros((), jnp.int32)
+
+
+def next_step(steps: ArrayLike) -> jax.Array:
+    """The counter after an update of the running statistics; 2^31 - 1 is the last."""
+    steps = jnp.asarray(steps)
+    return steps + (steps < jnp.iinfo(jnp.int32).max).astype(steps.dtype)
 
 
 def split(num_splits: int, domain: ArrayLike | None) -> Family:

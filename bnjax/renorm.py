@@ -27,7 +27,7 @@ from bnjax import _checks
 from bnjax.moments import Moments, statistics
 from bnjax.normalize import Inputs, Options, Plan, by_given, train, usable
 
-__all__ = ["at_step", "batch_renorm"]
+__all__ = ["at_step", "batch_renorm", "warmed_up"]
 
 Limit = ArrayLike | Callable[[ArrayLike], ArrayLike]
 
@@ -39,6 +39,12 @@ _LIMIT = (
 _NO_STEP = (
     "{name} is a schedule, but no step was given: expected the number of the training "
     "step. Write layer(x, step=step), or a number for {name}."
+)
+
+_WARMUP = (
+    "warmup_steps={received!r} is how many updates the running statistics get before "
+    "they correct the batch's: expected an integer >= 0. Write warmup_steps=100_000, "
+    "or None for no counter."
 )
 
 _COMPLEX = (
@@ -131,6 +137,41 @@ def at_step(name: str, limit: Limit, step: ArrayLike | None) -> ArrayLike:
     if step is None:
         raise ValueError(_NO_STEP.format(name=name))
     return limit(step)
+
+
+def warmed_up(
+    r_max: ArrayLike, d_max: ArrayLike, steps: ArrayLike, warmup_steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """The limits after a warm-up, during which they are those of batch normalization.
+
+        (1, 0) for steps < warmup_steps, then (r_max, d_max)
+
+    Args:
+        r_max: >= 1.
+        d_max: >= 0.
+        steps: (), integer: how often the running statistics were updated.
+        warmup_steps: as many updates make them worth something.
+
+    Returns:
+        r_max and d_max, scalar arrays.
+
+    Raises:
+        ValueError: `r_max` below 1, `d_max` below 0, a negative `warmup_steps`.
+
+    >>> r_max, d_max = warmed_up(3.0, 5.0, steps=99_999, warmup_steps=100_000)
+    >>> print(r_max, d_max)
+    1.0 0.0
+
+    References: Ioffe 2017, section 4.1; Bhatt et al. 2024 (CrossQ), whose warm-up has
+    100,000 steps.
+    """
+    _check_limit("r_max", r_max, 1, "sigma_B / sigma")
+    _check_limit("d_max", d_max, 0, "(mu_B - mu) / sigma")
+    if not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise ValueError(_WARMUP.format(received=warmup_steps))
+    warm = jnp.asarray(steps) >= warmup_steps
+    r_max, d_max = (jnp.asarray(limit, float) for limit in (r_max, d_max))
+    return jnp.where(warm, r_max, 1), jnp.where(warm, d_max, 0)
 
 
 def _by_corrected(given: Inputs, plan: Plan, r_max: Any, d_max: Any):

@@ -3,6 +3,8 @@
 import functools
 import re
 
+import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -310,3 +312,183 @@ def test_message_of_types():
 def test_one_value_warns():
     with pytest.warns(bnjax.BatchNormWarning, match="one value per feature"):
         batch_renorm(np.ones((1, 4), np.float32), V4, V4)
+
+
+# ---- a counter of its own ----
+
+WARMUP = 2
+CLIPS = {"r_max": 1.3, "d_max": 0.6}
+
+
+def layers(**fields):
+    """(x, stats, use_running) -> (y, stats) of each framework, and stats at first."""
+    linen = bnjax.linen.BatchRenorm(momentum=0.9, **fields)
+    variables = linen.init(jax.random.key(0), jnp.zeros(SHAPE), False)
+
+    def of_linen(x, stats, running=False, **options):
+        v = {**variables, "batch_stats": stats}
+        y, u = linen.apply(v, x, running, mutable=["batch_stats"], **options)
+        return y, u["batch_stats"]
+
+    def of_nnx(x, stats, running=False, **options):
+        layer = bnjax.nnx.BatchRenorm(4, momentum=0.9, rngs=nnx.Rngs(0), **fields)
+        nnx.update(layer, stats)
+        y = layer(x, running, **options)
+        return y, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+
+    return {"linen": of_linen, "nnx": of_nnx}, variables["batch_stats"]
+
+
+both = pytest.mark.parametrize("framework", ["linen", "nnx"])
+
+
+@both
+def test_warm_up(framework):
+    """Batch normalization for as many updates, then the limits; never in evaluation."""
+    steps, stats = layers(**CLIPS, warmup_steps=WARMUP)
+    step = steps[framework]
+    assert sorted(stats) == ["mean", "steps", "var"]
+    assert (stats["steps"].dtype, stats["steps"].shape) == (jnp.int32, ())
+    affine = np.ones(4), np.zeros(4)
+    for number in range(4):
+        x = case(np.float32)[0] + number
+        limit = (1.0, 0.0) if number < WARMUP else tuple(CLIPS.values())
+        given = stats["mean"], stats["var"]
+        y, stats = step(x, stats)
+        expected = oracle.batch_renorm(x, *given, *affine, limit, AXES)
+        assert_close(y, expected, tol=2e-6)
+        assert stats["steps"] == number + 1
+        for options in ({"running": True}, {"update_stats": False}):
+            assert step(x, stats, **options)[1]["steps"] == number + 1
+        assert step(x, stats, running=True, update_stats=True)[1]["steps"] == number + 2
+
+
+@both
+def test_schedules_by_the_counter(framework):
+    """No step needs to be given; one that is given is taken."""
+    schedule = optax.linear_schedule(1.0, 3.0, 4)
+    counted, stats = layers(r_max=schedule, d_max=lambda n: n / 4, warmup_steps=0)
+    plain, bare = layers(r_max=schedule, d_max=lambda n: n / 4)
+    for number in range(4):
+        x = case(np.float32)[0] + number
+        y, new = counted[framework](x, stats)
+        expected, bare = plain[framework](x, bare, step=number)
+        assert_close(y, np.asarray(expected))
+        y, _ = counted[framework](x, stats, step=1)
+        before = {n: stats[n] for n in ("mean", "var")}
+        assert_close(y, np.asarray(plain[framework](x, before, step=1)[0]))
+        stats = new
+    assert "steps" not in bare
+
+
+@both
+def test_the_counter_in_a_scan_stops_at_the_largest(framework):
+    steps, stats = layers(warmup_steps=WARMUP)
+    x = case(np.float32)[0]
+
+    def step(stats, _):
+        return steps[framework](x, stats)[1], None
+
+    run = jax.jit(lambda stats: jax.lax.scan(step, stats, None, length=5)[0])
+    assert run(stats)["steps"] == 5
+    last = np.int32(2**31 - 3)
+    assert run({**stats, "steps": jnp.asarray(last)})["steps"] == 2**31 - 1
+
+
+def test_a_checkpoint_of_sbx_loads():
+    """Its tree and values: numbers before the first step, arrays after."""
+    x, mean, var, scale, bias, _ = case(np.float32)
+    stats = {"mean": jnp.asarray(mean), "var": jnp.asarray(var)}
+    layer = bnjax.linen.BatchRenorm(False, momentum=0.99, warmup_steps=7, epsilon=1e-3)
+    params = {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
+    for steps, limit in ((6, (1, 0)), (7, (3, 5)), (jnp.int32(7), (3, 5))):
+        theirs = {**stats, "steps": steps, "r_max": 3, "d_max": 5}
+        variables = {"params": params, "batch_stats": theirs}
+        y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        expected = oracle.batch_renorm(
+            x, mean, var, scale, bias, limit, AXES, epsilon=1e-3
+        )
+        assert_close(y, expected, tol=2e-6)
+        new = updates["batch_stats"]
+        assert {n: int(new[n]) for n in ("steps", "r_max", "d_max")} == {
+            "steps": int(steps) + 1,
+            "r_max": 3,
+            "d_max": 5,
+        }
+        assert_close(new["mean"], 0.99 * mean + 0.01 * x.mean(AXES), tol=2e-6)
+        inferred = layer.clone(use_running_average=True).apply(variables, x)
+        inference = oracle.normalize(x, mean, var, scale, bias, AXES, epsilon=1e-3)
+        assert_close(inferred, inference, tol=2e-6)
+        ours = layer.init(jax.random.key(0), x)["batch_stats"]
+        restored = flax.serialization.from_state_dict(ours, theirs)
+        assert restored["steps"] == steps
+
+
+def test_sbx_adds_epsilon_after_the_correction():
+    """By how much its outputs differ, as the docstring says."""
+    epsilon, running = 1e-3, np.geomspace(1e-6, 1e3, 200)
+    for variance, low, high in ((1e-3, 0.3, 0.35), (1.0, 0, 0.01)):
+        r = np.clip(np.sqrt((variance + epsilon) / (running + epsilon)), 1 / 3, 3)
+        theirs = 1 / np.sqrt(variance / r**2 + epsilon)
+        ours = r / np.sqrt(variance + epsilon)
+        difference = np.abs(theirs / ours - 1).max()
+        assert low < difference < high
+
+
+@both
+def test_a_counter_that_a_checkpoint_lacks(framework):
+    """Statistics of batch normalization: the warm-up begins."""
+    _, mean, var, *_ = case(np.float32)
+    x = case(np.float32)[0]
+    stats = {"mean": jnp.asarray(mean), "var": jnp.asarray(var)}
+    steps, _ = layers(warmup_steps=WARMUP)
+    assert steps[framework](x, stats)[1]["steps"] == 1
+    layer = bnjax.linen.BatchRenorm(True, warmup_steps=WARMUP, use_scale=False)
+    layer = layer.clone(use_bias=False)
+    y = layer.apply({"batch_stats": stats}, x)  # evaluation needs none
+    assert_close(y, oracle.normalize(x, mean, var, 1, 0, AXES), tol=2e-6)
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "7"])
+def test_message_of_the_warm_up(value):
+    layer = bnjax.nnx.BatchRenorm(4, warmup_steps=value, rngs=nnx.Rngs(0))
+    message = f"warmup_steps={value!r} is how many updates the running statistics get"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer(case(np.float32)[0])
+    layer = bnjax.nnx.BatchRenorm(4, r_max=0.5, warmup_steps=1, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"r_max=0\.5 limits"):
+        layer(case(np.float32)[0])
+
+
+class Counting(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(3, name="dense")(x)
+        return bnjax.linen.BatchRenorm(not train, warmup_steps=WARMUP, name="norm")(x)
+
+
+def test_tools_leave_the_counter_alone():
+    """Folding, accumulation, population statistics, reset and merge."""
+    net, x = Counting(), jnp.asarray(case(np.float32)[0].reshape(2, 15, 4))
+    variables = net.init(jax.random.key(0), x[0], True)
+    stats = variables["batch_stats"]
+    stats["norm"] = {**stats["norm"], "steps": jnp.int32(5), "r_max": 3, "d_max": 5}
+    folded = bnjax.fold.fold_model(net, variables, x[0], train=False)
+    assert folded.folded == (("dense", "norm"),)
+
+    def collect(variables, x):
+        return net.apply(variables, x, True, mutable=["batch_stats", "batch_moments"])
+
+    def loss_fn(variables, x):
+        result = collect(variables, x)
+        return result[0].mean(), result
+
+    rule = bnjax.running.ema(0.9)
+    found = bnjax.training.accumulate(loss_fn, variables, x, rule=rule)
+    assert found.batch_stats["norm"]["steps"] == 7  # of two micro-batches
+    new = bnjax.population.pooled(collect, variables, x)
+    assert new["norm"]["steps"] == 5
+    assert bnjax.training.reset_batch_stats(stats)["norm"]["steps"] == 5
+    rows = {n: jnp.stack([stats["norm"][n]] * 2) for n in ("mean", "var")}
+    rows = {"norm": {**rows, "steps": stats["norm"]["steps"]}}
+    assert bnjax.training.merge_batch_stats(rows)["norm"]["steps"] == 5

@@ -1,6 +1,7 @@
 """The layers in code that other people wrote for Flax's: a class swap, and no more."""
 
 import dataclasses
+import functools
 import inspect
 import pickle
 
@@ -446,3 +447,79 @@ def test_a_dummy_layer_on_raw_observations(norm_input, dtype):
     renamed = jax.tree.leaves(found[0]), jax.tree.leaves(found[1])
     for theirs, ours in zip(*renamed, strict=True):
         assert_close(ours, np.asarray(theirs), tol=1e-4)  # of Flax's variance, too
+
+
+class Critic(nn.Module):
+    """As SBX has CrossQ's: normalized inputs and layers, no target network."""
+
+    norm: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x, action, train=False):
+        x = jnp.concatenate([x, action], -1)
+        x = self.norm(use_running_average=not train, momentum=0.9)(x)
+        for features in (8, 6):
+            x = nn.relu(nn.Dense(features)(x))
+            x = self.norm(use_running_average=not train, momentum=0.9)(x)
+        return nn.Dense(1)(x)
+
+
+class Critics(nn.Module):
+    norm: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, *args):
+        critics = nn.vmap(
+            Critic,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True, "batch_stats": True},
+            in_axes=None,
+            out_axes=0,
+            axis_size=2,
+        )
+        return critics(self.norm)(*args)
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("warmup_steps", [None, 2])
+def test_a_critic_of_crossq(warmup_steps):
+    """Joint batches, in a jitted loop over updates; the state holds the counter."""
+    if warmup_steps is None:
+        norm = bnjax.linen.BatchRenorm
+    else:
+        norm = functools.partial(bnjax.linen.BatchRenorm, warmup_steps=warmup_steps)
+    critic, rng = Critics(norm), np.random.default_rng(0)
+    now, then = (jnp.asarray(rng.normal(size=(7, 3)), jnp.float32) for _ in range(2))
+    acted = jnp.asarray(rng.normal(size=(14, 2)), jnp.float32)
+    observed = jnp.concatenate([now, then])
+    variables = critic.init(jax.random.key(0), now[:1], acted[:1], False)
+
+    def update(state, _):
+        params, stats = state
+
+        def loss(params):
+            q, updates = critic.apply(
+                {"params": params, "batch_stats": stats},
+                observed,
+                acted,
+                True,
+                mutable=["batch_stats"],
+            )
+            current, following = jnp.split(q, 2, axis=1)
+            target = jax.lax.stop_gradient(0.5 + 0.9 * following.min(0))[None]
+            return ((current - target) ** 2).mean(), updates["batch_stats"]
+
+        grads, stats = jax.grad(loss, has_aux=True)(params)
+        return (jax.tree.map(lambda p, g: p - 0.01 * g, params, grads), stats), None
+
+    state = variables["params"], variables["batch_stats"]
+    run = jax.jit(lambda state: jax.lax.scan(update, state, None, length=4)[0])
+    params, stats = run(state)
+    q = critic.apply({"params": params, "batch_stats": stats}, now, acted[:7], False)
+    assert q.shape == (2, 7, 1)
+    assert np.isfinite(q).all()
+    flat = jax.tree.leaves_with_path(stats)
+    steps = [v for path, v in flat if path[-1].key == "steps"]
+    assert len(steps) == (0 if warmup_steps is None else 3)
+    for counter in steps:
+        np.testing.assert_array_equal(counter, [4, 4])

@@ -16,6 +16,7 @@ _NORMS = {  # the classes that define the call of layers that infer by an affine
     "flax": ("BatchNorm",),
     "bnjax": ("Normalization", "BatchRenorm", "SplitBatchNorm"),
 }
+_COUNTED = ("steps", "r_max", "d_max")  # of BatchRenorm, here and SBX's: for training
 _LAYERS = "BatchNorm, GhostBatchNorm, BatchRenorm, SplitBatchNorm"
 
 # A method is known by where it is defined: a subclass that overrides it is not, but
@@ -31,7 +32,8 @@ def is_linear(method: Any) -> bool:
 def is_norm(method: Any, variables: Iterable[str]) -> bool:
     """Whether this is the call of a layer that infers by the usual variables alone."""
     package, name = _origin(method)
-    usual = {"mean", "var"} <= {*variables} <= {"mean", "var", "scale", "bias"}
+    others = {*variables} - {*_COUNTED}
+    usual = {"mean", "var"} <= others <= {"mean", "var", "scale", "bias"}
     known = {f"{layer}.__call__" for layer in _NORMS.get(package, ())}
     return name in known and usual
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.core
 import flax.linen as nn
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.fold import _layers
@@ -20,6 +21,9 @@ _WRITE = (
 def fold(model: nn.Module, variables: Any, *arguments: Any, **keywords: Any) -> Folded:
     """`fold_model` for Linen."""
     flat: Any = flatten_dict(nn.meta.unbox(flax.core.unfreeze(variables)))
+    for key, value in flat.items():  # SBX's counter starts as a number
+        if key[0] == "batch_stats" and isinstance(value, (int, float)):
+            flat[key] = jnp.asarray(value)
     stored = {k: v for k, v in flat.items() if hasattr(v, "shape")}
     sown = {k: v for k, v in flat.items() if k not in stored}  # tuples of arrays
     inputs = _layers.inputs(arguments, keywords)

@@ -105,6 +105,7 @@ def call(
     residual: ArrayLike | None,
     update_stats: bool | None,
     shared_affine: bool = False,
+    steps: ArrayLike | None = None,
 ) -> jax.Array:
     """Normalizes `x` and writes what is to be written: see `Normalization.__call__`."""
     use_running = layer.frozen or nn.merge_param(
@@ -153,6 +154,8 @@ def call(
     )
     if update:
         _update(layer, stats, stored, batch, x)
+        if steps is not None:
+            layer.put_variable("batch_stats", "steps", _layer.next_step(steps))
     if pools:  # empty ones if frozen: what updates statistics by them leaves these
         pool = layer.variable("batch_moments", "moments", family.empty, shape)
     if pools and not layer.frozen:

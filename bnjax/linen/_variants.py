@@ -59,11 +59,20 @@ class BatchRenorm(Normalization, nn.BatchNorm):
     with r_max = 1, d_max = 0 (batch normalization) until the running statistics are
     worth something, then relax: `r_max=optax.linear_schedule(1, 3, 35_000, 5_000)`.
 
+    With `warmup_steps` the layer counts its updates, in `batch_stats/steps`, and needs
+    no `step`: r_max = 1 and d_max = 0 during the warm-up, then what the fields say.
+    Checkpoints of the layer that SBX and CrossQ have (mean, var, steps, r_max, d_max)
+    load as they are, into `BatchRenorm(warmup_steps=100_000, epsilon=1e-3)`; their
+    r_max and d_max, always 3 and 5, are not read. Theirs adds epsilon after the
+    correction: outputs differ by up to a third where variances are near epsilon.
+
     Attributes:
         r_max: the largest factor between the standard deviations, >= 1; a number or a
             function of the step.
         d_max: the largest distance between the means, in running standard deviations,
             >= 0; a number or a function of the step.
+        warmup_steps: how many updates the running statistics get before they correct
+            the batch's. None: no counter, and `step` is given to schedules.
 
     All others are those of `BatchNorm`.
 
@@ -91,6 +100,7 @@ class BatchRenorm(Normalization, nn.BatchNorm):
 
     r_max: Limit = 3.0
     d_max: Limit = 5.0
+    warmup_steps: int | None = None
 
     trains_by_statistics = True
 
@@ -110,7 +120,7 @@ class BatchRenorm(Normalization, nn.BatchNorm):
         Args:
             x: (batch, *spatial, feature), real; integers and booleans are promoted.
             use_running_average: see `BatchNorm`; exactly one of the two is given.
-            step: (), integer: the training step, for schedules.
+            step: (), integer: the training step, for schedules; None for the counter.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
             residual: of the shape of `x`; added before the activation.
             update_stats: see `BatchNorm`.
@@ -122,14 +132,20 @@ class BatchRenorm(Normalization, nn.BatchNorm):
             TypeError: `x` is complex.
             ValueError: a schedule without a step, and as `BatchNorm`.
         """
+        steps = None
+        if self.warmup_steps is not None:
+            steps = self.get_variable("batch_stats", "steps", _layer.no_steps())
+            if self.is_initializing():
+                self.put_variable("batch_stats", "steps", steps)
         return call(
             self,
             x,
-            _layer.renorm(self.r_max, self.d_max, step),
+            _layer.renorm(self.r_max, self.d_max, step, steps, self.warmup_steps),
             use_running_average=use_running_average,
             mask=mask,
             residual=residual,
             update_stats=update_stats,
+            steps=steps,
         )
 
 

@@ -1,12 +1,12 @@
 """The variants of batch normalization, one paper each."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from bnjax import _layer
+from bnjax import _layer, running
 from bnjax.ghost import Remainder
 from bnjax.nnx._normalization import Normalization, Settings
 from bnjax.renorm import Limit
@@ -67,6 +67,8 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
     and for batches that are not iid. Variables, views and inference as `BatchNorm`'s.
     Start with r_max = 1, d_max = 0 (batch normalization) until the running statistics
     are worth something, then relax: `r_max=optax.linear_schedule(1, 3, 35_000, 5_000)`.
+    With `warmup_steps` the layer counts its updates, in `steps` (nnx.BatchStat), and no
+    step needs to be given: r_max = 1 and d_max = 0 during the warm-up, then as given.
     `bnjax.linen.BatchRenorm` shows a critic with joint batches.
 
     Args:
@@ -75,6 +77,8 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
             function of the step.
         d_max: the largest distance between the means, in running standard deviations,
             >= 0; a number or a function of the step.
+        warmup_steps: how many updates the running statistics get before they correct
+            the batch's. None: no counter, and `step` is given to schedules.
         rngs: as `BatchNorm`'s.
         **settings: the other arguments of `BatchNorm`.
 
@@ -90,15 +94,25 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
         *,
         r_max: Limit = 3.0,
         d_max: Limit = 5.0,
+        warmup_steps: int | None = None,
         rngs: nnx.Rngs,
         **settings: Unpack[Settings],
     ):
         self.r_max = r_max
         self.d_max = d_max
+        self.warmup_steps = warmup_steps
+        if warmup_steps is not None:
+            self.steps = nnx.BatchStat(_layer.no_steps())
         self._declare(num_features, rngs, **settings)
 
     def _family(self, step: ArrayLike | None = None) -> _layer.Family:
-        return _layer.renorm(self.r_max, self.d_max, step)
+        steps = None if self.warmup_steps is None else self.steps[...]
+        return _layer.renorm(self.r_max, self.d_max, step, steps, self.warmup_steps)
+
+    def _update(self, stored: running.State, batch: Any, x: jax.Array) -> None:
+        super()._update(stored, batch, x)
+        if self.warmup_steps is not None:
+            self.steps.set_value(_layer.next_step(self.steps[...]))
 
     def __call__(
         self,
@@ -115,7 +129,7 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
         Args:
             x: (batch, *spatial, feature), real; integers and booleans are promoted.
             use_running_average: takes precedence over the attribute.
-            step: (), integer: the training step, for schedules.
+            step: (), integer: the training step, for schedules; None for the counter.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
             residual: of the shape of `x`; added before the activation.
             update_stats: takes precedence over the attribute.

@@ -30,6 +30,9 @@ _UNKNOWN = (
 )
 
 
+_STATISTICS = {*State._fields, "cov"}
+
+
 class Accumulated(NamedTuple):
     """What `accumulate` returns.
 
@@ -73,7 +76,7 @@ def accumulate(
 
     What else the model updates advances through the micro-batches in turn, as in K
     steps of a plain loop, and is returned: the vectors of `nn.SpectralNorm`, counters
-    in collections of their own, the statistics of Flax's BatchNorm (which leaves no
+    (that of a BatchRenorm, by K), the statistics of Flax's BatchNorm (which leaves no
     Moments: K updates).
 
     Args:
@@ -196,7 +199,6 @@ class _Advances:
         whole = isinstance(left, Mapping) and "batch_moments" in left
         moments = left["batch_moments"] if whole else left
         self._measured = {_trees.layer_of(path) for path in _trees.flatten(moments)[0]}
-        fixed = self._kept | self._measured
         new = dict(state)
         for name in left if whole else ():
             collections = {path.partition("/")[0] for path in state}
@@ -208,7 +210,9 @@ class _Advances:
                 self.returned.add(name)
             for path, value in _trees.flatten({name: left[name]})[0].items():
                 layer = _trees.layer_of(path.removeprefix("batch_stats/"))
-                if name == "batch_stats" and layer in fixed:
+                own = path.rpartition("/")[2] in _STATISTICS  # but for a counter
+                measured = own and layer in self._measured
+                if name == "batch_stats" and (layer in self._kept or measured):
                     continue
                 if path not in state:
                     raise ValueError(_UNKNOWN.format(path=path))
