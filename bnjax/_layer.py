@@ -13,7 +13,12 @@ from jax.typing import ArrayLike, DTypeLike
 from bnjax import _checks, _dtypes, running, whiten
 from bnjax.ghost import Remainder, ghost_batch_norm
 from bnjax.moments import Moments, merge, moments
-from bnjax.normalize import batch_norm, normalize
+from bnjax.normalize import (
+    batch_norm,
+    normalize,
+    without_garbage,
+    without_overflow,
+)
 from bnjax.renorm import Limit, at_step, batch_renorm, warmed_up
 from bnjax.split import split_batch_norm, split_moments, split_normalize
 
@@ -186,6 +191,9 @@ def forward(
 ) -> tuple[jax.Array, Any]:
     """The output and the Moments of the batch.
 
+    Garbage under a False mask changes nothing, whichever statistics are used: where
+    they are the running ones, it would make the gradient of scale NaN.
+
     Args:
         x: (batch, *spatial, feature).
         stored: the running statistics.
@@ -197,7 +205,9 @@ def forward(
     """
     if not use_running:
         return family.train(x, stored, **over, **affine)
-    y = family.infer(x, *stored, **affine)
+    mask = _checks.mask(over["mask"], x.shape)
+    y = family.infer(without_garbage(x, mask), *stored, **affine)
+    y = without_overflow(y, mask)
     if not measure:
         return y, None
     shift = stored[0] if jnp.iscomplexobj(x) else stored[0].real

@@ -60,7 +60,7 @@ def co_moments(x, axis, size, mask=None):
         valid = np.broadcast_to(np.moveaxis(mask, axis, -1), (*x.shape[:-1], 1))[..., 0]
     vectors = x[valid]
     mean = vectors.sum(0) / max(len(vectors), 1)
-    centred = (vectors - mean).reshape(len(vectors), -1, size)
+    centred = (vectors - mean).reshape(len(vectors), len(mean) // size, size)
     m2 = np.stack([c.T @ c for c in np.moveaxis(centred, 1, 0)])
     return float(len(vectors)), mean, m2
 

@@ -194,6 +194,33 @@ def test_what_is_masked_changes_nothing(name):
     assert (np.asarray(gradients[1])[~seen] == 0).all()
 
 
+@pytest.mark.parametrize("update_stats", [False, True])
+@every_layer
+def test_what_is_masked_changes_nothing_in_a_frozen_layer(name, update_stats):
+    """That normalizes by its running statistics: no gradient by scale is NaN."""
+    entry = ENTRIES[name]
+    variables, x = entry.variables(), entry.x()
+    mask = mask_of(entry, "position")
+    seen = np.broadcast_to(mask, x.shape)
+    frozen = {"train": False, "update_stats": update_stats}
+    f = with_params(lambda v, x: run(entry, v, x, mask, **frozen), variables)
+
+    @jax.jit
+    def results(x, weights):
+        loss = jax.grad(loss_of(f, weights), (0, 1), has_aux=True)
+        return loss(variables["params"], x)
+
+    expected, clean = results(np.where(seen, x, 0), np.where(seen, weights(entry), 0))
+    for garbage in (np.nan, -np.inf, np.finfo(np.float32).min):
+        dirty = poison(x, mask, garbage)
+        gradients, (y, stats) = results(dirty, np.where(seen, weights(entry), 0))
+        assert np.isfinite(y).all()
+        y = jnp.where(seen, y, clean[0])
+        assert_same_bits((gradients, y, stats), (expected, *clean))
+    inferred = run(entry, variables, x, train=False)[0]
+    assert_close(jnp.where(seen, clean[0], inferred), inferred)
+
+
 @pytest.mark.parametrize("how", ["all masked", "no example"])
 @every_layer
 def test_nothing_valid(name, how):

@@ -138,6 +138,22 @@ IMPLEMENTATIONS = (None, "xla", "reread", "subsample")
 @covering(
     strength=1,
     implementation=IMPLEMENTATIONS,
+    kind=["no example", "all masked", "a feature masked"],
+)
+def test_moments_of_nothing_do_not_know_the_shift(kind, implementation):
+    x, mask = data()[0, 0], None
+    if kind == "no example":
+        x = x[:0]
+    else:
+        mask = np.broadcast_to(kind == "a feature masked", (5, 3)).copy()
+        mask[:, 1] = False
+    m = batch_moments(x, mask, np.float32([2, 5, -7]), implementation)
+    check(m, x, (0,), mask)
+
+
+@covering(
+    strength=1,
+    implementation=IMPLEMENTATIONS,
     shape=[(4096, 5), (64, 28, 28, 5), (300, 3), (9, 11, 2)],
 )
 def test_variance_at_large_mean(implementation, shape):

@@ -159,6 +159,33 @@ def test_mask(shape, garbage):
     assert np.isfinite(y).all()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("garbage", [-65504, 65504, -1e4])
+def test_padding_that_float16_cannot_hold_once_normalized(garbage, frozen):
+    """Finite there, so that (y * mask).sum() is; what is valid may still overflow."""
+    x, _, bias = case()
+    mask = np.random.default_rng(2).random((6, 4, 5, 1)) < 0.5
+    dirty = poison((x / 1e3).astype(np.float16), mask, garbage)
+    scale = np.float32([9, 1, -7])
+    stats = {"mean": np.zeros(3, np.float32), "var": np.full(3, 1e-6, np.float32)}
+    variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+    layer = bnjax.BatchNorm(frozen, update_stats=False, dtype=jnp.float16)
+
+    def loss(params, x):
+        y = layer.apply({**variables, "params": params}, x, mask=mask)
+        return (y * mask).sum(dtype=jnp.float32)
+
+    y = layer.apply(variables, dirty, mask=mask)
+    assert y.dtype == jnp.float16
+    assert jnp.isfinite(y).all()
+    clean = layer.apply(variables, np.where(mask, dirty, 0), mask=mask)
+    np.testing.assert_array_equal(np.where(mask, y, 0), np.where(mask, clean, 0))
+    for g in jax.tree.leaves(jax.grad(loss, (0, 1))(variables["params"], dirty)):
+        assert jnp.isfinite(g).all()
+    everything = layer.apply(variables, dirty, mask=np.ones((1, 1, 1, 1), bool))
+    assert jnp.isfinite(everything).all() != frozen  # it is valid now
+
+
 @pytest.mark.parametrize("garbage", [np.nan, 1e30, 0.0])
 @pytest.mark.parametrize(
     "fallback", [None, (np.array([3.0, 2, 1]), np.array([4.0, 9, 1]))]

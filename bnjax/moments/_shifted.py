@@ -263,7 +263,11 @@ def _guarded(
 
 
 def _from_sums(count, centre, s1, s2) -> tuple[Moments, jax.Array]:
-    """The Moments and the rest of the mean, from the sums about a centre."""
+    """The Moments and the rest of the mean, from the sums about a centre.
+
+    Those of nothing have mean 0, whatever the centre.
+    """
+    centre = centre * beside(count > 0, centre)
     delta = mean_of(s1, count)
     mean, rest = displaced(centre, delta)
     m2 = jnp.maximum(s2 - abs_product(s1, delta), 0)

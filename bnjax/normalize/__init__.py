@@ -38,6 +38,8 @@ from bnjax.normalize._transform import (
     finish,
     train,
     usable,
+    without_garbage,
+    without_overflow,
 )
 
 __all__ = [
@@ -60,6 +62,8 @@ __all__ = [
     "remat_policy",
     "train",
     "usable",
+    "without_garbage",
+    "without_overflow",
 ]
 
 
@@ -165,7 +169,7 @@ def batch_norm(
         epsilon: added to the variance.
         mask: boolean, broadcastable to `x`; True = counts. Masked values are normalized
             like the others, but take no part in the statistics; those that are not
-            finite, or beyond 1e9, are read as 0.
+            finite, or beyond 1e9, are read as 0, and what overflows float16 is 0.
         axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
             over. Not needed under jit: the statistics of a sharded batch are global
             there. Local ones are those of ghost batches: normalize x reshaped.

@@ -58,14 +58,8 @@ class Inputs(NamedTuple):
     mask: jax.Array | None
 
     def finite_x(self) -> jax.Array:
-        """`x`, with 0 for garbage where the mask is False: NaN, infinity, huge padding.
-
-        Its square and cube, times those of rstd, must not overflow: a derivative
-        multiplies them by the 0 that such a position's cotangent is.
-        """
-        if self.mask is None:
-            return self.x
-        return valid(self.x, self.mask | (jnp.abs(self.x) <= _GARBAGE))
+        """`x`, with 0 for garbage where the mask is False."""
+        return without_garbage(self.x, self.mask)
 
 
 class Plan(NamedTuple):
@@ -76,6 +70,28 @@ class Plan(NamedTuple):
 
 
 Transform = Callable[..., tuple[jax.Array, Any]]
+
+
+def without_garbage(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`x`, with 0 where the mask is False, for NaN, infinity and huge padding.
+
+    Its square and cube, times those of rstd, must not overflow: a derivative
+    multiplies them by the 0 that such a position's cotangent is.
+    """
+    if mask is None:
+        return x
+    limit = min(_GARBAGE, float(jnp.finfo(x.dtype).max))
+    return valid(x, mask | (jnp.abs(x) <= limit))
+
+
+def without_overflow(y: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`y`, with 0 where the mask is False and padding, once normalized, overflows.
+
+    It may in float16 alone, of the values that `without_garbage` leaves.
+    """
+    if mask is None or float(jnp.finfo(y.dtype).max) > _GARBAGE:
+        return y
+    return valid(y, mask | jnp.isfinite(y))
 
 
 def train(
@@ -131,7 +147,8 @@ def train(
     @keep_moments
     def run(inputs, residual, *extra):
         y, batch = _compiled(transform, inputs, Plan(over, how), *extra)
-        return finish(y, residual, activation, how), batch
+        y = finish(y, residual, activation, how)
+        return without_overflow(y, inputs.mask), batch
 
     mean, var, scale, bias, shift = vectors
     inputs = Inputs(x, mean, var, scale, bias, shift, epsilon, mask)
