@@ -103,7 +103,8 @@ def updated(
     """`batch_stats` with the new statistics of every layer that is not kept.
 
     Args:
-        batch_stats: a tree that has a mean and a var at the path of every layer.
+        batch_stats: a tree that has a mean and a var at the path of every layer. What
+            has neither (the vectors of `nn.SpectralNorm`) stays as it is.
         found: by layer, what has a mean.
         update: (path, mean, var) -> the new (mean, var) of a layer.
         keep: patterns of the layers that stay as they are.
@@ -111,7 +112,8 @@ def updated(
     stored, structure = flatten(batch_stats)
     layers = {layer_of(path) for path in stored}
     kept = matching(keep, layers, "keep")
-    unseen = sorted(layers - kept - set(found))
+    normalize = {layer_of(p) for p in stored if p.rpartition("/")[2] in ("mean", "var")}
+    unseen = sorted(normalize - kept - set(found))
     if unseen:
         raise ValueError(
             _UNSEEN.format(paths=", batch_stats/".join(unseen), keep=unseen)

@@ -36,7 +36,8 @@ Of the variants: the batch of a GhostBatchNorm is all of `batch`, whatever its g
 of a SplitBatchNorm each domain is estimated from its own examples, and has to occur.
 What a BatchRenorm passes on depends on the statistics that it had: give `apply_fn` a
 model with r_max=1, d_max=0, so that it normalizes by the batch like the others. The
-covariances of a DecorrelatedBatchNorm are not estimated: name it in `keep`.
+covariances of a DecorrelatedBatchNorm are not estimated: name it in `keep`. What else
+lies in `batch_stats`, the vectors of `nn.SpectralNorm`, stays as it is.
 """
 
 import functools

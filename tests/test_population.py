@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_trees_close, poison
+from helpers import BOXES, assert_close, assert_trees_close, poison
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
@@ -417,6 +417,35 @@ def test_what_cannot_be_estimated(estimate):
         estimate(collect, variables(), [data(4), data(4) * np.inf])
     with pytest.raises(ValueError, match="progress=True with stacked=True"):
         estimate(collect, variables(), [data(4)], stacked=True, progress=True)
+
+
+class WithSpectralNorm(nn.Module):
+    """Whose u and sigma lie in batch_stats, too, and are none of these statistics."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.SpectralNorm(nn.Dense(3), name="spectral")(x, update_stats=True)
+        return bnjax.BatchNorm(False, name="norm")(x)
+
+
+@pytest.mark.parametrize("box", ["", *BOXES])
+@pytest.mark.parametrize("estimate", [algorithm_2, pooled])
+def test_what_else_lies_in_batch_stats_is_kept(estimate, box):
+    model, (first, *batches) = WithSpectralNorm(), split(data())
+    v = model.init(jax.random.key(0), first)
+
+    def apply(v, x):
+        return model.apply(v, x, mutable=BOTH)
+
+    boxed = jax.tree.map(BOXES[box], v["batch_stats"]) if box else v["batch_stats"]
+    new = estimate(apply, {**v, "batch_stats": boxed}, batches)
+    assert jax.tree.structure(new) == jax.tree.structure(boxed)
+    old = jax.tree.leaves(v["batch_stats"]["spectral"])
+    for kept, was in zip(jax.tree.leaves(new["spectral"]), old, strict=True):
+        np.testing.assert_array_equal(kept, was)
+    alone = estimate(apply, v, batches, keep=["spectral/*"])["norm"]
+    assert_trees_close(jax.tree.leaves(new["norm"]), jax.tree.leaves(alone), tol=0)
+    assert not np.array_equal(alone["mean"], v["batch_stats"]["norm"]["mean"])
 
 
 def test_compiled_once_per_shape():

@@ -13,7 +13,7 @@ import oracle
 import pytest
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
-from helpers import assert_close, assert_trees_close, plain_batch_norm
+from helpers import BOXES, assert_close, assert_trees_close, plain_batch_norm
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
@@ -735,6 +735,33 @@ def test_reset_and_merge_leave_alone_what_is_no_mean_and_var(name, frozen):
         else:
             assert new is value
             assert_close(of, np.stack([value, 3 * np.asarray(value)]), tol=0)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_reset_and_merge_in_metadata_boxes(box):
+    """Unboxed on the way in, boxed again on the way out; `moments` have none."""
+    stats = with_others("spectral", "in batch_stats")[0]["batch_stats"]
+    stats = jax.tree.map(lambda v: v + 1, stats)
+    apart = jax.tree.map(lambda v: jnp.stack([v, 3 * v]), stats)
+    for f, given in ((reset_batch_stats, stats), (merge_batch_stats, apart)):
+        assert_trees_close(
+            f(jax.tree.map(BOXES[box], given)), jax.tree.map(BOXES[box], f(given))
+        )
+
+
+@pytest.mark.parametrize("box", ["Partitioned", "LogicallyPartitioned"])
+def test_merge_over_an_axis_in_metadata_boxes(box):
+    stats = {"norm": {"mean": jnp.float32([[2], [7]]), "var": jnp.float32([[1], [4]])}}
+
+    def merged(stats, boxed):
+        boxed = jax.tree.map(BOXES[box], stats) if boxed else stats
+        return jax.tree.leaves(merge_batch_stats(boxed, axis_name="i"))
+
+    plain, boxed = (
+        jax.vmap(functools.partial(merged, boxed=b), axis_name="i")(stats)
+        for b in (False, True)
+    )
+    assert_trees_close(boxed, plain)
 
 
 def test_half_of_a_layers_statistics_is_refused():
