@@ -1,12 +1,23 @@
 """What the compiler has to be told, per platform. Below the derivative rules."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-IMPLEMENTATIONS = (None, "xla", "reread", "subsample")
+# "plain" is arithmetic alone, without derivatives of its own: for transformations that
+# know none, such as jax.experimental.jet.
+PLAIN = "plain"
+IMPLEMENTATIONS = (None, "xla", "reread", "subsample", PLAIN)
+
+
+def chosen(implementation: str | None, *values) -> str | None:
+    """The implementation; where None is given to Taylor mode, the plain one."""
+    jet = sys.modules.get("jax.experimental.jet")
+    taylor = jet is not None and any(isinstance(v, jet.JetTracer) for v in values)
+    return PLAIN if implementation is None and taylor else implementation
 
 
 def on_cpu(implementation: str | None, cpu, default):
@@ -34,7 +45,6 @@ def by_platform(implementation: str | None, function):
     return choose
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def reread(storage, implementation: str | None, x: jax.Array, *vectors: jax.Array):
     """The identity; on a CPU, a fresh read of what `x` was widened from.
 
@@ -44,12 +54,19 @@ def reread(storage, implementation: str | None, x: jax.Array, *vectors: jax.Arra
     instead (narrowing a widened value is exact, and XLA removes the pair). Elsewhere
     all users share one fusion, and a fence would only part them.
     """
+    if implementation == PLAIN:
+        return (x, *vectors)
+    return _reread(storage, implementation, x, *vectors)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _reread(storage, implementation: str | None, x: jax.Array, *vectors: jax.Array):
     return _fence(storage, implementation, x, *vectors)
 
 
-@reread.defjvp
+@_reread.defjvp
 def _(storage, implementation, primals, tangents):
-    return reread(storage, implementation, *primals), tuple(tangents)
+    return _reread(storage, implementation, *primals), tuple(tangents)
 
 
 def reread_cotangent(storage, implementation: str | None, tangent: jax.Array):
@@ -62,7 +79,6 @@ def reread_cotangent(storage, implementation: str | None, tangent: jax.Array):
     return _fence(storage, implementation, tangent)[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def rounded(y: jax.Array, implementation: str | None) -> jax.Array:
     """The identity, on a value that really has the precision of its dtype.
 
@@ -70,26 +86,34 @@ def rounded(y: jax.Array, implementation: str | None) -> jax.Array:
     may then write, and store for the backward pass, a float32 copy beside `y`. A TPU
     fuses two results of the same inputs, such as y and dx, only if both end alike.
     """
-    if jnp.iscomplexobj(y) or jnp.finfo(y.dtype).bits >= 32:
-        return y
+    wide = jnp.iscomplexobj(y) or jnp.finfo(y.dtype).bits >= 32
+    return y if wide or implementation == PLAIN else _rounded(y, implementation)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded(y: jax.Array, implementation: str | None) -> jax.Array:
     return on_cpu(implementation, _unchanged, _round)(y)
 
 
-@rounded.defjvp
+@_rounded.defjvp
 def _(implementation, primals, tangents):
-    return rounded(*primals, implementation), tangents[0]
+    return _rounded(*primals, implementation), tangents[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def round_cotangent(y: jax.Array, dtype, implementation: str | None) -> jax.Array:
     """The identity on `y`; its cotangent is `rounded` to a narrower dtype, and widened.
 
     For a cotangent that is written in that dtype: all users read what was written.
     """
+    return y if implementation == PLAIN else _round_cotangent(y, dtype, implementation)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _round_cotangent(y: jax.Array, dtype, implementation: str | None) -> jax.Array:
     return y
 
 
-@round_cotangent.defjvp
+@_round_cotangent.defjvp
 def _(dtype, implementation, primals, tangents):
     def rounding(t):
         return _round(t.astype(dtype)).astype(t.dtype)
@@ -97,7 +121,7 @@ def _(dtype, implementation, primals, tangents):
     (y,), (tangent,) = primals, tangents
     if tangent.dtype != dtype and not jnp.iscomplexobj(tangent):
         tangent = on_cpu(implementation, _unchanged, rounding)(tangent)
-    return round_cotangent(y, dtype, implementation), tangent
+    return _round_cotangent(y, dtype, implementation), tangent
 
 
 def _unchanged(y: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from helpers import (
     poison,
     residual_bytes,
 )
+from jax.experimental.jet import jet
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
@@ -39,7 +40,7 @@ def mask_of(shape=(*SHAPE[:-1], 1), seed=1):
 
 
 @covering(
-    implementation=[None, "xla", "reread", "subsample"],
+    implementation=[None, "xla", "reread", "subsample", "plain"],
     masked=[False, True],
     dtype=["float32", "bfloat16"],
 )
@@ -378,6 +379,72 @@ def test_activation_may_close_over_a_parameter():
         )
     )
     assert_close(ours(0.3), np.asarray(plain(0.3)), tol=1e-10)
+
+
+# ---- Taylor mode, which knows no derivative rule and no checkpoint ----
+
+
+def layer_of(layer, **fields):
+    def f(x):
+        return layer(**fields).init_with_output(jax.random.key(0), x)[0]
+
+    return f
+
+
+EVALUATED = {"use_running_average": True}
+TAYLOR = {
+    "normalize": lambda x: bnjax.normalize(x, x[0, 0, 0] * 0 + 1, jnp.full(3, 2.0)),
+    "batch_norm": lambda x: bnjax.batch_norm(x)[0],
+    "plain in jit": jax.jit(lambda x: bnjax.batch_norm(x, implementation="plain")[0]),
+    "moments": lambda x: bnjax.moments(x).variance(),
+    "all options": lambda x: bnjax.batch_norm(
+        x,
+        mask=np.arange(6)[:, None, None, None] > 1,
+        residual=x,
+        activation=jnp.tanh,
+        dtype=jnp.bfloat16,
+    )[0],
+    "evaluated layer": layer_of(bnjax.BatchNorm, **EVALUATED),
+    "layer": layer_of(bnjax.BatchNorm, use_running_average=False),
+    "domains": layer_of(
+        bnjax.linen.SplitBatchNorm, num_splits=2, use_running_average=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAYLOR)
+def test_taylor_mode(name):
+    """The first two derivatives along a direction are those of forward mode."""
+    f, x = TAYLOR[name], case("float32", shape=(6, 4, 5, 3))[0]
+    along = jnp.cos(3 * x)
+
+    def slope(x):
+        return jax.jvp(f, (x,), (along,))[1]
+
+    y, (first, second) = jet(f, (x,), ((along, jnp.zeros_like(x)),))
+    expected = f(x), *jax.jvp(slope, (x,), (along,))
+    tol = 2e-2 if name == "all options" else 2e-5
+    assert_trees_close((y, first, second), expected, tol=tol)
+
+
+def test_plain_is_the_same_function():
+    """Two passes and JAX's own derivative; over replicas too."""
+    x, scale, bias, dy = case("float32", shape=(6, 4, 5, 3))
+    x = x + 30
+
+    def f(x, implementation):
+        def replica(x):
+            options = {"axis_name": "i", "implementation": implementation}
+            return bnjax.batch_norm(x, scale, bias, **options)
+
+        y, batch = jax.vmap(replica, axis_name="i")(x.reshape(2, 3, *x.shape[1:]))
+        return jnp.sum(y.reshape(dy.shape) * dy), (y, batch)
+
+    run = jax.value_and_grad(f, has_aux=True)
+    assert_trees_close(run(x, "plain"), run(x, "xla"), tol=2e-5)
+    text = str(jax.make_jaxpr(lambda x: f(x, "plain"))(x))
+    assert "custom_jvp" not in text
+    assert "remat" not in text
 
 
 # ---- what is kept for the backward pass ----

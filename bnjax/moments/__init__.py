@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from bnjax import _axes, _checks, _dtypes
+from bnjax import _axes, _backend, _checks, _dtypes
 from bnjax.moments._reduction import Reduction, valid
 from bnjax.moments._shifted import merged_rows
 from bnjax.moments._statistics import (
@@ -105,7 +105,8 @@ def moments(
     """
     x = _checks.inexact("x", x)
     mask = _checks.mask(mask, x.shape)
-    how = reduction(x, axis, axis_name, axis_index_groups)
+    plain = _backend.chosen(None, x)
+    how = reduction(x, axis, axis_name, axis_index_groups, plain)
     if shift is not None:
         shift = jnp.asarray(shift)
         features = _axes.complement(how.axes, x.ndim)

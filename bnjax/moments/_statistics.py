@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from bnjax import _axes, _checks, _replicas
-from bnjax.moments._reduction import Reduction, deviation, valid
+from bnjax import _axes, _backend, _checks, _replicas
+from bnjax.moments._reduction import Reduction, count_valid, deviation, valid
 from bnjax.moments._shifted import batch_moments, merged_rows
-from bnjax.moments._value import Moments, beside, mean_of
+from bnjax.moments._value import Moments, abs_product, beside, mean_of
 
 # What a checkpoint policy keeps: see normalize.
 NAME = "bnjax_moments"
@@ -33,6 +33,27 @@ def statistics(
     return exact_statistics(x, mask, shift, how)[0]
 
 
+def exact_statistics(
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: Reduction
+) -> tuple[Moments, jax.Array]:
+    """`statistics`, and what the rounded mean lacks: a merge to come needs it."""
+    if how.implementation == _backend.PLAIN:
+        batch = _two_pass(x, mask, how)
+        return batch, jnp.zeros_like(batch.mean)
+    return _exact_statistics(x, mask, shift, how)
+
+
+def _two_pass(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
+    """By the definition, for JAX to differentiate: the mean, then what is about it."""
+    sums = count_valid(x, mask, how.axes), valid(x, mask).sum(how.axes)
+    if how.axis_name is not None:
+        sums = _replicas.packed_sum(sums, how.axis_name, how.groups)
+    count, mean = sums[0], mean_of(sums[1], sums[0])
+    d = deviation(x, mask, mean, how)
+    m2 = abs_product(d, d).sum(how.axes)
+    return Moments(count, mean, _replicas.all_sum(m2, how.axis_name, how.groups))
+
+
 # The derivative. With c = x - mean, over the valid values of every replica:
 #     dmean = sum dx / n,     dm2 = 2 sum Re(conj(c) dx)
 # because the term through dmean vanishes: sum c = 0. One stacked sum, so the transpose
@@ -40,10 +61,9 @@ def statistics(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def exact_statistics(
+def _exact_statistics(
     x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: Reduction
 ) -> tuple[Moments, jax.Array]:
-    """`statistics`, and what the rounded mean lacks: a merge to come needs it."""
     return _traced_once(x, mask, shift, how)
 
 
@@ -52,11 +72,11 @@ def exact_statistics(
 _traced_once = jax.jit(batch_moments, static_argnums=3, inline=True)
 
 
-@exact_statistics.defjvp
+@_exact_statistics.defjvp
 def _(how, primals, tangents):
     (x, mask, _), (dx, _, _) = primals, tangents
     # Named here, and not inside the call: a policy does not look into it.
-    result, rest = jax.tree.map(named, exact_statistics(*primals, how))
+    result, rest = jax.tree.map(named, _exact_statistics(*primals, how))
     d, dx = deviation(x, mask, result.mean, how), valid(dx, mask)
     sums = dx.sum(how.axes), (jnp.conj(d) * dx).sum(how.axes)
     if how.axis_name is not None or _replicas.several(x):

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _checks
+from bnjax import _backend, _checks
 from bnjax.moments import Moments
 from bnjax.normalize._affine import Affine, describe, per_feature
 from bnjax.normalize._groups import Rows, batch_axis, by_group, check_devices
@@ -98,7 +98,8 @@ def normalize(
         activation: an elementwise function.
         dtype: of the output; None for `result_type(x, scale, bias)`. The arithmetic is
             in at least float32 and rounded once, at the end.
-        implementation: None for "xla": the arithmetic alone; see `batch_norm`.
+        implementation: None for "xla": the arithmetic alone; see `batch_norm`, also
+            for "plain", which `jax.experimental.jet` needs.
 
     Returns:
         An array of the shape of `x`.
@@ -116,23 +117,26 @@ def normalize(
     References: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
     x = _checks.inexact("x", x)
+    arrays = x, mean, var, scale, bias, residual
+    implementation = _backend.chosen(implementation, *arrays) or "xla"  # one read of x
     how = describe(
         x,
         (scale, bias),
         axis=axis,
         dtype=dtype,
         activation=activation,
-        implementation=implementation or "xla",  # x is read once: nothing to tell
+        implementation=implementation,
     )
     vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
     _checks.epsilon(epsilon, vectors[0].shape)
     residual = _checks.residual(residual, x.shape, how.compute)
 
-    @keep_moments
     def transform(x, vectors, epsilon, residual):
         y = by_given(x, vectors, epsilon, how)
         return finish(y, residual, activation, how)
 
+    if implementation != _backend.PLAIN:
+        transform = keep_moments(transform)
     return transform(x, vectors, epsilon, residual)
 
 
@@ -181,7 +185,10 @@ def batch_norm(
         implementation: "xla" lets XLA share reads of `x`; "reread" has each reduction
             read it again, which is faster on a CPU; "subsample" takes the shift from
             `x`, and needs no condition, for which a GPU's host would wait. None chooses
-            for the platform.
+            for the platform. "plain" is the definition, two reads of `x`, whose
+            derivative is JAX's own and stores more: for what knows no derivative rules
+            and no `jax.checkpoint`, as `jax.experimental.jet` (which chooses it, but
+            cannot where it meets a function compiled before).
         shift: (feature,), a guess of the mean that does not depend on `x`; see
             `moments`. None for the mean of `fallback`.
         fallback: (mean, var), each (feature,): normalizes the features without a valid

@@ -72,18 +72,25 @@ def per_feature(
 # that the replicas vary over; stacked and cast once, they transpose to one collective.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def affine(x, mean, var, scale, bias, how: Affine):
     """(x - mean) / sqrt(var) * scale + bias; epsilon is in `var` already."""
+    plain = how.implementation == _backend.PLAIN
+    return (_value if plain else _affine)(x, mean, var, scale, bias, how)
+
+
+def _value(x, mean, var, scale, bias, how: Affine):
     a = lax.rsqrt(var).astype(how.compute) * scale
     x, mean, a, bias = _fresh(how, x, mean, a, bias)
     return (x - mean) * a + bias
 
 
-@functools.partial(affine.defjvp, symbolic_zeros=True)
+_affine = jax.custom_jvp(_value, nondiff_argnums=(5,))
+
+
+@functools.partial(_affine.defjvp, symbolic_zeros=True)
 def _(how, primals, tangents):
     x, mean, var, scale, _ = primals
-    y = affine(*primals, how)
+    y = _affine(*primals, how)
     rstd = lax.rsqrt(var).astype(how.compute)
     a = rstd * scale
     dx, dmean, dvar, dscale, dbias = (None if _is_zero(t) else t for t in tangents)

@@ -118,20 +118,22 @@ def train(
     """
     axis, activation = options.get("axis", -1), options.get("activation")
     x = _checks.inexact("x", x)
+    arrays = x, scale, bias, options.get("residual")
+    implementation = _backend.chosen(options.get("implementation"), *arrays)
     how = describe(
         x,
         (scale, bias),
         axis=axis,
         dtype=options.get("dtype"),
         activation=activation,
-        implementation=options.get("implementation"),
+        implementation=implementation,
     )
     over = reduction(
         x,
         axis,
         options.get("axis_name"),
         options.get("axis_index_groups"),
-        options.get("implementation"),
+        implementation,
     )
     mean, var = options.get("fallback") or (None, None)
     shift = mean if options.get("shift") is None else options.get("shift")
@@ -144,7 +146,6 @@ def train(
     if mask is None and warns:
         _checks.warn_single_value(_smallest_count(x.shape, over), x.shape, axis)
 
-    @keep_moments
     def run(inputs, residual, *extra):
         y, batch = _compiled(transform, inputs, Plan(over, how), *extra)
         y = finish(y, residual, activation, how)
@@ -152,6 +153,7 @@ def train(
 
     mean, var, scale, bias, shift = vectors
     inputs = Inputs(x, mean, var, scale, bias, shift, epsilon, mask)
+    run = run if implementation == _backend.PLAIN else keep_moments(run)
     y, batch = run(inputs, residual, *extra)
     return y, jax.tree.map(jnp.asarray, batch)  # a constant count is no array yet
 
