@@ -447,22 +447,20 @@ def test_large_means_that_differ_between_replicas(mode, shape):
             assert (np.abs(got - mean) / size).max() < 1e-6
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize(
-    ("masked", "layer"), [(True, False), (False, True), (True, True)]
-)
-@pytest.mark.parametrize(
-    ("spec", "axis"),
-    [
+@covering(
+    placed_as=[
         (P(None, None, None, "model"), -1),
         (P("data", None, None, "model"), -1),
         (P("data", "model"), -1),
         (P("data", "model"), 1),
         (P("data", None, None, "model"), (1, 3)),
     ],
+    kind=[AxisType.Auto, AxisType.Explicit],
+    how=["masked", "layer", "masked layer"],
 )
-def test_sharded_features_and_space(spec, axis, masked, layer, kind):
+def test_sharded_features_and_space(placed_as, kind, how):
     """A 2-D mesh under jit: nothing to configure, and never a gather of the batch."""
+    (spec, axis), masked, layer = placed_as, "masked" in how, "layer" in how
     x = np.random.default_rng(0).normal(size=(8, 4, 6, 10)).astype(np.float32)
     two = mesh(kind, data=4, model=2)
     mask = np.random.default_rng(1).random((8, 1, 1, 1)) < 0.7 if masked else None
@@ -479,15 +477,18 @@ def test_sharded_features_and_space(spec, axis, masked, layer, kind):
     expected = jax.grad(f, has_aux=True)(x)
     with jax.set_mesh(two):
         placed = jax.device_put(x, NamedSharding(two, spec))
-        actual = jax.jit(jax.grad(f, has_aux=True))(placed)
-        text = jax.jit(jax.grad(f, has_aux=True)).lower(placed).compile().as_text()
+        compiled = jax.jit(jax.grad(f, has_aux=True)).lower(placed).compile()
+        actual, text = compiled(placed), compiled.as_text()
     assert_trees_close(actual, jax.tree.map(np.asarray, expected), tol=1e-5)
     gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
     assert all(np.prod([int(n) for n in g.split(",")]) < x.size / 8 for g in gathered)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reread", "subsample"])
-@pytest.mark.parametrize("mode", ["typed", "untyped", "vmap", "jit"])
+@covering(
+    strength=1,
+    mode=["typed", "untyped", "vmap", "jit"],
+    implementation=["xla", "reread", "subsample"],
+)
 def test_every_implementation_in_every_mode(mode, implementation):
     """By name: small inputs are left to XLA."""
     x, scale, bias, dy = case()
