@@ -440,7 +440,9 @@ def test_adding_a_layer_is_adding_an_entry():
     for room in (bnjax.linen, bnjax.nnx):
         public = {getattr(room, n) for n in room.__all__}
         assert layers == {
-            v.__name__ for v in public if issubclass(v, (nn.Module, nnx.Module))
+            v.__name__
+            for v in public
+            if isinstance(v, type) and issubclass(v, (nn.Module, nnx.Module))
         }
 
 
