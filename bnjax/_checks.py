@@ -127,6 +127,18 @@ def feature_shape(name: str, value: jax.Array, expected: Sequence[int], axis) ->
         )
 
 
+def shift(
+    value: ArrayLike | None, expected: Sequence[int], axis, dtype
+) -> jax.Array | None:
+    """The shift as an array, with one entry per feature, or None."""
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    feature_shape("shift", value, expected, axis)
+    not_complex("shift", value, dtype)
+    return value
+
+
 def mask(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
     """The mask as a boolean array of the rank of `x`, or None."""
     if value is None:

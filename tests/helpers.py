@@ -1,7 +1,7 @@
 """One comparison that fails on what it should, and the measures of the tests."""
 
+import collections
 import itertools
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from experiments.bench.programs import Part, Program
 
 # Relative to the largest expected magnitude. Looser ones need a reason on the line.
 TOLERANCE = {
@@ -97,54 +99,14 @@ def compiled_text(f, *args) -> str:
     return jax.jit(f).lower(*args).compile().as_text()
 
 
-def collectives(f, *args, in_branches: bool = False) -> dict[str, int]:
-    """How many of each collective the compiled program holds: see `collectives_of`."""
-    return collectives_of(compiled_text(f, *args), in_branches=in_branches)
+def collectives(f, *args) -> dict[str, int]:
+    """How many of each collective the compiled program always runs."""
+    return kinds(Program(compiled_text(f, *args)).always)
 
 
-def collectives_of(text: str, *, in_branches: bool = False) -> dict[str, int]:
-    """How many of each collective a program holds outside of conditions.
-
-    With `in_branches`, those of the branches, which are there to be taken rarely.
-    """
-    outside = _reached(text, conditions=False)
-    counted = _reached(text, conditions=True) - outside if in_branches else outside
-    kinds = (
-        "all-reduce",
-        "all-gather",
-        "all-to-all",
-        "collective-permute",
-        "reduce-scatter",
-    )
-    lines = "\n".join(_computations(text)[name] for name in counted)
-    found = {k: len(re.findall(rf" {k}(?:-start)?\(", lines)) for k in kinds}
-    return {k: n for k, n in found.items() if n}
-
-
-def entry(text: str) -> list[str]:
-    """The instructions of an HLO module that are no part of a called computation."""
-    return _computations(text)[""].splitlines()
-
-
-def _computations(text: str) -> dict[str, str]:
-    """The lines of each computation of an HLO module, the entry's under ""."""
-    found = re.findall(
-        r"^(ENTRY )?%?([\w.\-]+) .*\{\n((?:[ \t].*\n|\n)*)\}", text, re.M
-    )
-    return {"" if entry else name: lines for entry, name, lines in found}
-
-
-def _reached(text: str, *, conditions: bool) -> set[str]:
-    """The computations that the entry calls, those of branches too or not."""
-    computations, reached, todo = _computations(text), set(), [""]
-    while todo:
-        name = todo.pop()
-        reached.add(name)
-        for line in computations[name].splitlines():
-            if " conditional(" not in line or conditions:
-                called = re.findall(r"%([\w.\-]+)", line.partition("), ")[2])
-                todo += [c for c in called if c in computations and c not in reached]
-    return reached
+def kinds(part: Part) -> dict[str, int]:
+    """How many of each collective a part of a program holds."""
+    return dict(collections.Counter(sent.kind for sent in part.collectives))
 
 
 def plain_batch_norm(x, scale, bias, *, axes, mask=None, epsilon=1e-5):

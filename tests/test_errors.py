@@ -462,6 +462,26 @@ CASES = {
         ValueError,
         ["argument 2 of merge has m2 of shape (3, 1, 1), the first of (1, 3, 3)"],
     ),
+    "shift of moments": (
+        lambda: bnjax.moments(X, shift=V4),
+        ValueError,
+        ["shift has shape (4,): expected (3,)", "axis="],
+    ),
+    "shift of co_moments": (
+        lambda: bnjax.whiten.co_moments(X, shift=V4),
+        ValueError,
+        ["shift has shape (4,): expected (3,)", "axis="],
+    ),
+    "shift of co_moments of another rank": (
+        lambda: bnjax.whiten.co_moments(X, axis=1, shift=V3[None]),
+        ValueError,
+        ["shift has shape (1, 3): expected (", "axis=1"],
+    ),
+    "complex shift of co_moments": (
+        lambda: bnjax.whiten.co_moments(X, shift=V3 + 1j),
+        TypeError,
+        ["shift has dtype complex64", "Write shift.real"],
+    ),
     "implementation": (
         batch_norm(implementation="cudnn"),
         ValueError,

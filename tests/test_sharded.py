@@ -12,15 +12,15 @@ from helpers import (
     assert_close,
     assert_trees_close,
     collectives,
-    collectives_of,
     compiled_text,
     covering,
-    entry,
+    kinds,
     poison,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
+from experiments.bench.programs import Program
 
 SHAPE = (16, 4, 5, 3)
 AXES = (0, 1, 2)
@@ -307,16 +307,12 @@ def test_one_collective_forward_and_one_backward(mode, mask):
         return y, vjp(dy)
 
     arrays = placed(mode, x, dy, keep)
-    text = compiled_text(data_parallel(mode, forward), *arrays)
-    assert collectives_of(text) == {"all-reduce": 1}
-    rarely = collectives_of(text, in_branches=True)
-    assert rarely == {"all-reduce": 1}  # about the mean, which a CPU knows by then
-    (line,) = (
-        line for line in entry(text) if re.search(r" all-reduce(-start)?\(", line)
-    )
-    sizes = re.findall(r"[fs]32\[([\d,]*)\]", line.partition(" all-reduce")[0])
-    sent = sum(int(np.prod([int(n) for n in size.split(",") if n])) for size in sizes)
-    assert sent == {None: 6, "uneven": 7, "per feature": 9}[mask]
+    program = Program(compiled_text(data_parallel(mode, forward), *arrays))
+    assert kinds(program.always) == {"all-reduce": 1}
+    # About the mean, which a CPU knows by then.
+    assert kinds(program.sometimes) == {"all-reduce": 1}
+    (sent,) = program.always.collectives
+    assert sent.elements == {None: 6, "uneven": 7, "per feature": 9}[mask]
     assert collectives(data_parallel(mode, both), *arrays) == {"all-reduce": 2}
 
 

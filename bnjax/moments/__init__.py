@@ -12,7 +12,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _backend, _checks, _dtypes
@@ -107,11 +106,8 @@ def moments(
     mask = _checks.mask(mask, x.shape)
     plain = _backend.chosen(None, x)
     how = reduction(x, axis, axis_name, axis_index_groups, plain)
-    if shift is not None:
-        shift = jnp.asarray(shift)
-        features = _axes.complement(how.axes, x.ndim)
-        _checks.feature_shape("shift", shift, _axes.sizes(x.shape, features), axis)
-        _checks.not_complex("shift", shift, x.dtype)
+    features = _axes.sizes(x.shape, _axes.complement(how.axes, x.ndim))
+    shift = _checks.shift(shift, features, axis, x.dtype)
     return _moments(x, mask, shift, how)
 
 

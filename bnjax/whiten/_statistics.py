@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from bnjax import _axes, _dtypes, _replicas
+from bnjax import _axes, _checks, _dtypes, _replicas
 from bnjax.moments import (
     Reduction,
     coarse,
@@ -68,7 +68,8 @@ def co_moments(
         TypeError: `x` holds integers or complex numbers.
         ValueError: several feature axes, or one out of range; a group size that does
             not divide the features; a mask that does not broadcast or varies by
-            feature; an axis name that is not bound; groups that do not partition it.
+            feature; a shift of another shape; an axis name that is not bound; groups
+            that do not partition it.
 
     >>> x = jnp.array([[1.0, 2.0], [3.0, 8.0], [5.0, 2.0]])
     >>> count, mean, m2 = co_moments(x)
@@ -81,7 +82,7 @@ def co_moments(
     layout = _layout.layout(x, axis, group_size)
     mask = _layout.mask(mask, x, layout.axis)
     how = CoReduction(reduction(x, axis, axis_name, axis_index_groups), layout)
-    shift = None if shift is None else jnp.asarray(shift)
+    shift = _checks.shift(shift, (x.shape[layout.axis],), axis, x.dtype)
     return _co_moments(x, mask, shift, how)
 
 
