@@ -41,13 +41,25 @@ _REPEATED_AXIS_NAME = (
 
 _FLOAT_MASK = (
     "mask has dtype {dtype}: expected booleans, True where a value counts, for a mask "
-    "does not weigh, and 0.5 would count as much as 1. Write mask > 0, or mask > 0.5."
+    "does not weigh, and 0.5 would count as much as 1. Write mask > 0, or mask > 0.5; "
+    "or weights=... for numbers that say how often a value counts."
 )
 
-_AMBIGUOUS_MASK = (
-    "mask has shape {mask}, which fits the first axes of the input's shape {shape} as "
-    "well as the last: it is broadcast along the last, as in NumPy. Write {trailing} "
-    "if that is meant, or {leading} for flags along the first, as one per example."
+_WEIGHTS = (
+    "weights has dtype {dtype}: expected real floats >= 0, how often each value "
+    "counts. Write {cure}."
+)
+
+_WRONG_WEIGHTS = (
+    "weights holds {wrong}: expected finite numbers >= 0, how often each value counts. "
+    "Write {cure}."
+)
+
+_AMBIGUOUS = (
+    "{name} has shape {received}, which fits the first axes of the input's shape "
+    "{shape} as well as the last: it is broadcast along the last, as in NumPy. Write "
+    "{trailing} if that is meant, or {leading} for {values} along the first, as one "
+    "per example."
 )
 
 _SINGLE_VALUE = (
@@ -146,21 +158,62 @@ def mask(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
     value = jnp.asarray(value)
     if jnp.issubdtype(value.dtype, jnp.inexact):
         raise TypeError(_FLOAT_MASK.format(dtype=value.dtype))
-    value, shape, rank = value.astype(bool), tuple(shape), len(shape)
+    return _aligned("mask", "flags", value.astype(bool), shape)
+
+
+def weights(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
+    """The weights as a floating array of the rank of `x`, or None."""
+    if value is None:
+        return None
+    given, value = value, jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        cure = "weights.astype(jnp.float32)"
+        if value.dtype == bool:
+            cure = "mask=weights for flags, or weights.astype(jnp.float32)"
+        elif jnp.iscomplexobj(value):
+            cure = "weights.real"
+        raise TypeError(_WEIGHTS.format(dtype=value.dtype, cure=cure))
+    not_narrow("weights", value.dtype)
+    known = given if isinstance(given, np.ndarray) else value
+    if not isinstance(known, Tracer) and getattr(known, "is_fully_addressable", True):
+        numbers = np.asarray(known, np.float64).ravel()
+        wrong = numbers[~((numbers >= 0) & (numbers < np.inf))]
+        if wrong.size:
+            cure = "jnp.maximum(weights, 0)"
+            if not np.isfinite(wrong[0]):
+                cure = "jnp.where(jnp.isfinite(weights), weights, 0)"
+            raise ValueError(_WRONG_WEIGHTS.format(wrong=float(wrong[0]), cure=cure))
+    return _aligned("weights", "weights", value, shape)
+
+
+def _aligned(
+    name: str, values: str, value: jax.Array, shape: Sequence[int]
+) -> jax.Array:
+    """`value` in the rank of `x`; raises unless it broadcasts to the shape of `x`.
+
+    Args:
+        name: of the argument.
+        values: what it holds, in the plural.
+        value: as it was given.
+        shape: of `x`.
+    """
+    shape, rank = tuple(shape), len(shape)
     aligned = (1,) * (rank - value.ndim) + value.shape
     if not _broadcasts(aligned, shape):
         raise ValueError(
-            f"mask has shape {value.shape}, which does not broadcast to the input's "
+            f"{name} has shape {value.shape}, which does not broadcast to the input's "
             f"shape {shape}: expected sizes that equal the input's or 1. "
-            + _mask_cure(value.shape, shape)
+            + _shape_cure(name, values, value.shape, shape)
         )
     leading = value.shape + (1,) * (rank - value.ndim)
     if aligned != leading and _broadcasts(leading, shape):
-        message = _AMBIGUOUS_MASK.format(
-            mask=value.shape,
+        message = _AMBIGUOUS.format(
+            name=name,
+            values=values,
+            received=value.shape,
             shape=shape,
-            trailing=_index(value.ndim, range(rank - value.ndim, rank), rank),
-            leading=_index(value.ndim, range(value.ndim), rank),
+            trailing=_index(name, value.ndim, range(rank - value.ndim, rank), rank),
+            leading=_index(name, value.ndim, range(value.ndim), rank),
         )
         warnings.warn(message, BatchNormWarning, stacklevel=_callers_level())
     return value.reshape(aligned)
@@ -172,29 +225,31 @@ def _broadcasts(small: Sequence[int], shape: Sequence[int]) -> bool:
     return len(small) == len(shape) and all(m == 1 or m == n for m, n in pairs)
 
 
-def _mask_cure(mask: tuple[int, ...], shape: tuple[int, ...]) -> str:
+def _shape_cure(
+    name: str, values: str, small: tuple[int, ...], shape: tuple[int, ...]
+) -> str:
     """Where a mask of lower rank has its axes, if that can be told from the sizes."""
-    for kept in itertools.combinations(range(len(shape)), len(mask)):  # leading first
-        if mask and len(mask) < len(shape) and mask == tuple(shape[a] for a in kept):
+    for kept in itertools.combinations(range(len(shape)), len(small)):  # leading first
+        if small and len(small) < len(shape) and small == tuple(shape[a] for a in kept):
             named = ", ".join(map(str, kept))
             return (
-                f"For flags along axis {named} of the input write "
-                f"{_index(len(mask), kept, len(shape))}."
+                f"For {values} along axis {named} of the input write "
+                f"{_index(name, len(small), kept, len(shape))}."
             )
     return (
-        "For one flag per example write mask.reshape((-1,) + (1,) * (x.ndim - 1)), "
-        "of shape (batch, 1, ...)."
+        f"For one per example write {name}.reshape((-1,) + (1,) * (x.ndim - 1)), of "
+        "shape (batch, 1, ...)."
     )
 
 
-def _index(ndim: int, kept: Sequence[int], rank: int) -> str:
+def _index(name: str, ndim: int, kept: Sequence[int], rank: int) -> str:
     """How a mask gets axes of size 1: its own become the kept ones of `rank`."""
     if tuple(kept) == tuple(range(ndim)):
-        return f"mask[..., {', '.join(['None'] * (rank - ndim))}]"
+        return f"{name}[..., {', '.join(['None'] * (rank - ndim))}]"
     index = [":" if a in kept else "None" for a in range(rank)]
     while index[-1] == ":":
         index.pop()
-    return f"mask[{', '.join(index)}]"
+    return f"{name}[{', '.join(index)}]"
 
 
 def residual(value: ArrayLike | None, shape: Sequence[int], dtype) -> jax.Array | None:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _checks, _dtypes, running, whiten
 from bnjax.ghost import Remainder, ghost_batch_norm
-from bnjax.moments import Moments, merge, moments
+from bnjax.moments import Moments, joined, merge, moments
 from bnjax.normalize import (
     batch_norm,
     normalize,
@@ -205,7 +205,8 @@ def forward(
     """
     if not use_running:
         return family.train(x, stored, **over, **affine)
-    mask = _checks.mask(over["mask"], x.shape)
+    mask, weights = _checks.mask(over["mask"], x.shape), over["weights"]
+    mask = joined(x, mask, _checks.weights(weights, x.shape))
     y = family.infer(without_garbage(x, mask), *stored, **affine)
     y = without_overflow(y, mask)
     if not measure:

@@ -240,9 +240,11 @@ def _run(
         return lax.slice_in_dim(value, start, stop, axis=batch)
 
     mask = _checks.mask(options.get("mask"), x.shape)
+    weights = _checks.weights(options.get("weights"), x.shape)
     residual = _checks.residual(options.get("residual"), x.shape, jnp.complex64)
     own: Options = {**options}
     own["mask"] = None if mask is None else cut(mask)
+    own["weights"] = None if weights is None else cut(weights)
     own["residual"] = None if residual is None else cut(residual)
     return cut(x), own
 

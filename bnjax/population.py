@@ -144,7 +144,7 @@ def algorithm_2(
     """
 
     def average(count: np.ndarray, mean: np.ndarray, m2: np.ndarray) -> _Average:
-        unbiased = m2 / np.maximum(count - 1, 1)
+        unbiased = m2 / np.where(count > 1, count - 1, 1)
         return _Average((count > 1).astype(np.float64), mean, unbiased)
 
     each = _each(apply_fn, variables, batches, stacked, progress)
@@ -206,7 +206,7 @@ def pooled(
     """
 
     def average(count: np.ndarray, mean: np.ndarray, m2: np.ndarray) -> _Average:
-        return _Average(count, mean, m2 / np.maximum(count, 1))
+        return _Average(count, mean, m2 / np.where(count > 0, count, 1))
 
     each = _each(apply_fn, variables, batches, stacked, progress)
     found = _averages(each, average, between=True)
@@ -287,7 +287,7 @@ def _wide(batch: Moments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _merged(a: _Average, b: _Average, between: bool) -> _Average:
     """The average of both; `between` adds the variance of the two means."""
     weight = a.weight + b.weight
-    share = b.weight / np.maximum(weight, 1)
+    share = b.weight / np.where(weight > 0, weight, 1)
     d = b.mean - a.mean
     var = a.var + (b.var - a.var) * share
     if between:

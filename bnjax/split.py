@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _checks, _replicas
-from bnjax.moments import Moments, beside, statistics
+from bnjax.moments import Moments, beside, joined, statistics, weighs
 from bnjax.normalize import (
     Inputs,
     Options,
@@ -146,7 +146,8 @@ def split_moments(
         x: (batch, *spatial, feature).
         num_splits: the number of domains.
         domain: see `split_batch_norm`.
-        **options: `axis`, `mask`, `axis_name` and `axis_index_groups` of `moments`.
+        **options: `axis`, `mask`, `weights`, `axis_name` and `axis_index_groups` of
+            `moments`.
 
     Returns:
         Moments, (domain, feature).
@@ -223,7 +224,12 @@ def _by_domain(given: Inputs, plan: Plan, domain: jax.Array):
 
     def one(number: jax.Array, shift: jax.Array) -> Moments:
         own = (domain == number).reshape(along)
-        mask = own if given.mask is None else own & given.mask
+        if given.mask is None:
+            mask = own
+        elif weighs(given.mask):
+            mask = joined(given.x, own, given.mask)
+        else:
+            mask = own & given.mask
         return statistics(given.x, mask, shift, plan.over)
 
     numbers = jnp.arange(len(given.mean), dtype=domain.dtype)

@@ -28,8 +28,8 @@ class Entry:
     Attributes:
         layer: its name in `bnjax.linen` and `bnjax.nnx`.
         fields: its own.
-        formula: (params, batch_stats, x, mask, groups) -> (y, batch_stats); the mask
-            has the shape of x.
+        formula: (params, batch_stats, x, weights, groups) -> (y, batch_stats); the
+            weights have the shape of x, and are 0 where its mask is False.
         groups: (batch, replicas) -> the number of each example's group, within which
             examples are normalized together.
         batch: the number of examples.
@@ -83,13 +83,14 @@ class Entry:
 
         return jax.tree_util.tree_map_with_path(value, shapes)
 
-    def plain(self, variables, x, mask=None, replicas=1):
+    def plain(self, variables, x, mask=None, replicas=1, weights=1.0):
         """The formula: y, and the running statistics after one update."""
         groups = self.groups(len(x), replicas)
         mask = np.broadcast_to(True if mask is None else mask, x.shape)
-        x = jnp.where(mask | jnp.isfinite(x), x, 0)
+        weights = jnp.where(mask, weights, 0).astype(x.dtype)
+        x = jnp.where((weights > 0) | jnp.isfinite(x), x, 0)
         return self.formula(
-            variables.get("params", {}), variables["batch_stats"], x, mask, groups
+            variables.get("params", {}), variables["batch_stats"], x, weights, groups
         )
 
 
@@ -104,14 +105,15 @@ FILL = {
 }
 
 
-def statistics(x, mask, groups, number):
+def statistics(x, weights, groups, number):
     """(count, mean, var), (group, feature); all two-pass."""
-    member = (groups == np.arange(number)[:, None])[..., None, None] & mask
-    count = member.sum((1, 2))
-    n = np.maximum(count, 1)
-    mean = jnp.where(member, x[None], 0).sum((1, 2)) / n
-    deviation = jnp.where(member, x[None] - mean[:, None, None], 0)
-    return count, mean, (deviation**2).sum((1, 2)) / n
+    member = (groups == np.arange(number)[:, None])[..., None, None]
+    weights = member * weights[None]
+    count = weights.sum((1, 2))
+    n = jnp.where(count > 0, count, 1)
+    mean = (weights * x[None]).sum((1, 2)) / n
+    deviation = x[None] - mean[:, None, None]
+    return count, mean, (weights * deviation**2).sum((1, 2)) / n
 
 
 def normalized(x, mean, var, scale, bias):
@@ -129,22 +131,22 @@ def moved(stats, count, mean, var):
     return {"mean": average(stats["mean"], mean), "var": average(stats["var"], var)}
 
 
-def by_groups(params, stats, x, mask, groups):
+def by_groups(params, stats, x, weights, groups):
     """Each group by its own statistics; the running ones are of the whole batch."""
-    count, mean, var = statistics(x, mask, groups, int(groups.max(initial=0)) + 1)
+    count, mean, var = statistics(x, weights, groups, int(groups.max(initial=0)) + 1)
     mean = jnp.where(count > 0, mean, stats["mean"][None])[groups]
     var = jnp.where(count > 0, var, stats["var"][None])[groups]
     scale, bias = (
         jnp.broadcast_to(params[n], mean.shape[:1] + params[n].shape)
         for n in ("scale", "bias")
     )
-    whole = (row[0] for row in statistics(x, mask, np.zeros_like(groups), 1))
+    whole = (row[0] for row in statistics(x, weights, np.zeros_like(groups), 1))
     return normalized(x, mean, var, scale, bias), moved(stats, *whole)
 
 
-def corrected(params, stats, x, mask, groups, r_max=3.0, d_max=5.0):
+def corrected(params, stats, x, weights, groups, r_max=3.0, d_max=5.0):
     """Batch renormalization, whose r and d are constants."""
-    count, mean, var = (row[0] for row in statistics(x, mask, groups, 1))
+    count, mean, var = (row[0] for row in statistics(x, weights, groups, 1))
     new = moved(stats, count, mean, var)
     mean = jnp.where(count > 0, mean, stats["mean"])
     var = jnp.where(count > 0, var, stats["var"])
@@ -156,9 +158,9 @@ def corrected(params, stats, x, mask, groups, r_max=3.0, d_max=5.0):
     return x_hat * params["scale"][None, None] + params["bias"][None, None], new
 
 
-def by_domains(params, stats, x, mask, groups):
+def by_domains(params, stats, x, weights, groups):
     """Each domain by its own statistics, scale and bias, and its own running ones."""
-    count, mean, var = statistics(x, mask, groups, len(stats["mean"]))
+    count, mean, var = statistics(x, weights, groups, len(stats["mean"]))
     new = moved(stats, count, mean, var)
     mean = jnp.where(count > 0, mean, stats["mean"])
     var = jnp.where(count > 0, var, stats["var"])
@@ -166,19 +168,22 @@ def by_domains(params, stats, x, mask, groups):
     return normalized(x, *rows), new
 
 
-def whitened(params, stats, x, mask, groups, epsilon):
+def whitened(params, stats, x, weights, groups, epsilon):
     """By the inverse root of the covariance, from its eigenvalues."""
-    valid = mask[..., :1]
-    count = valid.sum()
-    n = max(count, 1)
-    mean = jnp.where(valid, x, 0).sum((0, 1)) / n
-    deviation = jnp.where(valid, x - mean[None, None], 0).reshape(-1, x.shape[-1])
-    cov = (deviation.T @ deviation / n)[None]
-    if count == 0:
-        mean, cov, new = stats["mean"], stats["cov"], stats
-    else:
-        new = {"mean": mean, "cov": cov}
-        new = {n: MOMENTUM * stats[n] + (1 - MOMENTUM) * v for n, v in new.items()}
+    weights = weights[..., :1]
+    count = weights.sum()
+    n = jnp.where(count > 0, count, 1)
+    mean = (weights * x).sum((0, 1)) / n
+    deviation = x - mean[None, None]
+    rows, weighed = (
+        v.reshape(-1, x.shape[-1]) for v in (deviation, weights * deviation)
+    )
+    cov = (rows.T @ weighed / n)[None]
+    mean = jnp.where(count > 0, mean, stats["mean"])
+    cov = jnp.where(count > 0, cov, stats["cov"])
+    new = {"mean": mean, "cov": cov}
+    moved = {n: MOMENTUM * stats[n] + (1 - MOMENTUM) * v for n, v in new.items()}
+    new = {n: jnp.where(count > 0, moved[n], stats[n]) for n in new}
     values, vectors = jnp.linalg.eigh(cov[0] + epsilon * jnp.eye(x.shape[-1]))
     root = vectors @ jnp.diag(values**-0.5) @ vectors.T
     y = (x - mean[None, None]) @ root

@@ -127,7 +127,72 @@ CASES = {
     "mask of floats": (
         batch_norm(mask=np.full((6, 4, 1), 0.5)),
         TypeError,
-        ["mask has dtype float32", "0.5 would count as much as 1", "Write mask > 0"],
+        [
+            "mask has dtype float32",
+            "0.5 would count as much as 1",
+            "Write mask > 0",
+            "weights=... for numbers",
+        ],
+    ),
+    "weights of booleans": (
+        batch_norm(weights=np.ones((6, 4, 1), bool)),
+        TypeError,
+        ["weights has dtype bool", "expected real floats >= 0", "Write mask=weights"],
+    ),
+    "weights of integers": (
+        lambda: bnjax.moments(X, weights=np.ones((6, 4, 1), int)),
+        TypeError,
+        ["weights has dtype int32", "Write weights.astype(jnp.float32)."],
+    ),
+    "weights of complex numbers": (
+        batch_norm(weights=X * 1j),
+        TypeError,
+        ["weights has dtype complex64", "Write weights.real."],
+    ),
+    "weights of eight bits": (
+        batch_norm(weights=jnp.ones((6, 4, 1), jnp.float8_e4m3fn)),
+        TypeError,
+        ["weights has dtype float8_e4m3fn", "Write weights.astype(jnp.bfloat16)"],
+    ),
+    "negative weights": (
+        batch_norm(weights=np.linspace(-0.5, 1, 6)[:, None, None]),
+        ValueError,
+        ["weights holds -0.5", "finite numbers >= 0", "Write jnp.maximum(weights, 0)."],
+    ),
+    "weights that are NaN, layer": (
+        lambda: bnjax.BatchNorm(False).init(
+            jax.random.key(0), X, weights=jnp.full((6, 1, 1), jnp.nan, jnp.bfloat16)
+        ),
+        ValueError,
+        ["weights holds nan", "Write jnp.where(jnp.isfinite(weights), weights, 0)."],
+    ),
+    "infinite weights, known in jit": (
+        lambda: jax.jit(lambda x: bnjax.moments(x, weights=np.full((6, 1, 1), np.inf)))(
+            X
+        ),
+        ValueError,
+        ["weights holds inf"],
+    ),
+    "weights of another shape": (
+        batch_norm(weights=np.ones((6,))),
+        ValueError,
+        [
+            "weights has shape (6,)",
+            "For weights along axis 0",
+            "weights[..., None, None]",
+        ],
+    ),
+    "weights that fit no axis, ghost": (
+        lambda: bnjax.ghost.ghost_batch_norm(
+            X, virtual_batch_size=3, weights=np.ones(5)
+        ),
+        ValueError,
+        ["weights has shape (5,)", "weights.reshape((-1,) + (1,) * (x.ndim - 1))"],
+    ),
+    "weights that vary by feature, whitening": (
+        lambda: bnjax.whiten.decorrelate(X, weights=np.ones(3)),
+        ValueError,
+        ["weights has shape (3,)", "weights.min(axis=2, keepdims=True)"],
     ),
     "mask of floats, moments": (
         lambda: bnjax.moments(X, mask=jnp.ones((6, 4, 1), jnp.bfloat16)),

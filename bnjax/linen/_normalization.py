@@ -59,6 +59,7 @@ class Normalization(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         residual: ArrayLike | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
@@ -69,6 +70,8 @@ class Normalization(nn.Module):
                 the layer's name takes; or integers or booleans, which are promoted.
             use_running_average: see the attribute; exactly one of the two is given.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            weights: real floats >= 0, broadcastable to `x`: how often each value counts
+                in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
             update_stats: see the attribute, over which this takes precedence.
 
@@ -87,6 +90,7 @@ class Normalization(nn.Module):
             self._family(),
             use_running_average=use_running_average,
             mask=mask,
+            weights=weights,
             residual=residual,
             update_stats=update_stats,
         )
@@ -102,6 +106,7 @@ def call(
     *,
     use_running_average: bool | None,
     mask: ArrayLike | None,
+    weights: ArrayLike | None,
     residual: ArrayLike | None,
     update_stats: bool | None,
     shared_affine: bool = False,
@@ -132,7 +137,7 @@ def call(
     if layer.dtype is None and x.dtype != given.dtype:  # a widened x would tell it
         dtype = _dtypes.result(given, affine.get("scale"), affine.get("bias"))
         affine["dtype"] = dtype
-    over: dict[str, Any] = {"mask": mask}
+    over: dict[str, Any] = {"mask": mask, "weights": weights}
     if layer.is_initializing():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", _checks.BatchNormWarning)

@@ -112,6 +112,7 @@ class BatchRenorm(Normalization, nn.BatchNorm):
         *,
         step: ArrayLike | None = None,
         mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         residual: ArrayLike | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
@@ -122,6 +123,8 @@ class BatchRenorm(Normalization, nn.BatchNorm):
             use_running_average: see `BatchNorm`; exactly one of the two is given.
             step: (), integer: the training step, for schedules; None for the counter.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            weights: real floats >= 0, broadcastable to `x`: how often each value counts
+                in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
             update_stats: see `BatchNorm`.
 
@@ -143,6 +146,7 @@ class BatchRenorm(Normalization, nn.BatchNorm):
             _layer.renorm(self.r_max, self.d_max, step, steps, self.warmup_steps),
             use_running_average=use_running_average,
             mask=mask,
+            weights=weights,
             residual=residual,
             update_stats=update_stats,
             steps=steps,
@@ -190,6 +194,7 @@ class SplitBatchNorm(Normalization):
         *,
         domain: ArrayLike | None = None,
         mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         residual: ArrayLike | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
@@ -202,6 +207,8 @@ class SplitBatchNorm(Normalization):
                 training the batch is `num_splits` equal parts in turn, in inference
                 all of it belongs to domain 0.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            weights: real floats >= 0, broadcastable to `x`: how often each value counts
+                in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
             update_stats: see `BatchNorm`.
 
@@ -219,6 +226,7 @@ class SplitBatchNorm(Normalization):
             _layer.split(self.num_splits, domain),
             use_running_average=use_running_average,
             mask=mask,
+            weights=weights,
             residual=residual,
             update_stats=update_stats,
             shared_affine=self.shared_affine,
@@ -244,8 +252,8 @@ class DecorrelatedBatchNorm(Normalization):
             early) or "cholesky" (exact, not ZCA); see `bnjax.whiten.inverse_sqrt`.
         iterations: of "newton_schulz".
 
-    All others are those of `BatchNorm`; `axis` is one axis. Masks are alike for all
-    features.
+    All others are those of `BatchNorm`; `axis` is one axis. Masks and weights are
+    alike for all features.
 
     >>> import jax.numpy as jnp
     >>> layer = DecorrelatedBatchNorm(group_size=3, use_running_average=False)

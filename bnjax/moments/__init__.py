@@ -15,11 +15,21 @@ import jax
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _backend, _checks, _dtypes
-from bnjax.moments._reduction import Reduction, valid
+from bnjax.moments._reduction import (
+    Reduction,
+    count_valid,
+    differentiable,
+    harmless,
+    joined,
+    valid,
+    weighed,
+    weighs,
+)
 from bnjax.moments._shifted import merged_rows
 from bnjax.moments._statistics import (
     NAME,
     exact_statistics,
+    is_zero,
     merged_statistics,
     named,
     nested_statistics,
@@ -34,6 +44,7 @@ from bnjax.moments._value import (
     coarse,
     mean_of,
     merge,
+    spread,
 )
 
 __all__ = [
@@ -44,7 +55,12 @@ __all__ = [
     "as_count",
     "beside",
     "coarse",
+    "count_valid",
+    "differentiable",
     "exact_statistics",
+    "harmless",
+    "is_zero",
+    "joined",
     "mean_of",
     "merge",
     "merged_rows",
@@ -53,8 +69,11 @@ __all__ = [
     "named",
     "nested_statistics",
     "reduction",
+    "spread",
     "statistics",
     "valid",
+    "weighed",
+    "weighs",
 ]
 
 
@@ -66,10 +85,12 @@ def moments(
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     shift: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> Moments:
     """The moments of `x` per feature, exact over every replica of `axis_name`.
 
-        count = #valid,  mean = sum x / count,  m2 = sum |x - mean|^2
+        count = sum w,  mean = sum w x / count,  m2 = sum w |x - mean|^2
+        w = 1 for each value, or its weight; 0 where the mask is False
 
     One read of `x`, and one or two more where a mean lies further than 3 standard
     deviations from the shift (on a GPU never: one read, and one of a small subsample).
@@ -87,14 +108,20 @@ def moments(
             Groups may differ in size.
         shift: (feature,), a guess of the mean that does not depend on `x`, such as a
             running mean; None for 0. It saves reads, and does not change the result.
+        weights: real floats >= 0, broadcastable to `x`: how often each value counts,
+            1 for all of them by default. A weight of 2 is the value there twice, one of
+            0 is a False mask; to multiply all by a number leaves mean and biased
+            variance as they are, but not the count, nor the unbiased variance, which
+            divides by sum w - 1. Differentiable. Beside a `mask` both apply.
 
     Returns:
         Moments of `promote_types(x.dtype, float32)`; feature axes in ascending order.
 
     Raises:
-        TypeError: `x` holds integers.
-        ValueError: an axis out of range or repeated, a mask that does not broadcast,
-            an axis name that is repeated or not bound, groups that do not partition it.
+        TypeError: `x` or `weights` holds integers.
+        ValueError: an axis out of range or repeated, a mask or weights that do not
+            broadcast, weights known to be negative or not finite, an axis name that is
+            repeated or not bound, groups that do not partition it.
 
     >>> count, mean, m2 = moments(jax.numpy.array([[1.0], [3.0], [8.0]]))
     >>> print(count, mean, m2)
@@ -103,7 +130,8 @@ def moments(
     References: Chan, Golub & LeVeque 1979; Ioffe & Szegedy 2015, Algorithm 1.
     """
     x = _checks.inexact("x", x)
-    mask = _checks.mask(mask, x.shape)
+    mask, weights = _checks.mask(mask, x.shape), _checks.weights(weights, x.shape)
+    mask = joined(x, mask, weights)
     plain = _backend.chosen(None, x)
     how = reduction(x, axis, axis_name, axis_index_groups, plain)
     features = _axes.sizes(x.shape, _axes.complement(how.axes, x.ndim))

@@ -1,4 +1,10 @@
-"""What a reduction is over, and the sums of one array that it takes."""
+"""What a reduction is over, and the sums of one array that it takes.
+
+Which values count is said by one array, the mask. It is boolean; or real, and then its
+values are weights w >= 0, of which 0 is False and 1 is True:
+
+    n = sum w,   sum w d,   sum w |d|^2
+"""
 
 import math
 from typing import NamedTuple
@@ -8,6 +14,9 @@ import jax.numpy as jnp
 
 from bnjax import _axes, _backend, _dtypes, _replicas
 from bnjax.moments._value import abs_product
+
+# Beyond it, what does not count is read as 0.
+_GARBAGE = 1e9
 
 
 class Reduction(NamedTuple):
@@ -33,25 +42,27 @@ class Reduction(NamedTuple):
 def sums_about(
     x: jax.Array, mask: jax.Array | None, centre: jax.Array | None, reduction: Reduction
 ) -> tuple[jax.Array, jax.Array]:
-    """sum d and sum |d|^2 over the valid values, where d = x - centre; None for 0."""
+    """sum w d and sum w |d|^2 over the valid values, d = x - centre; None for 0."""
     first = _fresh(x, centre, reduction)
     again = _fresh(*first, reduction)
-    s1 = valid(_minus(*first, reduction), mask).sum(reduction.axes)
+    s1 = weighed(valid(_minus(*first, reduction), mask), mask).sum(reduction.axes)
     d = valid(_minus(*again, reduction), mask)
-    return s1, abs_product(d, d).sum(reduction.axes)
+    return s1, abs_product(d, weighed(d, mask)).sum(reduction.axes)
 
 
 def deviation(
     x: jax.Array, mask: jax.Array | None, mean: jax.Array, reduction: Reduction
-) -> jax.Array:
-    """x - mean, and 0 where the mask is False; one more read of `x`."""
-    return valid(_minus(*_fresh(x, mean, reduction), reduction), mask)
+) -> tuple[jax.Array, jax.Array | None]:
+    """x - mean, and 0 where it has no derivative; and where: one more read of `x`."""
+    x, centre = _fresh(x, mean, reduction)
+    where = differentiable(x, mask)
+    return valid(_minus(x, centre, reduction), where), where
 
 
 def count_valid(
     x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]
 ) -> jax.Array:
-    """The number of valid values; (feature,) where the mask varies by feature."""
+    """The sum of the weights; (feature,) where the mask varies by feature."""
     dtype = _dtypes.real(x.dtype)
     if mask is None:
         return jnp.full((), math.prod(x.shape[a] for a in axes), dtype)
@@ -59,6 +70,7 @@ def count_valid(
     flags = math.prod(mask.shape[a] for a in axes)
     # Where jit splits the batch, sums of one dtype are sent together.
     exact = isinstance(flags, int) and flags <= 1 / jnp.finfo(dtype).eps
+    exact = exact or weighs(mask)
     counts = mask.sum(axes, dtype=dtype if exact else jnp.int32).astype(dtype)
     counts = counts * jnp.asarray(repeats, dtype)
     if counts.size == 1:
@@ -68,9 +80,52 @@ def count_valid(
     )
 
 
+def joined(
+    x: jax.Array, mask: jax.Array | None, weights: jax.Array | None
+) -> jax.Array | None:
+    """One array for both, checked already: see the module."""
+    if weights is None:
+        return mask
+    weights = weights.astype(_dtypes.real(_dtypes.statistics(x.dtype)))
+    if mask is not None:
+        shape = jnp.broadcast_shapes(mask.shape, weights.shape)
+        weights = jnp.broadcast_to(weights, shape)
+    weights = _axes.split_like(x, weights)  # JAX transposes no product of two splits
+    if mask is None:
+        return weights
+    return _axes.where(mask, weights, jnp.zeros((), weights.dtype))
+
+
+def weighs(mask: jax.Array | None) -> bool:
+    """Whether it holds weights."""
+    return mask is not None and mask.dtype != bool
+
+
+def weighed(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """w x; only `valid` values may be summed."""
+    return x * mask.astype(x.dtype) if mask is not None and weighs(mask) else x
+
+
 def valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """`x` with 0 where the mask is False."""
-    return x if mask is None else _axes.where(mask, x, jnp.zeros((), x.dtype))
+    if mask is None:
+        return x
+    return _axes.where(mask.astype(bool), x, jnp.zeros((), x.dtype))
+
+
+def harmless(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Where `x` counts, or is no garbage: NaN, infinity, huge padding.
+
+    The square and cube of what is left, times those of rstd, must not overflow: a
+    derivative multiplies them by 0, the cotangent of what does not count.
+    """
+    limit = min(_GARBAGE, float(jnp.finfo(x.dtype).max))
+    return mask.astype(bool) | (jnp.abs(x) <= limit)
+
+
+def differentiable(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+    """Where sums depend on `x` or on its weight; on a weight of 0 as on any other."""
+    return harmless(x, mask) if mask is not None and weighs(mask) else mask
 
 
 def _minus(x: jax.Array, centre: jax.Array | None, reduction: Reduction) -> jax.Array:

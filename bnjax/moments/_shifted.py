@@ -1,6 +1,6 @@
 """The moments of one batch, from sums that wait for nothing computed from it.
 
-    s1 = sum d,   s2 = sum |d|^2,   d = x - shift        (over the valid values)
+    s1 = sum d,   s2 = sum |d|^2,   d = x - shift        (valid values, by weight)
     mean = shift + s1/n,   m2 = s2 - |s1|^2/n
 
 The shift is known before `x` is: the running mean of the layer, or 0. Then
@@ -39,7 +39,13 @@ from jax import lax
 from jax.sharding import AxisType
 
 from bnjax import _axes, _backend, _replicas
-from bnjax.moments._reduction import Reduction, count_valid, sums_about, valid
+from bnjax.moments._reduction import (
+    Reduction,
+    count_valid,
+    sums_about,
+    valid,
+    weighed,
+)
 from bnjax.moments._value import (
     Moments,
     abs_product,
@@ -322,5 +328,5 @@ def _subsample_mean(
         size = x.shape[a]
         x = lax.slice_in_dim(x, 0, size, stride=rest, axis=a)
         rest = max(rest // max(size, 1), 1) if isinstance(size, int) else 1
-    total = valid(x.astype(dtype), mask).sum(axes)
+    total = weighed(valid(x.astype(dtype), mask), mask).sum(axes)
     return coarse(mean_of(total, count_valid(x.astype(dtype), mask, axes)))

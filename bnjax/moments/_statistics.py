@@ -8,7 +8,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import _axes, _backend, _checks, _replicas
-from bnjax.moments._reduction import Reduction, count_valid, deviation, valid
+from bnjax.moments._reduction import (
+    Reduction,
+    count_valid,
+    deviation,
+    valid,
+    weighed,
+    weighs,
+)
 from bnjax.moments._shifted import batch_moments, merged_rows
 from bnjax.moments._value import Moments, abs_product, beside, mean_of
 
@@ -45,19 +52,22 @@ def exact_statistics(
 
 def _two_pass(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
     """By the definition, for JAX to differentiate: the mean, then what is about it."""
-    sums = count_valid(x, mask, how.axes), valid(x, mask).sum(how.axes)
+    total = weighed(valid(x, mask), mask).sum(how.axes)
+    sums = count_valid(x, mask, how.axes), total
     if how.axis_name is not None:
         sums = _replicas.packed_sum(sums, how.axis_name, how.groups)
     count, mean = sums[0], mean_of(sums[1], sums[0])
-    d = deviation(x, mask, mean, how)
-    m2 = abs_product(d, d).sum(how.axes)
+    d, _ = deviation(x, mask, mean, how)
+    m2 = abs_product(d, weighed(d, mask)).sum(how.axes)
     return Moments(count, mean, _replicas.all_sum(m2, how.axis_name, how.groups))
 
 
 # The derivative. With c = x - mean, over the valid values of every replica:
-#     dmean = sum dx / n,     dm2 = 2 sum Re(conj(c) dx)
-# because the term through dmean vanishes: sum c = 0. One stacked sum, so the transpose
-# holds one collective, and neither the shift nor the guard is differentiated.
+#     dmean = sum w dx / n,     dm2 = 2 sum w Re(conj(c) dx)
+# because the term through dmean vanishes: sum w c = 0. One stacked sum, so that the
+# transpose holds one collective, and neither the shift nor the guard is differentiated.
+# Weights that vary add, also where w = 0,
+#     dn = sum dw,     dmean = sum dw c / n,     dm2 = sum dw |c|^2
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -72,23 +82,57 @@ def _exact_statistics(
 _traced_once = jax.jit(batch_moments, static_argnums=3, inline=True)
 
 
-@_exact_statistics.defjvp
+@functools.partial(_exact_statistics.defjvp, symbolic_zeros=True)
 def _(how, primals, tangents):
-    (x, mask, _), (dx, _, _) = primals, tangents
+    (x, mask, _), (dx, dw, _) = primals, tangents
     # Named here, and not inside the call: a policy does not look into it.
     result, rest = jax.tree.map(named, _exact_statistics(*primals, how))
-    d, dx = deviation(x, mask, result.mean, how), valid(dx, mask)
-    sums = dx.sum(how.axes), (jnp.conj(d) * dx).sum(how.axes)
-    if how.axis_name is not None or _replicas.several(x):
-        sums = _replicas.all_sum(jnp.stack(sums), how.axis_name, how.groups)
-    dmean = mean_of(sums[0], result.count)
-    change = Moments(jnp.zeros_like(result.count), dmean, 2 * sums[1].real)
+    sums = _tangent_sums(x, mask, result.mean, dx, dw, how)
+    several = how.axis_name is not None or _replicas.several(x)
+    change = _change(result, sums, how.axis_name, how.groups, several)
     return (result, rest), (change, jnp.zeros_like(rest))
 
 
-# The derivative of a merge, over the rows of every replica:
+def _tangent_sums(x, mask, mean, dx, dw, how: Reduction):
+    """sum w dx + dw c, sum conj(c) (w dx + dw c / 2), sum dw or None: a replica's."""
+    c, where = deviation(x, mask, mean, how)
+    dx = _axes.split_like(x, jnp.zeros_like(x)) if is_zero(dx) else dx
+    first = weighed(valid(dx, where), mask)
+    second = jnp.conj(c) * first
+    dn = None
+    if weighs(mask) and not is_zero(dw):
+        by_weight = c * dw.astype(c.dtype)
+        first, second = first + by_weight, second + jnp.conj(c) * by_weight / 2
+        dn = count_valid(x, dw, how.axes)
+    return first.sum(how.axes), second.sum(how.axes), dn
+
+
+def _change(result: Moments, sums, axis_name, groups, several: bool) -> Moments:
+    """The tangent of the Moments from the sums of each replica; one collective."""
+    *sums, dn = sums
+    if dn is not None and axis_name is not None:
+        *sums, dn = _replicas.packed_sum((*sums, dn), axis_name, groups)
+    elif several:
+        sums = _replicas.all_sum(jnp.stack(sums), axis_name, groups)
+    dmean, dm2 = mean_of(sums[0], result.count), 2 * sums[1].real
+    if dn is None:
+        return Moments(jnp.zeros_like(result.count), dmean, dm2)
+    # Nothing varies about the values given for those of an empty batch.
+    seen = beside(result.count, result.m2) > 0
+    dmean, dm2 = (_axes.where(seen, v, jnp.zeros((), v.dtype)) for v in (dmean, dm2))
+    return Moments(dn, dmean, dm2)
+
+
+def is_zero(tangent) -> bool:
+    """Whether a rule with symbolic zeros was given one."""
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+# The derivative of a merge, with c_i = mean_i - mean, over the rows of every replica:
 #     dmean = sum n_i dmean_i / n
-#     dm2 = sum dm2_i + 2 n_i Re(conj(mean_i - mean) dmean_i)
+#     dm2 = sum dm2_i + 2 n_i Re(conj(c_i) dmean_i)
+# Counts that vary, which are sums of weights, add
+#     dn = sum dn_i,     dmean = sum dn_i c_i / n,     dm2 = sum dn_i |c_i|^2
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -103,22 +147,33 @@ def merged_statistics(
     return merged_rows(rows, axis_name, groups, rests=rests, shift=shift)
 
 
-@merged_statistics.defjvp
+@functools.partial(merged_statistics.defjvp, symbolic_zeros=True)
 def _(axis_name, groups, primals, tangents):
     (rows, rests, _), (change, _, _) = primals, tangents
     result = merged_statistics(*primals, axis_name, groups)
-    weighted = beside(rows.count, change.mean) * change.mean
-    deviation = jnp.conj(rows.mean - result.mean[None] + rests)
-    sums = weighted.sum(0), (change.m2 + 2 * (deviation * weighted).real).sum(0)
+    counted = not is_zero(change.count)
+    dn, dmean, dm2 = (
+        jnp.zeros_like(row) if is_zero(t) else t for row, t in zip(rows, change)
+    )
+    c = rows.mean - result.mean[None] + rests
+    first = half = beside(rows.count, dmean) * dmean
+    if counted:  # a row without values has no c
+        c = _axes.where(beside(rows.count, dm2) > 0, c, jnp.zeros((), c.dtype))
+        first = first + beside(dn, c) * c
+        half = half + beside(dn, c) * c / 2
+    sums = [first.sum(0), (dm2 + 2 * (jnp.conj(c) * half).real).sum(0)]
+    sums += [dn.sum(0)] if counted else []
     if axis_name is not None:
         sums = _replicas.packed_sum(sums, axis_name, groups)
-    dmean = mean_of(sums[0], result.count)
-    return result, Moments(jnp.zeros_like(result.count), dmean, sums[1])
+    dn = sums[2] if counted else jnp.zeros_like(result.count)
+    return result, Moments(dn, mean_of(sums[0], result.count), sums[1])
 
 
 # The derivative of the Moments of a group of replicas and of those of a larger pool: as
 # above, where the sums about the pool's mean come from those about the group's,
 #     sum conj(x - mean) dx = sum conj(x - mean_g) dx + conj(mean_g - mean) sum dx
+# and, for weights that vary, with a = mean_g - mean,
+#     sum dw (x - mean) = sum dw (x - mean_g) + a sum dw
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -156,24 +211,21 @@ def nested_statistics(
     return merged(how.groups), merged(pools)
 
 
-@nested_statistics.defjvp
+@functools.partial(nested_statistics.defjvp, symbolic_zeros=True)
 def _(how, pools, primals, tangents):
-    (x, mask, _), (dx, _, _) = primals, tangents
+    (x, mask, _), (dx, dw, _) = primals, tangents
     group, pool = jax.tree.map(named, nested_statistics(*primals, how, pools))
-    d, dx = deviation(x, mask, group.mean, how), valid(dx, mask)
-    first, second = dx.sum(how.axes), (jnp.conj(d) * dx).sum(how.axes)
-    moved = second + jnp.conj(group.mean - pool.mean) * first
-
-    def change(result, sums, groups):
-        sums = _replicas.all_sum(jnp.stack(sums), how.axis_name, groups)
-        dmean = mean_of(sums[0], result.count)
-        return Moments(jnp.zeros_like(result.count), dmean, 2 * sums[1].real)
-
-    changes = (
-        change(group, (first, second), how.groups),
-        change(pool, (first, moved), pools),
+    first, second, dn = _tangent_sums(x, mask, group.mean, dx, dw, how)
+    apart = group.mean - pool.mean
+    about_pool = [first, second + jnp.conj(apart) * first, dn]
+    if dn is not None:
+        weight = beside(dn, apart)
+        about_pool[0] = first + apart * weight
+        about_pool[1] = about_pool[1] + jnp.conj(apart) * apart * weight / 2
+    return (group, pool), (
+        _change(group, (first, second, dn), how.axis_name, how.groups, True),
+        _change(pool, about_pool, how.axis_name, pools, True),
     )
-    return (group, pool), changes
 
 
 def named(value: jax.Array) -> jax.Array:

@@ -17,8 +17,9 @@ class Moments(NamedTuple):
     """How many values, their mean, and their summed squared deviation, per feature.
 
     Attributes:
-        count: real, or of an integer dtype (see `merge`); shape () where every feature
-            has the same count, else (feature,).
+        count: of the values, or the sum of their weights; real, or of an integer dtype
+            (see `merge`); shape () where every feature has the same count, else
+            (feature,).
         mean: (feature,); at least float32, complex for complex values.
         m2: (feature,), real: sum |x - mean|^2. Never negative.
 
@@ -39,12 +40,14 @@ class Moments(NamedTuple):
 
         Returns:
             (feature,), real. Where count <= ddof there is no estimate, and the value
-            is that of a single value: 0.
+            is that of a single value: 0. Of values with weights the count is the sum
+            of the weights: to multiply all of them by a number leaves the biased
+            variance as it is, but not the unbiased one.
 
         >>> print(Moments(3.0, 4.0, 26.0).variance(ddof=1))
         13.0
         """
-        return mean_of(jnp.asarray(self.m2), as_count(self.count) - ddof)
+        return spread(self.m2, self.count, ddof)
 
     @classmethod
     def empty(cls, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> "Moments":
@@ -173,8 +176,8 @@ def as_count(value: ArrayLike) -> jax.Array:
 
 
 def _divisor(count: jax.Array) -> jax.Array:
-    """The count, and 1 for that of an empty set."""
-    return jnp.where(count > 0, count, 1)
+    """The count, which may be below 1, and 1 for that of an empty set."""
+    return count + (count == 0).astype(count.dtype)
 
 
 def _inexact(value: ArrayLike) -> jax.Array:
@@ -198,7 +201,16 @@ def _padded(count: jax.Array, rank: int) -> jax.Array:
 
 def mean_of(total: jax.Array, count: jax.Array) -> jax.Array:
     """total / count, where the sum of nothing stays 0."""
-    return total / beside(jnp.maximum(count, 1), total)
+    return total / beside(_divisor(count), total)
+
+
+def spread(m2: ArrayLike, count: ArrayLike, ddof: int) -> jax.Array:
+    """m2 / (count - ddof), and 0 where count <= ddof."""
+    m2, count = jnp.asarray(m2), as_count(count) - ddof
+    if ddof:  # else m2 is 0 there already
+        m2 = _axes.where(beside(count, m2) > 0, m2, jnp.zeros((), m2.dtype))
+        count = jnp.maximum(count, 0)
+    return mean_of(m2, count)
 
 
 def abs_product(a: jax.Array, b: jax.Array) -> jax.Array:

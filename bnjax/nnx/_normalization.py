@@ -149,6 +149,7 @@ class Normalization(nnx.Module):
         use_running_average: bool | None = None,
         *,
         mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         residual: ArrayLike | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
@@ -159,6 +160,8 @@ class Normalization(nnx.Module):
                 the layer's name takes; or integers or booleans, which are promoted.
             use_running_average: takes precedence over the attribute.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            weights: real floats >= 0, broadcastable to `x`: how often each value counts
+                in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
             update_stats: takes precedence over the attribute.
 
@@ -174,6 +177,7 @@ class Normalization(nnx.Module):
             self._family(),
             use_running_average=use_running_average,
             mask=mask,
+            weights=weights,
             residual=residual,
             update_stats=update_stats,
         )
@@ -185,6 +189,7 @@ class Normalization(nnx.Module):
         *,
         use_running_average: bool | None,
         mask: ArrayLike | None,
+        weights: ArrayLike | None,
         residual: ArrayLike | None,
         update_stats: bool | None,
     ) -> jax.Array:
@@ -208,6 +213,7 @@ class Normalization(nnx.Module):
             )
         over = {
             "mask": mask,
+            "weights": weights,
             "axis_name": self.axis_name,
             "axis_index_groups": self.axis_index_groups,
         }

@@ -121,6 +121,7 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
         *,
         step: ArrayLike | None = None,
         mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         residual: ArrayLike | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
@@ -131,6 +132,8 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
             use_running_average: takes precedence over the attribute.
             step: (), integer: the training step, for schedules; None for the counter.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            weights: real floats >= 0, broadcastable to `x`: how often each value counts
+                in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
             update_stats: takes precedence over the attribute.
 
@@ -146,6 +149,7 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
             self._family(step),
             use_running_average=use_running_average,
             mask=mask,
+            weights=weights,
             residual=residual,
             update_stats=update_stats,
         )
@@ -198,6 +202,7 @@ class SplitBatchNorm(Normalization):
         *,
         domain: ArrayLike | None = None,
         mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         residual: ArrayLike | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
@@ -210,6 +215,8 @@ class SplitBatchNorm(Normalization):
                 training the batch is `num_splits` equal parts in turn, in inference
                 all of it belongs to domain 0.
             mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            weights: real floats >= 0, broadcastable to `x`: how often each value counts
+                in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
             update_stats: takes precedence over the attribute.
 
@@ -226,6 +233,7 @@ class SplitBatchNorm(Normalization):
             self._family(domain),
             use_running_average=use_running_average,
             mask=mask,
+            weights=weights,
             residual=residual,
             update_stats=update_stats,
         )

@@ -7,7 +7,7 @@ its own, and JAX composes and transposes them:
 
     normalize:  dy = dx a + x_hat A + B,   a = scale rstd,   x_hat = (x - mean) rstd,
                 A = dscale - a rstd dvar/2,   B = dbias - a dmean
-    moments:    dmean = sum dx / n,   dm2 = 2 sum (x - mean) dx
+    moments:    dmean = sum dx / n,   dm2 = 2 sum (x - mean) dx     (each by its weight)
 
 The backward pass is then two full reductions, S = sum dy and T = sum dy x_hat, one
 collective, and dx = a (dy - S/n - x_hat T/n): Ioffe & Szegedy 2015, section 3.
@@ -156,10 +156,12 @@ def batch_norm(
     implementation: str | None = None,
     shift: ArrayLike | None = None,
     fallback: tuple[ArrayLike, ArrayLike] | None = None,
+    weights: ArrayLike | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes `x` by its own statistics: the training transform.
 
-        mean = sum x / n,  var = sum |x - mean|^2 / n        (biased, over the valid x)
+        mean = sum w x / n,  var = sum w |x - mean|^2 / n,  n = sum w
+        w = 1 for each valid x, or its weight                (biased, over the valid x)
         y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)
 
     Differentiable in every mode and order, through `y` and through the Moments.
@@ -193,14 +195,21 @@ def batch_norm(
             `moments`. None for the mean of `fallback`.
         fallback: (mean, var), each (feature,): normalizes the features without a valid
             value. None for (0, 1).
+        weights: real floats >= 0, broadcastable to `x`: how often each value counts in
+            the statistics; all are normalized alike. A weight of 2 is the value there
+            twice, one of 0 is a False mask. To multiply all weights by a number leaves
+            the output as it is; but not the count, nor the unbiased variance, which
+            divides by sum w - 1. Differentiable. Beside a `mask` both apply.
 
     Returns:
         y, of the shape of `x`, and the Moments of the batch (of every replica).
 
     Raises:
-        TypeError: `x` or `residual` holds integers; `activation` is not callable.
-        ValueError: shapes that do not fit, an axis out of range or repeated, a mask
-            that does not broadcast, an axis name that is not bound, groups that do
+        TypeError: `x`, `residual` or `weights` holds integers; `activation` is not
+            callable.
+        ValueError: shapes that do not fit, an axis out of range or repeated, a mask or
+            weights that do not broadcast, weights known to be negative or not finite,
+            an axis name that is not bound, groups that do
             not partition it, a negative epsilon, an integer dtype.
 
     Warns:
@@ -217,6 +226,7 @@ def batch_norm(
         "axis": axis,
         "epsilon": epsilon,
         "mask": mask,
+        "weights": weights,
         "axis_name": axis_name,
         "axis_index_groups": axis_index_groups,
         "residual": residual,

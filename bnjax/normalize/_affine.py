@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax import _axes, _backend, _checks, _dtypes, _replicas
+from bnjax.moments import is_zero
 
 
 class Affine(NamedTuple):
@@ -93,7 +94,7 @@ def _(how, primals, tangents):
     y = _affine(*primals, how)
     rstd = lax.rsqrt(var).astype(how.compute)
     a = rstd * scale
-    dx, dmean, dvar, dscale, dbias = (None if _is_zero(t) else t for t in tangents)
+    dx, dmean, dvar, dscale, dbias = (None if is_zero(t) else t for t in tangents)
     slope = _sum(dscale, None if dvar is None else a * rstd * dvar.astype(a.dtype) / -2)
     offset = _sum(dbias, None if dmean is None else -a * dmean)
     slope, offset = _cast_like(x, slope, offset)
@@ -110,10 +111,6 @@ def _(how, primals, tangents):
         slope = _axes.expand(slope, how.feature_axes, x.ndim)
         dy = again(_sum((x - mean) * rstd * slope, dy))
     return y, _sum(None if dx is None else dx * a, dy)
-
-
-def _is_zero(tangent) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
 
 
 def _sum(first, second):

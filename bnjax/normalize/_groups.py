@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _checks, _replicas
-from bnjax.moments import Moments, exact_statistics
+from bnjax.moments import Moments, exact_statistics, weighs
 from bnjax.normalize._transform import Inputs, Options, Plan, by_given, train, usable
 
 _NO_BATCH = (
@@ -71,12 +72,14 @@ def by_group(
         return jnp.moveaxis(value, 0, before)
 
     mask = _checks.mask(options.get("mask"), x.shape)
+    weights = _checks.weights(options.get("weights"), x.shape)
     residual = _checks.residual(options.get("residual"), x.shape, jnp.complex64)
     mean, var, scale, bias, shift = (
         repeated(vectors[name]) for name in ("mean", "var", "scale", "bias", "shift")
     )
     inner: Options = {**options, "axis": _with(axes, batch), "shift": shift}
     inner["mask"] = None if mask is None else cut(mask)
+    inner["weights"] = None if weights is None else cut(weights)
     inner["residual"] = None if residual is None else cut(residual)
     if mean is not None and var is not None:
         inner["fallback"] = mean, var
@@ -91,9 +94,10 @@ def by_group(
 
     rows = jax.tree.map(leading, rows)
     count = rows.moments.count
+    given = [value for value in (mask, weights) if value is not None]
     if count.ndim == 0:
         count = jnp.broadcast_to(count, (groups,))
-    elif mask is not None and all(mask.shape[a] == 1 for a in axes):
+    elif given and all(value.shape[a] == 1 for value in given for a in axes):
         count = count.max(tuple(range(1, count.ndim)), initial=0)  # of all features
     return y.reshape(x.shape), rows._replace(moments=rows.moments._replace(count=count))
 
@@ -110,6 +114,8 @@ def batch_axis(x: jax.Array, options: Options) -> int:
 def _each_group(given: Inputs, plan: Plan) -> tuple[jax.Array, Rows]:
     over = plan.over._replace(local=True)
     batch, rests = exact_statistics(given.x, given.mask, given.shift, over)
+    if not weighs(given.mask):  # a constant, and the merge is to know it
+        batch = batch._replace(count=lax.stop_gradient(batch.count))
     vectors = *usable(batch, given, plan), given.scale, given.bias
     y = by_given(given.finite_x(), vectors, given.epsilon, plan.affine)
     return y, Rows(batch, rests)

@@ -19,14 +19,19 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _axes, _backend, _checks, _dtypes, _replicas
-from bnjax.moments import Moments, Reduction, reduction, statistics, valid
+from bnjax.moments import (
+    Moments,
+    Reduction,
+    harmless,
+    joined,
+    reduction,
+    statistics,
+    valid,
+)
 from bnjax.normalize._affine import Affine, affine, describe, per_feature
 from bnjax.normalize._remat import keep_moments
 
 Activation = Callable[[jax.Array], jax.Array]
-
-# Beyond it, what lies under a False mask is read as 0.
-_GARBAGE = 1e9
 
 
 class Options(TypedDict, total=False):
@@ -35,6 +40,7 @@ class Options(TypedDict, total=False):
     axis: int | Sequence[int]
     epsilon: float
     mask: ArrayLike | None
+    weights: ArrayLike | None
     axis_name: str | Sequence[str] | None
     axis_index_groups: Sequence[Sequence[int]] | None
     residual: ArrayLike | None
@@ -46,7 +52,10 @@ class Options(TypedDict, total=False):
 
 
 class Inputs(NamedTuple):
-    """The arrays; `mean` and `var` are those of features without a valid value."""
+    """The arrays; `mean` and `var` are those of features without a valid value.
+
+    The mask is boolean, or holds weights, as `moments.joined` makes it.
+    """
 
     x: jax.Array
     mean: jax.Array
@@ -58,7 +67,7 @@ class Inputs(NamedTuple):
     mask: jax.Array | None
 
     def finite_x(self) -> jax.Array:
-        """`x`, with 0 for garbage where the mask is False."""
+        """`x`, with 0 for garbage that does not count."""
         return without_garbage(self.x, self.mask)
 
 
@@ -73,25 +82,18 @@ Transform = Callable[..., tuple[jax.Array, Any]]
 
 
 def without_garbage(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`x`, with 0 where the mask is False, for NaN, infinity and huge padding.
-
-    Its square and cube, times those of rstd, must not overflow: a derivative
-    multiplies them by the 0 that such a position's cotangent is.
-    """
-    if mask is None:
-        return x
-    limit = min(_GARBAGE, float(jnp.finfo(x.dtype).max))
-    return valid(x, mask | (jnp.abs(x) <= limit))
+    """`x`, with 0 for NaN, infinity and huge padding that do not count."""
+    return x if mask is None else valid(x, harmless(x, mask))
 
 
 def without_overflow(y: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`y`, with 0 where the mask is False and padding, once normalized, overflows.
+    """`y`, with 0 where what does not count overflows, once normalized.
 
     It may in float16 alone, of the values that `without_garbage` leaves.
     """
-    if mask is None or float(jnp.finfo(y.dtype).max) > _GARBAGE:
+    if mask is None or y.dtype != jnp.float16:
         return y
-    return valid(y, mask | jnp.isfinite(y))
+    return valid(y, mask.astype(bool) | jnp.isfinite(y))
 
 
 def train(
@@ -142,6 +144,7 @@ def train(
     epsilon = options.get("epsilon", 1e-5)
     _checks.epsilon(epsilon, vectors[0].shape)
     mask = _checks.mask(options.get("mask"), x.shape)
+    weights = _checks.weights(options.get("weights"), x.shape)
     residual = _checks.residual(options.get("residual"), x.shape, how.compute)
     if mask is None and warns:
         _checks.warn_single_value(_smallest_count(x.shape, over), x.shape, axis)
@@ -152,6 +155,7 @@ def train(
         return without_overflow(y, inputs.mask), batch
 
     mean, var, scale, bias, shift = vectors
+    mask = joined(x, mask, weights)
     inputs = Inputs(x, mean, var, scale, bias, shift, epsilon, mask)
     run = run if implementation == _backend.PLAIN else keep_moments(run)
     y, batch = run(inputs, residual, *extra)

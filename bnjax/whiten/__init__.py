@@ -137,6 +137,7 @@ def decorrelate(
     method: str = "eigh",
     iterations: int = 5,
     mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     residual: ArrayLike | None = None,
@@ -170,6 +171,8 @@ def decorrelate(
         mask: boolean, broadcastable to `x`, with size 1 along the feature axis; True =
             counts. Masked values are whitened like the others, but take no part in the
             statistics; those that are not finite, or beyond 1e9, are read as 0.
+        weights: real floats >= 0, broadcastable as the mask: how often each position
+            counts in the statistics; see `bnjax.batch_norm`. None for 1.
         axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
             over. Not needed under jit.
         axis_index_groups: a partition of that axis: statistics are shared within each
@@ -187,8 +190,8 @@ def decorrelate(
         TypeError: `x` or `residual` holds integers or complex numbers; `activation` is
             not callable.
         ValueError: shapes that do not fit; several feature axes, or one out of range; a
-            group size that does not divide the features; a mask that does not
-            broadcast or varies by feature; an axis name that is not bound; groups that
+            group size that does not divide the features; a mask or weights that do not
+            broadcast or vary by feature; an axis name that is not bound; groups that
             do not partition it; an unknown method; a negative epsilon; an integer
             dtype.
 
@@ -209,10 +212,12 @@ def decorrelate(
     whitening = Whitening(layout, *check_method(method, iterations))
     mean, covariance = fallback or (None, None)
     covariance = _layout.covariances(covariance, layout)
+    mask, weights = _layout.positions(mask, weights, x, layout.axis)
     options: Options = {
         "axis": axis,
         "epsilon": epsilon,
-        "mask": _layout.mask(mask, x, layout.axis),
+        "mask": mask,
+        "weights": weights,
         "axis_name": axis_name,
         "axis_index_groups": axis_index_groups,
         "residual": residual,

@@ -71,19 +71,23 @@ def real_result(dtype: DTypeLike | None, **parameters: ArrayLike | None) -> None
         )
 
 
-def mask(value: ArrayLike | None, x: jax.Array, axis: int) -> jax.Array | None:
-    """The mask in the rank of `x`; it says which positions count, for all features."""
-    if value is None:
-        return None
-    checked = _checks.mask(value, x.shape)
-    if checked is not None and checked.shape[axis] != 1:
-        raise ValueError(
-            f"mask has shape {jnp.shape(value)}, which varies along the feature axis "
-            f"{axis} of the input's shape {tuple(x.shape)}: expected size 1 there, for "
-            "a covariance needs both of its features. Write "
-            f"mask.all(axis={axis}, keepdims=True)."
-        )
-    return checked
+def positions(
+    mask: ArrayLike | None, weights: ArrayLike | None, x: jax.Array, axis: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Both in the rank of `x`; they say how positions count, for all features."""
+    flags, numbers = _checks.mask(mask, x.shape), _checks.weights(weights, x.shape)
+    for name, given, value, cure in (
+        ("mask", mask, flags, "all"),
+        ("weights", weights, numbers, "min"),
+    ):
+        if given is not None and value is not None and value.shape[axis] != 1:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(given)}, which varies along the feature "
+                f"axis {axis} of the input's shape {tuple(x.shape)}: expected size 1 "
+                "there, for a covariance needs both of its features. Write "
+                f"{name}.{cure}(axis={axis}, keepdims=True)."
+            )
+    return flags, numbers
 
 
 def covariances(value: ArrayLike | None, how: Layout) -> jax.Array:

@@ -12,11 +12,17 @@ from bnjax import _axes, _checks, _dtypes, _replicas
 from bnjax.moments import (
     Reduction,
     coarse,
+    count_valid,
+    differentiable,
+    is_zero,
+    joined,
     mean_of,
     named,
     reduction,
     statistics,
     valid,
+    weighed,
+    weighs,
 )
 from bnjax.whiten import _layout
 from bnjax.whiten._layout import Layout
@@ -36,13 +42,14 @@ def co_moments(
     axis: int = -1,
     group_size: int | None = None,
     mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     shift: ArrayLike | None = None,
 ) -> CoMoments:
     """The co-moments of `x`, exact over every replica of `axis_name`.
 
-        count = #valid,  mean = sum x / count,  m2 = sum (x - mean)(x - mean)^T
+        count = sum w,  mean = sum w x / count,  m2 = sum w (x - mean)(x - mean)^T
 
     Two collectives: the mean first, because deviations from the mean of all can be
     summed, and no replica's matrix has to be gathered.
@@ -55,6 +62,8 @@ def co_moments(
         group_size: the features of a group, adjacent; None for one group of all.
         mask: boolean, broadcastable to `x`, with size 1 along the feature axis; True =
             counts. What lies under False, NaN included, changes nothing.
+        weights: real floats >= 0, broadcastable as the mask: how often each position
+            counts; see `bnjax.moments`. None for 1.
         axis_name: the axis, or axes, of shard_map, pmap or vmap to merge over. Not
             needed under jit: the co-moments of a sharded batch are global there.
         axis_index_groups: a partition of that axis; replicas merge within their group.
@@ -67,7 +76,7 @@ def co_moments(
     Raises:
         TypeError: `x` holds integers or complex numbers.
         ValueError: several feature axes, or one out of range; a group size that does
-            not divide the features; a mask that does not broadcast or varies by
+            not divide the features; a mask or weights that do not broadcast or vary by
             feature; a shift of another shape; an axis name that is not bound; groups
             that do not partition it.
 
@@ -80,7 +89,7 @@ def co_moments(
     """
     x = _layout.real("x", x)
     layout = _layout.layout(x, axis, group_size)
-    mask = _layout.mask(mask, x, layout.axis)
+    mask = joined(x, *_layout.positions(mask, weights, x, layout.axis))
     how = CoReduction(reduction(x, axis, axis_name, axis_index_groups), layout)
     shift = _checks.shift(shift, (x.shape[layout.axis],), axis, x.dtype)
     return _co_moments(x, mask, shift, how)
@@ -94,9 +103,10 @@ def _co_moments(
 
 
 # The derivative. With c = x - mean, over the valid positions of every replica:
-#     dmean = sum dx / n,     dm2 = S + S^T,  S = sum c dx^T
-# because the terms through dmean vanish: sum c = 0. One packed sum, so the transpose
-# holds one collective, and the merge is never differentiated.
+#     dmean = sum w dx / n,     dm2 = S + S^T,  S = sum w c dx^T
+# because the terms through dmean vanish: sum w c = 0. One packed sum, so the transpose
+# holds one collective, and the merge is never differentiated. Weights that vary add
+#     dn = sum dw,     dmean = sum dw c / n,     S = sum dw c c^T / 2
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -110,28 +120,40 @@ def co_statistics(
     """
     count, mean, _ = statistics(x, mask, shift, how.over)
     d = _deviation(x, coarse(mean), mask, how)
-    s1, s2 = _total((_sum(d), _layout.products(d, d)), x, how.over)
+    d, weighed_d = (_layout.split(v, how.layout) for v in (d, weighed(d, mask)))
+    s1, s2 = _total((_sum(weighed_d), _layout.products(d, weighed_d)), x, how.over)
     m2 = s2 - _layout.outer(s1, mean_of(s1, count))
     return CoMoments(count, mean, m2)
 
 
-@co_statistics.defjvp
+@functools.partial(co_statistics.defjvp, symbolic_zeros=True)
 def _(how, primals, tangents):
-    (x, mask, _), (dx, _, _) = primals, tangents
+    (x, mask, _), (dx, dw, _) = primals, tangents
     result = CoMoments._make(map(named, co_statistics(*primals, how)))
-    d = _deviation(x, result.mean, mask, how)
-    dx = _layout.split(valid(dx, mask), how.layout)
-    s1, s2 = _total((_sum(dx), _layout.products(d, dx)), x, how.over)
+    where = differentiable(x, mask)
+    d = _deviation(x, result.mean, where, how)
+    dx = _axes.split_like(x, jnp.zeros_like(x)) if is_zero(dx) else dx
+    first = half = weighed(valid(dx, where), mask)
+    counts = []
+    if weighs(mask) and not is_zero(dw):
+        first, half = first + d * dw, half + d * dw / 2
+        counts.append(count_valid(x, dw, how.over.axes))
+    d, first, half = (_layout.split(v, how.layout) for v in (d, first, half))
+    sums = _sum(first), _layout.products(d, half), *counts
+    s1, s2, *counts = _total(sums, x, how.over)
+    dn = jnp.zeros_like(result.count)
+    if counts:  # nothing varies about what is given for an empty batch
+        (dn,) = counts
+        s1, s2 = (jnp.where(result.count > 0, s, 0) for s in (s1, s2))
     dmean = mean_of(s1, result.count).ravel()
     dm2 = s2 + jnp.swapaxes(s2, -1, -2)
-    return result, CoMoments(jnp.zeros_like(result.count), dmean, dm2)
+    return result, CoMoments(dn, dmean, dm2)
 
 
-def _deviation(x, centre, mask, how: CoReduction) -> jax.Array:
-    """x - centre in groups, 0 where the mask is False."""
+def _deviation(x, centre, where, how: CoReduction) -> jax.Array:
+    """x - centre, and 0 where `where` is False."""
     x, centre = _replicas.cast_together(x, centre)
-    centred = x - _axes.expand(centre, (how.layout.axis,), x.ndim)
-    return _layout.split(valid(centred, mask), how.layout)
+    return valid(x - _axes.expand(centre, (how.layout.axis,), x.ndim), where)
 
 
 def _sum(x: jax.Array) -> jax.Array:
