@@ -424,6 +424,20 @@ def test_passes_and_memory_of_a_layer(target, shape, dtype, variant, direction):
 
 
 @pytest.mark.accelerator
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("target", ["v5e", "h100"])
+def test_weights_move_no_more_than_a_mask(target, direction):
+    rest = "bfloat16", SHAPES[1], direction
+    weights, mask = (
+        counted(target, 1, "jit", "bnjax", variant, *rest)
+        for variant in ("weights", "mask")
+    )
+    assert weights["moved"] < mask["moved"] + 0.01
+    assert weights["temporary"] < mask["temporary"] + 0.01
+    assert len(weights["written"]) == len(mask["written"])
+
+
+@pytest.mark.accelerator
 @pytest.mark.parametrize("target", ["v5e", "h100"])
 def test_a_subsample_is_sliced_before_it_is_widened(target):
     """Else a TPU writes all of x in float32."""

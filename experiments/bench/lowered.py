@@ -51,7 +51,7 @@ class Layer(NamedTuple):
 
     Attributes:
         apply: (params, stats, x, **options) to (y, the next stats); the options are
-            `mask`, and `residual` of a fused one.
+            `mask`, `weights` if it is ours, and `residual` of a fused one.
         params: scale and bias.
         stats: the running statistics.
     """
@@ -69,8 +69,9 @@ class Cell(NamedTuple):
         chips: that share the batch.
         mode: "jit" or "shard_map"; with one chip there is no difference.
         layer: one of `LAYERS`.
-        variant: one of `VARIANTS`: "relu" stands behind the layer, "activation" is the
-            layer's own; "residual" is added and ReLU follows, by the layer if it can.
+        variant: one of `VARIANTS`, or "weights": "relu" stands behind the layer,
+            "activation" is the layer's own; "residual" is added and ReLU follows, by
+            the layer if it can.
         dtype: of x and y.
         shape: of x on each chip.
         direction: "forward", or "both": one program with y, dx and all else.
@@ -99,8 +100,9 @@ def layer(cell: Cell) -> jax.stages.Lowered:
     built = build(cell, x, "data" if shared else None)
     arrays = {"x": x} | ({"residual": x} if cell.variant == "residual" else {})
     masks = {}
-    if cell.variant == "mask":
-        masks["mask"] = _shape((x.shape[0], *[1] * (x.ndim - 1)), bool)
+    if cell.variant in ("mask", "weights"):
+        dtype = bool if cell.variant == "mask" else jnp.float32
+        masks[cell.variant] = _shape((x.shape[0], *[1] * (x.ndim - 1)), dtype)
 
     def forward(params, stats, arrays, masks):
         arrays = dict(arrays)
@@ -114,7 +116,8 @@ def layer(cell: Cell) -> jax.stages.Lowered:
     def activated(*arguments):
         y, stats = forward(*arguments)
         own = cell.layer not in OTHERS and cell.variant in ("activation", "residual")
-        return (y if own or cell.variant in ("plain", "mask") else nn.relu(y)), stats
+        alone = own or cell.variant in ("plain", "mask", "weights")
+        return (y if alone else nn.relu(y)), stats
 
     def both(params, stats, arrays, masks, dy):
         y, vjp, stats = jax.vjp(
