@@ -34,7 +34,6 @@ def arguments(entry):
     return {n: v for n, v in entry.extra().items() if n == "domain"}
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("said", SAID)
 @every_layer
 def test_linen(name, said):
@@ -54,7 +53,6 @@ def test_linen(name, said):
     same(updates["batch_stats"], variables["batch_stats"])
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("said", SAID)
 @every_layer
 def test_nnx(name, said):

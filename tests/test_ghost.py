@@ -359,7 +359,6 @@ def groups_of(pools, several):
 
 
 @pytest.mark.filterwarnings("ignore:jax.pmap:DeprecationWarning")
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("several", "pools", "masked"),
@@ -404,7 +403,7 @@ def test_groups_of_replicas(several, pools, mode, masked):
             assert_close(moments.m2[i], m2, tol=5e-6)
 
 
-@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("pools", [0, 1])
 @pytest.mark.parametrize("mode", ["check_vma", "shard_map", "vmap"])
 def test_gradients_of_groups_of_replicas(mode, pools):

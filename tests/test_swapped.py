@@ -272,7 +272,6 @@ def integers(dtype, shape=(8, 5, 4, 3), seed=0):
     return rng.integers(low, high, shape, endpoint=True).astype(dtype)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("dtype", ["uint8", "bool"])
 @every_layer
 def test_integers_are_their_values(name, dtype):
@@ -373,7 +372,6 @@ def test_a_mask_and_moments_of_integers():
     assert_close(found.m2, m2)
 
 
-@pytest.mark.usefixtures("quickly")
 def test_folding_with_integer_inputs():
     class Net(nn.Module):
         @nn.compact
@@ -411,7 +409,6 @@ class QNetwork(nn.Module):
         return nn.Dense(5)(x)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     ("norm_input", "dtype"), [(False, "uint8"), (False, "bool"), (True, "uint8")]
 )
@@ -480,7 +477,6 @@ class Critics(nn.Module):
         return critics(self.norm)(*args)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("warmup_steps", [None, 2])
 def test_a_critic_of_crossq(warmup_steps):
     """Joint batches, in a jitted loop over updates; the state holds the counter."""

@@ -159,7 +159,6 @@ def run(entry, variables, x, mask=None, weights=None, train=True, extra=None, **
     return y, updates["batch_stats"]
 
 
-@pytest.mark.usefixtures("quickly")
 @layers("batch norm", "decorrelated")
 def test_ones_and_zeros_are_a_mask(name):
     """NaN under a weight of 0 changes nothing, and makes no gradient NaN."""
@@ -199,7 +198,7 @@ def test_ones_and_zeros_are_a_mask(name):
 # ---- derivatives ----
 
 
-@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 @layers("batch norm", "ghost", "renorm", "split by example", "decorrelated")
 def test_equals_its_formula(name, masked):
@@ -232,7 +231,7 @@ def test_equals_its_formula(name, masked):
     assert_trees_close(ours, jax.tree.map(np.asarray, plain), tol=1e-9)
 
 
-@pytest.mark.usefixtures("x64", "quickly")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("by", ["weights", "both"])
 def test_finite_differences(by):
     """Of y and of all the Moments; by the weights alone, and by x as well."""
@@ -302,7 +301,6 @@ def concatenated(name, replicas):
         return jax.tree.map(np.asarray, result)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(("name", "mode"), PLACED)
 def test_replicas_equal_one_device(name, mode):
     """The gradients by x and by the weights, of sums that differ, and are 0."""
@@ -340,7 +338,6 @@ def test_replicas_equal_one_device(name, mode):
         assert_close(got.reshape(leaf.shape), leaf, tol=3e-5)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("where", ["position", "feature"])
 def test_explicit_axes_along_which_only_x_is_split(where, masked):
@@ -363,7 +360,6 @@ def test_explicit_axes_along_which_only_x_is_split(where, masked):
     assert_trees_close(found, expected, tol=1e-5)
 
 
-@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     "mode", [*(pytest.param(m, marks=pytest.mark.slow) for m in MODES[:2]), "vmap"]
 )
@@ -460,7 +456,6 @@ def test_no_update_without_an_estimate(ddof):
         assert (np.asarray(state.var) != 1).all() == moves
 
 
-@pytest.mark.usefixtures("quickly")
 @layers("batch norm", "ghost", "decorrelated")
 def test_weights_that_are_all_zero(name):
     """No update; normalized by the running statistics; no gradient is NaN."""
