@@ -16,13 +16,16 @@ from registry import ENTRIES, FEATURES
 import bnjax
 from bnjax.nnx import BatchMoments, freeze
 
-every_layer = pytest.mark.parametrize("name", ENTRIES)
 # What a training loop says to layers, of which frozen ones take no notice.
 SAID = [
     {"use_running_average": False},
     {"use_running_average": False, "update_stats": True},
     {"use_running_average": True, "update_stats": True},
 ]
+every_layer_and_word = pytest.mark.parametrize(
+    ("name", "said"),
+    [("batch norm", said) for said in SAID] + [(name, SAID[1]) for name in ENTRIES],
+)
 
 
 def same(actual, expected):
@@ -34,8 +37,7 @@ def arguments(entry):
     return {n: v for n, v in entry.extra().items() if n == "domain"}
 
 
-@pytest.mark.parametrize("said", SAID)
-@every_layer
+@every_layer_and_word
 def test_linen(name, said):
     """Evaluation's output and gradients; nothing is written, nor need be mutable."""
     entry = ENTRIES[name]
@@ -53,8 +55,7 @@ def test_linen(name, said):
     same(updates["batch_stats"], variables["batch_stats"])
 
 
-@pytest.mark.parametrize("said", SAID)
-@every_layer
+@every_layer_and_word
 def test_nnx(name, said):
     entry = ENTRIES[name]
     x, extra = entry.x(), arguments(entry)
