@@ -12,7 +12,7 @@ import optax
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_trees_close
+from helpers import assert_close, assert_trees_close, covering
 
 import bnjax
 from bnjax import Moments, convert, diagnostics, population, training
@@ -455,8 +455,7 @@ def test_whitening_is_not_looked_at_which_the_report_says():
 # Training.
 
 
-@every
-@pytest.mark.parametrize("jit", [False, True])
+@covering(strength=1, name=LAYERS, jit=[True, False])
 def test_accumulated(name, jit):
     """One update from the Moments of all micro-batches, by domain where there are."""
     variables = variables_of(name)

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_trees_close, poison, residual_bytes
+from helpers import assert_close, assert_trees_close, covering, poison, residual_bytes
 from jax.sharding import AxisType, NamedSharding
 from registry import ENTRIES, POSITIONS, halves
 from test_sharded import mesh
@@ -76,8 +76,7 @@ def assert_same_bits(actual, expected):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kind", [None, "feature"])
-@every_layer
+@covering(strength=1, name=ENTRIES, kind=["feature", None])
 def test_equals_its_formula(name, kind):
     """Values, statistics, gradients, tangents and products with the Hessian."""
     entry = ENTRIES[name]
@@ -194,8 +193,7 @@ def test_what_is_masked_changes_nothing(name):
     assert (np.asarray(gradients[1])[~seen] == 0).all()
 
 
-@pytest.mark.parametrize("update_stats", [False, True])
-@every_layer
+@covering(strength=1, name=ENTRIES, update_stats=[False, True])
 def test_what_is_masked_changes_nothing_in_a_frozen_layer(name, update_stats):
     """That normalizes by its running statistics: no gradient by scale is NaN."""
     entry = ENTRIES[name]
@@ -221,8 +219,7 @@ def test_what_is_masked_changes_nothing_in_a_frozen_layer(name, update_stats):
     assert_close(jnp.where(seen, clean[0], inferred), inferred)
 
 
-@pytest.mark.parametrize("how", ["all masked", "no example"])
-@every_layer
+@covering(strength=1, name=ENTRIES, how=["all masked", "no example"])
 def test_nothing_valid(name, how):
     """Normalized by the running statistics, which are left as they were."""
     entry = ENTRIES[name]

@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_trees_close
+from helpers import assert_close, assert_trees_close, covering
 from jax import export, lax
 
 import bnjax
@@ -1126,9 +1126,9 @@ def test_kernel_returned_beside_the_output():
 # The precision of what is folded.
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [None, jnp.float32])
-@pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float16])
+@covering(
+    stored=[jnp.bfloat16, jnp.float16], dtype=[None, jnp.float32], bias=[True, False]
+)
 def test_stored_narrower_than_it_computes(stored, dtype, bias):
     half = {"param_dtype": stored, "dtype": dtype, "use_bias": bias}
 

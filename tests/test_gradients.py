@@ -140,7 +140,8 @@ def test_check_grads_of_other_axes(axis):
     def f(x, scale):
         return bnjax.batch_norm(x, scale, scale + 1, axis=axis)[0]
 
-    check_grads(f, (x, scale), order=2, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4)
+    order = 2 if axis == (0, 3) else 1
+    check_grads(f, (x, scale), order=order, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("x64")

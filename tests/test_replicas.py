@@ -213,7 +213,7 @@ def check(case, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@hypothesis.settings(max_examples=4, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=2, deadline=None, derandomize=True, database=None)
 @hypothesis.given(case=cases())
 def test_any_split_equals_the_whole(mode, case):
     check(case, mode)

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_trees_close, collectives, poison
+from helpers import assert_close, assert_trees_close, collectives, covering, poison
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_sharded import mesh
@@ -139,8 +139,7 @@ def test_one_domain_for_the_whole_batch():
     assert_trees_close(traced, (y, moments), tol=2e-6)
 
 
-@pytest.mark.parametrize("axis", [0, 1, (0, 2), (2, 1)])
-@pytest.mark.parametrize("how", ["parts", "by example", "one"])
+@covering(strength=1, axis=[0, 1, (0, 2), (2, 1)], how=["parts", "by example", "one"])
 def test_other_feature_axes(how, axis):
     """With a residual and an activation, in training and inference."""
     rng = np.random.default_rng(0)
@@ -443,10 +442,9 @@ def test_one_value_per_part_warns():
 # ---- narrow dtypes: as many domains as asked for, not as the dtype can number ----
 
 
-@pytest.mark.parametrize("how", ["by example", "traced", "whole batch", "given"])
-@pytest.mark.parametrize(
-    ("dtype", "splits"),
-    [
+@covering(
+    strength=1,
+    counted=[
         ("int4", 20),
         ("uint4", 20),
         ("int8", 300),
@@ -454,9 +452,11 @@ def test_one_value_per_part_warns():
         ("uint8", 256),
         ("uint16", 66_000),
     ],
+    how=["by example", "traced", "whole batch", "given"],
 )
-def test_more_domains_than_the_dtype_of_domain_counts(dtype, splits, how):
+def test_more_domains_than_the_dtype_of_domain_counts(counted, how):
     """An index of the rows in that dtype would begin again at 0."""
+    dtype, splits = counted
     x = np.array([[0.0, 3.0], [2.0, 4.0], [5.0, 1.0], [9.0, 1.0]], np.float32)
     named = np.array([0, 3, 3, 0])
     domain = jnp.asarray(named, dtype)
