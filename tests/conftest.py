@@ -10,7 +10,7 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
 gc.set_threshold(100_000, 20, 20)  # JAX makes many objects that live on
 
 
@@ -31,14 +31,6 @@ def _eight_devices():
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture
-def optimized():
-    """Compiles as users do; all else compiles in two thirds of the time."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", autouse=True)
