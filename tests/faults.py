@@ -174,6 +174,13 @@ FAULTS = [
         "tests/test_weights.py",
     ),
     Fault(
+        "the pool's derivative by the weights is that of the group",
+        STATISTICS,
+        "        about_pool[0] = first + apart * weight\n",
+        "",
+        "tests/test_weights.py",
+    ),
+    Fault(
         "weights count, and do not weigh",
         REDUCTION,
         "return x * mask.astype(x.dtype) if",

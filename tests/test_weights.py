@@ -17,7 +17,7 @@ from test_contracts import weights as loss_weights
 from test_sharded import mesh
 
 import bnjax
-from bnjax import Moments, population, running, training
+from bnjax import Moments, ghost, population, running, training
 
 SHAPE = (16, 4, 5, 3)
 AXES = (0, 1, 2)
@@ -35,7 +35,7 @@ def layers(*often):
     return pytest.mark.parametrize(
         "name",
         [
-            pytest.param(name, marks=[] if name in often else pytest.mark.slow)
+            pytest.param(name, marks=[] if name in often else pytest.mark.full)
             for name in ENTRIES
         ],
     )
@@ -199,7 +199,7 @@ def test_ones_and_zeros_are_a_mask(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.full), True])
 @layers("batch norm", "ghost", "renorm", "split by example", "decorrelated")
 def test_equals_its_formula(name, masked):
     """Values, statistics, gradients, tangents and products with the Hessian.
@@ -267,7 +267,7 @@ PLACED = [
     pytest.param(
         name,
         mode,
-        marks=[] if (name, mode) in OFTEN else pytest.mark.slow,
+        marks=[] if (name, mode) in OFTEN else pytest.mark.full,
     )
     for name, entry in ENTRIES.items()
     for mode in MODES
@@ -361,7 +361,7 @@ def test_explicit_axes_along_which_only_x_is_split(where, masked):
 
 
 @pytest.mark.parametrize(
-    "mode", [*(pytest.param(m, marks=pytest.mark.slow) for m in MODES[:2]), "vmap"]
+    "mode", [*(pytest.param(m, marks=pytest.mark.full) for m in MODES[:2]), "vmap"]
 )
 def test_uneven_groups(mode):
     """Also the gradient by the weights; one group has no weight at all."""
@@ -409,11 +409,55 @@ def test_uneven_groups(mode):
                 assert_moments(one, weighted(own, times), tol=5e-6)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mode", ["typed", "vmap"])
+def test_ghost_groups_of_several_replicas(mode):
+    """Two replicas a group, as on one device; one group has no weight at all."""
+    x, dy = x_of(), x_of(seed=7)
+    weights = weights_of((16, 4, 1, 1))
+    weights[4:8] = 0
+    fallback = np.array([0.5, 1, 2]), np.array([2.0, 1, 4])
+
+    def loss(x, weights, dy, axis_name=None):
+        y, m = ghost.ghost_batch_norm(
+            x,
+            virtual_batch_size=4,
+            weights=weights,
+            fallback=fallback,
+            axis_name=axis_name,
+        )
+        if axis_name is None:  # of the pool at once, for the derivative where w = 0
+            m = bnjax.moments(x, weights=weights)
+        pooled = (m.mean + m.m2).sum() / (1 if axis_name is None else 8)
+        return jnp.sum(y * dy) + pooled, (y, m)
+
+    def f(x, weights, dy):
+        run = functools.partial(loss, axis_name="data")
+        (dx, dw), (y, m) = jax.grad(run, (0, 1), has_aux=True)(x, weights, dy)
+        return dx, dw, y, jax.tree.map(lambda v: v[None], m)
+
+    arrays = [jnp.asarray(v) for v in (x, weights, dy)]
+    (dx, dw), (y, m) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(*arrays)
+    if mode == "vmap":
+        cut = [v.reshape(8, 2, *v.shape[1:]) for v in arrays]
+        found = jax.jit(jax.vmap(f, axis_name="data"))(*cut)
+        *found, moments = found
+        moments = jax.tree.map(lambda v: v[:, 0], moments)
+        found = [v.reshape(a.shape) for v, a in zip(found, (x, weights, y))]
+    else:
+        split = jax.shard_map(f, mesh=mesh(), in_specs=P("data"), out_specs=P("data"))
+        *found, moments = jax.jit(split)(*arrays)
+    assert_trees_close(found, [np.asarray(v) for v in (dx, dw, y)], tol=1e-9)
+    for replica in range(8):
+        one = jax.tree.map(lambda v, i=replica: v[i], moments)
+        assert_trees_close(one, jax.tree.map(np.asarray, m), tol=1e-9)
+
+
 @pytest.mark.parametrize(
     "mode",
     [
         *("typed", "untyped", "Auto"),
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("pmap", "Explicit")),
+        *(pytest.param(m, marks=pytest.mark.full) for m in ("pmap", "Explicit")),
     ],
 )
 def test_one_collective_forward_and_one_backward(mode):
