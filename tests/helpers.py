@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from experiments.bench.programs import Part, Program
 
@@ -70,10 +72,38 @@ def covering(strength: int = 2, **factors) -> pytest.MarkDecorator:
         pytest.param(
             *(v[i] for v, i in zip(values, row)),
             marks=[] if row in kept else pytest.mark.full,
+            id="-".join(label(v[i]) for v, i in zip(values, row)),
         )
         for row in rows
     ]
     return pytest.mark.parametrize(names, parameters)
+
+
+def label(value: Any) -> str:
+    """`value` in the name of a test, from which it can be repeated."""
+    if isinstance(value, (tuple, list)):
+        return "(" + ",".join(map(label, value)) + ")"
+    if isinstance(value, Mapping):
+        return label([f"{k}={label(v)}" for k, v in value.items()])
+    if isinstance(value, (str, bytes, int, float, complex, type(None), P)):
+        return str(value)
+    return getattr(value, "__name__", None) or getattr(value, "name", str(value))
+
+
+def by_default(*kept, **factor) -> pytest.MarkDecorator:
+    """`parametrize` by the values of one factor, those that are not `kept` in full.
+
+    >>> by_default("typed", mode=["typed", "untyped"]).args[0]
+    'mode'
+    """
+    ((name, values),) = factor.items()
+    missing = [value for value in kept if value not in values]
+    assert not missing, f"{missing} are not of {[*values]}"
+    parameters = [
+        pytest.param(v, marks=[] if v in kept else pytest.mark.full, id=label(v))
+        for v in values
+    ]
+    return pytest.mark.parametrize(name, parameters)
 
 
 def assert_trees_close(actual, expected, **kwargs):

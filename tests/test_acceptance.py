@@ -12,7 +12,7 @@ import optax
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_trees_close, covering
+from helpers import assert_close, assert_trees_close
 
 import bnjax
 from bnjax import Moments, convert, diagnostics, population, training
@@ -455,8 +455,8 @@ def test_whitening_is_not_looked_at_which_the_report_says():
 # Training.
 
 
-@covering(strength=1, name=LAYERS, jit=[True, False])
-def test_accumulated(name, jit):
+@every
+def test_accumulated(name):
     """One update from the Moments of all micro-batches, by domain where there are."""
     variables = variables_of(name)
 
@@ -466,10 +466,9 @@ def test_accumulated(name, jit):
         return (result[0] ** 2).mean(), result
 
     batches = X.reshape(3, 4, K)
-    run = functools.partial(
-        training.accumulate, loss_fn, rule=bnjax.running.ema(0.8, ddof=1)
-    )
-    found = (jax.jit(run) if jit else run)(variables, batches)
+    rule = bnjax.running.ema(0.8, ddof=1)
+    run = jax.jit(functools.partial(training.accumulate, loss_fn, rule=rule))
+    found = run(variables, batches)
     parts = hidden(variables).reshape(3, 4, C)
     rows = np.split(parts, 2, 1) if name in SPLIT else [parts]
     rows = [row.reshape(-1, C) for row in rows]

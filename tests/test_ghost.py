@@ -14,6 +14,7 @@ from helpers import (
     assert_close,
     assert_trees_close,
     collectives,
+    covering,
     plain_batch_norm,
     poison,
 )
@@ -41,13 +42,14 @@ def case(seed=0, shape=SHAPE, dtype=np.float32):
 # ---- the formula ----
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    ("size", "remainder"),
-    [(1, "error"), (4, "error"), (12, "error"), (5, "smaller"), (30, "smaller")],
+@covering(
+    strength=1,
+    of=[(1, "error"), (4, "error"), (12, "error"), (5, "smaller"), (30, "smaller")],
+    masked=[True, False],
 )
-def test_the_papers_formula(size, remainder, masked):
+def test_the_papers_formula(of, masked):
     """The Moments are those of the whole batch."""
+    size, remainder = of
     x, scale, bias, _ = case()
     mask = np.random.default_rng(1).random(SHAPE) < 0.7 if masked else None
     seen = np.broadcast_to(True if mask is None else mask, SHAPE)
@@ -359,14 +361,14 @@ def groups_of(pools, several):
 
 
 @pytest.mark.filterwarnings("ignore:jax.pmap:DeprecationWarning")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("several", "pools", "masked"),
-    [(2, 0, True), (4, 0, False), (2, 2, True)],
+@covering(
+    strength=1,
+    mode=MODES,
+    of=[(2, POOLS[0], True), (4, POOLS[0], False), (2, POOLS[2], True)],
 )
-def test_groups_of_replicas(several, pools, mode, masked):
+def test_groups_of_replicas(mode, of):
     """Those of the concatenated batch; the Moments are the pool's."""
-    pools = POOLS[pools]
+    several, pools, masked = of
     x, scale, bias, _ = case(shape=(REPLICAS * OWN, 5, 3))
     mask = np.ones((len(x), 5, 1), bool)
     if masked:
@@ -386,7 +388,8 @@ def test_groups_of_replicas(several, pools, mode, masked):
             fallback=fallback,
         )
 
-    y, moments = over_replicas(f, mode, (jnp.asarray(poison(x, mask)), mask))
+    run = jax.jit(lambda *arrays: over_replicas(f, mode, arrays))
+    y, moments = run(poison(x, mask), mask)
     for group in groups_of(pools, several):
         rows, seen = of_replicas(x, group), of_replicas(mask, group)
         expected = oracle.batch_norm(rows, scale, bias, AXES, seen)
@@ -445,13 +448,13 @@ def test_gradients_of_groups_of_replicas(mode, pools):
             total += value(bnjax.Moments(0, mean, m2))
         return total
 
-    with jax.numpy_rank_promotion("allow"):
-        expected = jax.grad(plain, (0, 1, 2))(x, scale, bias)
     arguments = (jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias))
+    with jax.numpy_rank_promotion("allow"):
+        expected = jax.jit(jax.grad(plain, (0, 1, 2)))(*arguments)
     actual = jax.jit(jax.grad(distributed, (0, 1, 2)))(*arguments)
     assert_trees_close(actual, expected, tol=1e-10)
     tangents = jax.tree.map(jnp.sin, arguments)
-    slope = jax.jvp(distributed, arguments, tangents)[1]
+    slope = jax.jit(functools.partial(jax.jvp, distributed))(arguments, tangents)[1]
     exact = sum(np.vdot(e, t) for e, t in zip(expected, tangents))
     assert_close(slope, exact, tol=1e-10)
 

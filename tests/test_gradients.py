@@ -11,6 +11,7 @@ from helpers import (
     GRADIENT_TOLERANCE,
     assert_close,
     assert_trees_close,
+    by_default,
     compiled_text,
     covering,
     plain_batch_norm,
@@ -130,7 +131,7 @@ def test_check_grads_of_normalize_and_moments():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("axis", [0, 1, (1, 2), (0, 3)])
+@by_default(1, (0, 3), axis=[0, 1, (1, 2), (0, 3)])
 def test_check_grads_of_other_axes(axis):
     x, *_ = case(shape=(2, 4, 3, 5))
     features = [x.shape[a] for a in np.atleast_1d(axis)]
@@ -341,8 +342,12 @@ TRANSFORMS = {
 }
 
 
+OFTEN = ["value", "grad", "vmap grad", "scan", "remat", "linear_transpose", "jvp"]
+OFTEN += ["jacfwd", "third order", "forward over reverse", "reverse over forward"]
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", TRANSFORMS)
+@by_default(*OFTEN, name=TRANSFORMS)
 def test_transform(name):
     """The derivatives of the first order eagerly, too."""
     args = case()[:3]
@@ -413,7 +418,7 @@ TAYLOR = {
 }
 
 
-@pytest.mark.parametrize("name", TAYLOR)
+@by_default(*("normalize", "moments", "all options", "domains"), name=TAYLOR)
 def test_taylor_mode(name):
     """The first two derivatives along a direction are those of forward mode."""
     f, x = TAYLOR[name], case("float32", shape=(6, 4, 5, 3))[0]
@@ -591,8 +596,7 @@ MASKED = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("function", MASKED)
+@covering(strength=1, function=MASKED, dtype=["float32", "bfloat16"])
 def test_what_lies_under_a_mask_changes_no_gradient(function, dtype):
     """Whatever its value: of first and second order, of x, scale, bias and epsilon."""
     x, scale, bias, dy = case("float32", shape=(16, 5, 3))

@@ -232,11 +232,10 @@ def test_complex_values(settings):
     assert_close(layer(x, use_running_average=True), np.asarray(y), tol=1e-5)
 
 
-@pytest.mark.parametrize("is_complex", [True, False])
-@pytest.mark.parametrize("name", ["BatchNorm", "GhostBatchNorm", "SplitBatchNorm"])
-@pytest.mark.parametrize(
-    "settings",
-    [{"dtype": jnp.complex64}, {"param_dtype": jnp.complex64}, {}],
+@covering(
+    is_complex=[True, False],
+    name=["BatchNorm", "GhostBatchNorm", "SplitBatchNorm"],
+    settings=[{"dtype": jnp.complex64}, {"param_dtype": jnp.complex64}, {}],
 )
 def test_running_statistics_keep_their_dtype(settings, name, is_complex):
     """A scan over training steps, also of real values in a complex layer."""

@@ -3,11 +3,14 @@
 import pathlib
 import re
 
+import pytest
+
 import bnjax
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_code_blocks(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_close
+from helpers import assert_trees_close, by_default
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -212,7 +212,7 @@ def check(case, mode):
     assert_trees_close((dparams_, rest_), (dparams, rest), tol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@by_default("typed", "vmap", "Explicit", mode=MODES)
 @hypothesis.settings(max_examples=2, deadline=None, derandomize=True, database=None)
 @hypothesis.given(case=cases())
 def test_any_split_equals_the_whole(mode, case):

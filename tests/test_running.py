@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_trees_close
+from helpers import assert_close, assert_trees_close, covering
 
 import bnjax
 from bnjax import Moments, running, whiten
@@ -98,10 +98,11 @@ def test_one_value_has_no_unbiased_variance(build):
     assert (rule.read(rule.update(rule.init((3,)), batch)).var < 1).all()
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("field", ["mean", "m2"])
-@pytest.mark.parametrize(
-    "build", [running.ema, running.debiased_ema, running.cumulative]
+@covering(
+    strength=1,
+    bad=[np.nan, np.inf],
+    field=["mean", "m2"],
+    build=[running.ema, running.debiased_ema, running.cumulative],
 )
 def test_nonfinite_batches_are_skipped_when_asked(build, field, bad):
     poisoned = batches()

@@ -451,6 +451,7 @@ def test_large_means_that_differ_between_replicas(mode, shape):
         (P("data", "model"), 1),
         (P("data", None, None, "model"), (1, 3)),
     ],
+    strength=1,
     kind=[AxisType.Auto, AxisType.Explicit],
     how=["masked", "layer", "masked layer"],
 )

@@ -324,8 +324,11 @@ def test_each_domain_is_merged_over_the_replicas():
         assert_close(np.asarray(y).reshape(SHAPE)[rows], expected, tol=5e-6)
 
 
-@pytest.mark.parametrize("how", ["parts", "by example", "one"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@covering(
+    strength=1,
+    how=["parts", "by example", "one"],
+    kind=[AxisType.Explicit, AxisType.Auto],
+)
 def test_the_batch_is_never_gathered(kind, how):
     """One collective forward and one backward, but two for parts that Auto axes cut.
 

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close
+from helpers import assert_close, by_default
 
 import bnjax
 
@@ -409,11 +409,10 @@ class QNetwork(nn.Module):
         return nn.Dense(5)(x)
 
 
-@pytest.mark.parametrize(
-    ("norm_input", "dtype"), [(False, "uint8"), (False, "bool"), (True, "uint8")]
-)
-def test_a_dummy_layer_on_raw_observations(norm_input, dtype):
+@by_default((False, "uint8"), of=[(False, "uint8"), (False, "bool"), (True, "uint8")])
+def test_a_dummy_layer_on_raw_observations(of):
     """Initialized with floats; the error came at the first real step."""
+    norm_input, dtype = of
     observations = integers(dtype, (7, 2, 9, 8))
     found = []
     for norm in NORMS:
@@ -477,7 +476,7 @@ class Critics(nn.Module):
         return critics(self.norm)(*args)
 
 
-@pytest.mark.parametrize("warmup_steps", [None, 2])
+@by_default(2, warmup_steps=[None, 2])
 def test_a_critic_of_crossq(warmup_steps):
     """Joint batches, in a jitted loop over updates; the state holds the counter."""
     if warmup_steps is None:

@@ -13,7 +13,14 @@ import oracle
 import pytest
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
-from helpers import BOXES, assert_close, assert_trees_close, plain_batch_norm
+from helpers import (
+    BOXES,
+    assert_close,
+    assert_trees_close,
+    by_default,
+    covering,
+    plain_batch_norm,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
@@ -91,8 +98,7 @@ def test_equal_counts_give_the_mean_of_var_and_the_variance_of_the_means():
     assert_close(merged["var"], stats["var"].mean(0) + stats["mean"].var(0))
 
 
-@pytest.mark.parametrize("counts", [None, COUNTS])
-@pytest.mark.parametrize("mode", ["typed", "untyped", "pmap", "vmap"])
+@covering(strength=1, mode=["typed", "untyped", "pmap", "vmap"], counts=[COUNTS, None])
 def test_merged_over_an_axis(mode, counts):
     stats = apart()
     expected = merge_batch_stats(stats, counts=counts)
@@ -329,7 +335,7 @@ def whole_batch_update(momentum=0.9, ddof=0):
 # ---- accumulate ----
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@by_default(True, jit=[False, True])
 def test_accumulation_is_ghost_batch_norm_of_the_large_batch(jit):
     f = functools.partial(accumulate, loss_fn, rule=ema(0.9))
     found = (jax.jit(f) if jit else f)(variables(), stacked())
@@ -592,9 +598,8 @@ def in_turn(variables, loss_fn, parts):
     return state, jax.tree.map(lambda g: g / len(parts), total)
 
 
-@pytest.mark.parametrize(
-    ("name", "frozen"), [*((name, False) for name in OTHERS), ("spectral", True)]
-)
+@by_default("counters", "spectral", name=OTHERS)
+@by_default(False, frozen=[False, True])
 def test_what_else_the_model_updates_advances_in_turn(name, frozen):
     variables, loss_fn = with_others(name, frozen=frozen)
     parts = [{n: v[k] for n, v in stacked().items()} for k in range(K)]

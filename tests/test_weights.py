@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, assert_trees_close, collectives, residual_bytes
+from helpers import (
+    assert_close,
+    assert_trees_close,
+    by_default,
+    collectives,
+    covering,
+    residual_bytes,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
@@ -28,17 +35,6 @@ WHERE = {
     "feature": SHAPE,
     "of the features alone": (1, 1, 1, 3),
 }
-
-
-def layers(*often):
-    """Every layer, those that are not named here only among the slow tests."""
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(name, marks=[] if name in often else pytest.mark.full)
-            for name in ENTRIES
-        ],
-    )
 
 
 def x_of(shape=SHAPE, seed=0, offset=1.0):
@@ -79,8 +75,7 @@ def assert_moments(found, expected, tol=2e-6):
 # ---- values ----
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-@pytest.mark.parametrize("where", WHERE)
+@covering(strength=1, where=WHERE, dtype=[np.float32, jnp.bfloat16])
 def test_a_weight_is_how_often_a_value_is_there(where, dtype):
     """Also in the unbiased variance."""
     x = x_of().astype(dtype)
@@ -159,7 +154,7 @@ def run(entry, variables, x, mask=None, weights=None, train=True, extra=None, **
     return y, updates["batch_stats"]
 
 
-@layers("batch norm", "decorrelated")
+@by_default("batch norm", "decorrelated", name=ENTRIES)
 def test_ones_and_zeros_are_a_mask(name):
     """NaN under a weight of 0 changes nothing, and makes no gradient NaN."""
     entry = ENTRIES[name]
@@ -200,7 +195,7 @@ def test_ones_and_zeros_are_a_mask(name):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.full), True])
-@layers("batch norm", "ghost", "renorm", "split by example", "decorrelated")
+@by_default("batch norm", "split by example", "decorrelated", name=ENTRIES)
 def test_equals_its_formula(name, masked):
     """Values, statistics, gradients, tangents and products with the Hessian.
 
@@ -261,8 +256,7 @@ def test_what_is_stored_for_the_backward_pass():
 # ---- replicas ----
 
 MODES = ["typed", "untyped", "pmap", "vmap", "Auto", "Explicit"]
-OFTEN = {("batch norm", mode) for mode in ("typed", "vmap", "Explicit")}
-OFTEN |= {("ghost", "typed"), ("decorrelated", "Explicit")}
+OFTEN = {("batch norm", "vmap"), ("ghost", "typed"), ("decorrelated", "Explicit")}
 PLACED = [
     pytest.param(
         name,
@@ -338,8 +332,7 @@ def test_replicas_equal_one_device(name, mode):
         assert_close(got.reshape(leaf.shape), leaf, tol=3e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("where", ["position", "feature"])
+@covering(strength=1, masked=[False, True], where=["position", "feature"])
 def test_explicit_axes_along_which_only_x_is_split(where, masked):
     """Batch and features; the gradient is split as the weights are: not at all."""
     x, weights = x_of().astype(np.float32), weights_of(WHERE[where]).astype(np.float32)
@@ -500,7 +493,7 @@ def test_no_update_without_an_estimate(ddof):
         assert (np.asarray(state.var) != 1).all() == moves
 
 
-@layers("batch norm", "ghost", "decorrelated")
+@by_default("batch norm", "ghost", "decorrelated", name=ENTRIES)
 def test_weights_that_are_all_zero(name):
     """No update; normalized by the running statistics; no gradient is NaN."""
     entry = ENTRIES[name]
@@ -521,7 +514,7 @@ def test_weights_that_are_all_zero(name):
     assert_close(y, np.asarray(expected), tol=2e-6)
 
 
-@layers("batch norm", "split by example")
+@by_default("batch norm", "split by example", name=ENTRIES)
 def test_linen_equals_nnx_to_the_bit(name):
     entry = ENTRIES[name]
     variables, x = entry.variables(), entry.x()

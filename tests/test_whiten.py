@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, assert_trees_close, poison, residual_bytes
+from helpers import (
+    assert_close,
+    assert_trees_close,
+    by_default,
+    covering,
+    poison,
+    residual_bytes,
+)
 from jax import lax
 from jax.test_util import check_grads
 
@@ -307,8 +314,7 @@ def plain(x, scale, bias, mask, method, size=SIZE, epsilon=1e-3):
     return y * scale + bias, (mean, covariance * n)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@covering(strength=1, method=METHODS, masked=[True, False])
 def test_gradients_are_those_of_the_plain_formula(x64, method, masked):
     """Through y and the co-moments: both modes, and unmasked the second order."""
     x, scale, bias, dy = case(np.float64)
@@ -371,8 +377,7 @@ def test_what_is_masked_has_no_influence(method):
     assert (np.asarray(expected[0][0])[~mask[..., 0]] == 0).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("how", ["no rows", "all masked"])
+@covering(strength=1, method=METHODS, how=["no rows", "all masked"])
 def test_nothing_valid_falls_back(method, how):
     x, scale, bias, dy = case()
     mask = np.zeros((5, 1, 1, 1), bool)
@@ -466,7 +471,7 @@ def test_the_backward_pass_decomposes_nothing(method):
     assert len(re.findall("= cholesky", text)) == (method == "cholesky")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@by_default("newton_schulz", method=METHODS)
 def test_transformations(method):
     """vmap, scan, remat and jit give what plain calls do, derivatives included."""
     batches = jnp.stack([case(seed=s, shape=(9, 4))[0] for s in range(3)])
@@ -633,8 +638,7 @@ def scaled(name, x):
     return (x - x.mean(0)) / x.std(0, ddof=int(name == "unbiased"))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", SCALERS)
+@covering(strength=1, name=SCALERS, masked=[True, False])
 def test_scalers(name, masked):
     fit, apply, invert = SCALERS[name]
     x = case()[0]

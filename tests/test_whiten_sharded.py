@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, assert_trees_close, collectives, poison
+from helpers import (
+    assert_close,
+    assert_trees_close,
+    by_default,
+    collectives,
+    covering,
+    poison,
+)
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -115,8 +122,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+@covering(strength=1, mode=MODES, masked=[True, False])
 def test_equals_the_concatenated_batch(mode, masked):
     (x, scale, bias, dy), keep = case()
     keep = keep if masked else None
@@ -132,8 +138,7 @@ def test_equals_the_concatenated_batch(mode, masked):
         assert_close(value[0], e, tol=2e-6)
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
-@pytest.mark.parametrize("mode", ["typed", "untyped", "Explicit"])
+@covering(strength=1, method=METHODS[1:], mode=["typed", "Explicit", "untyped"])
 def test_other_methods(mode, method):
     (x, scale, bias, dy), keep = case()
     how = functools.partial(run, method=method)
@@ -142,7 +147,7 @@ def test_other_methods(mode, method):
     assert_trees_close((grads, y), expected[:2], tol=2e-5)
 
 
-@pytest.mark.parametrize("mode", ["typed", "untyped", "pmap", "vmap"])
+@by_default("typed", "vmap", mode=["typed", "untyped", "pmap", "vmap"])
 def test_groups_of_replicas(mode):
     (x, scale, bias, dy), keep = case()
     (dx, *rest), y, batch = MODES[mode](x, scale, bias, dy, keep, groups=GROUPS)
@@ -159,7 +164,7 @@ def test_groups_of_replicas(mode):
     assert_trees_close(rest, total, tol=2e-5)
 
 
-@pytest.mark.parametrize("mode", ["typed", "untyped", "pmap"])
+@by_default("typed", mode=["typed", "untyped", "pmap"])
 def test_far_from_zero(mode):
     """|mean|/std = 1e4: the means of replicas are rounded, the covariance is not."""
     (x, scale, bias, dy), _ = case()
