@@ -2,7 +2,9 @@
 
 import ctypes
 import gc
+import math
 import os
+import pathlib
 import sys
 
 import jax
@@ -16,6 +18,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
 gc.set_threshold(100_000, 20, 20)  # JAX makes many objects that live on
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves what tests experiments out unread, where -m leaves it out anyway."""
+    if "not experiment" in config.option.markexpr:
+        return collection_path.name == "of_experiments" or None
+    return None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -37,11 +46,20 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_programs_left():
-    """Else a worker keeps every program that it has compiled: gigabytes."""
+def resident() -> float:
+    """Bytes of memory that this process holds; infinite where it cannot be read."""
+    if sys.platform != "linux":
+        return math.inf
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def _no_more_programs_than_fit():
+    """A worker keeps every program that it compiles, of a megabyte each."""
     yield
-    jax.clear_caches()
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    if resident() > 1.3e9:
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)

@@ -12,7 +12,7 @@ import optax
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_trees_close
+from helpers import assert_close, assert_trees_close, by_default
 
 import bnjax
 from bnjax import Moments, convert, diagnostics, population, training
@@ -377,7 +377,7 @@ def trained(name):
     return {"params": variables["params"], "batch_stats": new}
 
 
-@every
+@by_default("ghost", "split", name=LAYERS)
 def test_healthy_variants_have_no_findings(name):
     variables = trained(name)
     batch = moments_of(variables, name)

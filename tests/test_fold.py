@@ -658,6 +658,7 @@ def test_other_models_are_refused():
 # Serving.
 
 
+@pytest.mark.full
 def test_serving_in_a_fresh_process(tmp_path):
     """The example exports for three platforms, and compares what is served."""
     command = [sys.executable, "-m", "experiments.serve", "--smoke"]

@@ -117,9 +117,9 @@ def test_check_grads_of_normalize_and_moments():
     x, scale, bias, _ = case(shape=(5, 4, 3))
     mean, var = jnp.array([0.3, -1.0, 2.0]), jnp.array([0.5, 2.0, 1.0])
     check = functools.partial(
-        check_grads, order=2, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4
+        check_grads, order=1, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4
     )
-    check(jax.jit(bnjax.normalize), (x, mean, var, scale, bias))
+    check(jax.jit(bnjax.normalize), (x, mean, var, scale, bias), order=2)
     mask = mask_of((5, 4, 3))
     check(jax.jit(lambda x: bnjax.moments(x, mask=mask)[1:]), (x,))
 

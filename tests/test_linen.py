@@ -281,8 +281,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", LAYERS)
+@covering(strength=1, name=LAYERS, masked=[True, False])
 def test_a_layer_without_running_statistics(name, masked):
     """Neither read nor written, they are not asked for; `init` declares them."""
     layer, x = LAYERS[name](False, update_stats=False), data()
@@ -690,7 +689,11 @@ def test_dtypes_of_the_running_statistics_are_flaxs(x_dtype, fields):
         dtypes = []
         for norm in (nn.BatchNorm, bnjax.BatchNorm):
             layer = norm(use_running_average=False, **fields)
-            v = layer.init(jax.random.key(0), x)
-            y, u = layer.apply(v, x, mutable=["batch_stats"])
-            dtypes.append((y.dtype, jax.tree.map(lambda a: a.dtype, u)))
+
+            @jax.jit
+            def run(x, layer=layer):
+                v = layer.init(jax.random.key(0), x)
+                return layer.apply(v, x, mutable=["batch_stats"])
+
+            dtypes.append(jax.tree.map(lambda a: a.dtype, run(x)))
         assert dtypes[0] == dtypes[1]

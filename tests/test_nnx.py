@@ -10,7 +10,14 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_trees_close, covering, poison, residual_bytes
+from helpers import (
+    assert_close,
+    assert_trees_close,
+    by_default,
+    covering,
+    poison,
+    residual_bytes,
+)
 from jax.nn import initializers
 
 import bnjax
@@ -353,9 +360,10 @@ LINEN = [
 ]
 
 
-@pytest.mark.parametrize(("x_dtype", "options"), LINEN)
-def test_linen_equals_nnx_to_the_bit(options, x_dtype):
+@by_default(*LINEN[2:5:2], LINEN[5], of=LINEN)
+def test_linen_equals_nnx_to_the_bit(of):
     """Output, statistics and gradients in training, and the output in evaluation."""
+    x_dtype, options = of
     x, r = data(dtype=x_dtype), data(2, dtype=x_dtype)
     mask = np.random.default_rng(3).random((6, 4, 5, 1)) < 0.7
     layer = layer_of(

@@ -1,10 +1,7 @@
 """Population statistics: closed forms, splits, masks, devices, models."""
 
 import functools
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -13,13 +10,11 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import BOXES, assert_close, assert_trees_close, covering, poison
+from helpers import BOXES, assert_close, assert_trees_close, by_default, poison
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
 from bnjax.population import algorithm_2, pooled
-from experiments import population as experiment
-from experiments.common import results
 
 P = PartitionSpec
 SIZES = (2, 2, 4, 8, 16, 5)
@@ -428,7 +423,8 @@ class WithSpectralNorm(nn.Module):
         return bnjax.BatchNorm(False, name="norm")(x)
 
 
-@covering(strength=1, box=["", *BOXES], estimate=[algorithm_2, pooled])
+@by_default("", "in one another", box=["", *BOXES])
+@by_default(pooled, estimate=[algorithm_2, pooled])
 def test_what_else_lies_in_batch_stats_is_kept(estimate, box):
     model, (first, *batches) = WithSpectralNorm(), split(data())
     v = model.init(jax.random.key(0), first)
@@ -466,52 +462,3 @@ def test_progress(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(ImportError, match=r"progress=True needs rich: .* pip install"):
         pooled(collect, variables(), split(data()), progress=True)
-
-
-# ---- the experiment ----
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    out = tmp_path_factory.mktemp("smoke")
-    process = subprocess.run(
-        [sys.executable, "-m", "experiments.population", "--smoke", "--out", out],
-        cwd=Path(__file__).parents[1],
-        env=dict(os.environ, COLUMNS="90"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
-    return out, process.stdout
-
-
-def test_smoke_shows_the_claim(smoke):
-    out, stdout = smoke
-    assert "running average, debiased" in stdout
-    start, rows = experiment.last_run(results.read(out / "population.jsonl"), "digits")
-    assert {"versions", "hardware", "commit", "time"} <= start.keys()
-    assert list(rows) == experiment.measured_steps(50)
-    last = {kind: values.mean() for kind, values in rows[50].items()}
-    assert last["ema"] < 0.4 < 0.8 < last["batch"]
-    for kind in ("pooled", "algorithm_2"):
-        assert last[kind] > last["batch"] - 0.02
-    assert last["debiased_ema"] > last["ema"] + 0.4
-
-
-def test_results_alone_redraw_the_picture(smoke, tmp_path, capsys):
-    records = (smoke[0] / "population.jsonl").read_bytes()
-    (tmp_path / "population.jsonl").write_bytes(records)
-    settings = experiment.Config(out=tmp_path, plot_only=True)
-    assert experiment.main(settings) == 0
-    picture = (tmp_path / "population_digits.png").read_bytes()
-    assert picture == (smoke[0] / "population_digits.png").read_bytes()
-    assert len(picture) > 20_000
-    capsys.readouterr()
-    (tmp_path / "population.jsonl").write_text("")
-    assert experiment.main(settings) == 1
-    assert "the newest of 0 runs on 'digits' has no measure" in capsys.readouterr().out
-
-
-def test_measured_steps():
-    assert experiment.measured_steps(16) == [1, 2, 3, 5, 7, 10, 15, 16]

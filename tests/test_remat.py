@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_trees_close, collectives, residual_bytes
+from helpers import assert_trees_close, by_default, collectives, residual_bytes
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -202,7 +202,7 @@ def scanned(norm, dtype, policy):
     return loss, (kernels, variables["params"], x)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@by_default("bfloat16", dtype=["bfloat16", "float32"])
 def test_half_of_the_memory_in_a_scan(dtype):
     """The peak of temporary memory, of 16 blocks, against Flax's."""
 

@@ -212,7 +212,7 @@ def check(case, mode):
     assert_trees_close((dparams_, rest_), (dparams, rest), tol=1e-5)
 
 
-@by_default("typed", "vmap", "Explicit", mode=MODES)
+@by_default("typed", "Explicit", mode=MODES)
 @hypothesis.settings(max_examples=2, deadline=None, derandomize=True, database=None)
 @hypothesis.given(case=cases())
 def test_any_split_equals_the_whole(mode, case):

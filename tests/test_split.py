@@ -88,8 +88,13 @@ def test_parts_are_domains_in_turn(splits):
         f = functools.partial(
             split_batch_norm, num_splits=splits, domain=domain, mask=mask
         )
-        (y, moments), vjp = jax.vjp(f, x, scale, bias)
-        return y, moments, jax.jit(vjp)((dy, moments))
+
+        @jax.jit
+        def run(x, scale, bias):
+            (y, moments), vjp = jax.vjp(f, x, scale, bias)
+            return y, moments, vjp((dy, moments))
+
+        return run(x, scale, bias)
 
     expected = results(np.arange(12) * splits // 12)
     assert_trees_close(results(None), expected, tol=1e-5)
@@ -108,9 +113,10 @@ def test_one_domain_is_batch_norm(domain):
     x, scale, bias, dy = case(splits=1)
     options = {"mask": mask_of((12, 5, 1)), "activation": nn.gelu}
 
+    @functools.partial(jax.jit, static_argnums=0)
     def results(batch_norm, scale, bias):
         (y, moments), vjp = jax.vjp(batch_norm, x, scale, bias)
-        return y, moments, jax.jit(vjp)((dy, moments))
+        return y, moments, vjp((dy, moments))
 
     split = functools.partial(split_batch_norm, num_splits=1, domain=domain, **options)
     y, moments, grads = results(split, scale, bias)
@@ -156,22 +162,30 @@ def test_other_feature_axes(how, axis):
     }[how]
     domain = {"parts": None, "by example": by_example, "one": 1}[how]
     options = {"axis": axis, "residual": residual, "activation": jnp.tanh}
-    y, moments = split_batch_norm(
-        x, scale, bias, num_splits=2, domain=domain, **options
-    )
-    inferred = split_normalize(
-        x, mean, var, scale, bias, domain=1 if how == "one" else by_example, **options
-    )
+    last = 1 if how == "one" else by_example
+
+    @jax.jit
+    def run(x):
+        both = split_batch_norm(x, scale, bias, num_splits=2, domain=domain, **options)
+        return both, split_normalize(x, mean, var, scale, bias, domain=last, **options)
+
+    (y, moments), inferred = jax.tree.map(np.asarray, run(x))
     for d in np.unique(by_example):
         at = np.flatnonzero(by_example == d)
         own, more = (np.take(v, at, others[0]) for v in (x, residual))
-        options = {"axis": axis, "residual": more, "activation": jnp.tanh}
-        expected, own_moments = bnjax.batch_norm(own, scale[d], bias[d], **options)
-        assert_close(jnp.take(y, at, others[0]), expected, tol=5e-6)
+
+        @jax.jit
+        def alone(x, residual, mean, var, *affine):
+            options = {"axis": axis, "residual": residual, "activation": jnp.tanh}
+            y, moments = bnjax.batch_norm(x, *affine, **options)
+            return y, moments, bnjax.normalize(x, mean, var, *affine, **options)
+
+        vectors = (v[d] for v in (mean, var, scale, bias))
+        expected, own_moments, expected_inferred = alone(own, more, *vectors)
+        assert_close(np.take(y, at, others[0]), expected, tol=5e-6)
         row = jax.tree.map(lambda v, d=d: v[d], moments)
         assert_trees_close(row, own_moments, tol=5e-6)
-        expected = bnjax.normalize(own, mean[d], var[d], scale[d], bias[d], **options)
-        assert_close(jnp.take(inferred, at, others[0]), expected, tol=5e-6)
+        assert_close(np.take(inferred, at, others[0]), expected_inferred, tol=5e-6)
 
 
 def test_moments_alone():

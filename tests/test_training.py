@@ -357,6 +357,8 @@ def test_accumulation_under_multi_steps_updates_once_per_optimizer_step():
     """Two calls of two micro-batches, twice: as one call of four, twice."""
     rule = ema(0.9)
 
+    step = jax.jit(functools.partial(accumulate, loss_fn, rule=rule))
+
     def run(tx, k, stepped):
         state = TrainState.create(apply_fn=Net().apply, tx=tx, **variables())
         pool = None
@@ -364,7 +366,7 @@ def test_accumulation_under_multi_steps_updates_once_per_optimizer_step():
         for _ in range(2):
             for i in range(K // k):
                 part = jax.tree.map(lambda v, i=i: v[i], parts)
-                found = accumulate(loss_fn, state.variables, part, rule=rule, pool=pool)
+                found = step(state.variables, part, pool=pool)
                 new = state.apply_gradients(grads=found.grads)
                 choose = functools.partial(
                     jax.tree.map, functools.partial(jnp.where, stepped(new.opt_state))
@@ -714,9 +716,8 @@ def test_what_else_an_nnx_model_updates():
     assert found.updates["rest"]["norm"]["moments"].get_value().count == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "frozen"), [*((name, False) for name in OTHERS), ("spectral", True)]
-)
+@by_default("spectral", "in batch_stats", name=OTHERS)
+@by_default(False, frozen=[False, True])
 def test_reset_and_merge_leave_alone_what_is_no_mean_and_var(name, frozen):
     other = with_others(name)[0]["batch_stats"]
     stats = {"of": jax.tree.map(lambda v: v + 1, flax.core.unfreeze(other))}

@@ -138,7 +138,8 @@ def test_equals_the_concatenated_batch(mode, masked):
         assert_close(value[0], e, tol=2e-6)
 
 
-@covering(strength=1, method=METHODS[1:], mode=["typed", "Explicit", "untyped"])
+@by_default("untyped", mode=["typed", "untyped", "Explicit"])
+@by_default("newton_schulz", method=METHODS[1:])
 def test_other_methods(mode, method):
     (x, scale, bias, dy), keep = case()
     how = functools.partial(run, method=method)

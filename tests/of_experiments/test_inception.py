@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from helpers import assert_close
 from rich.console import Console
+from test_experiments import png_size
 
 from experiments import inception
 from experiments.common import results, study
@@ -26,12 +28,10 @@ from experiments.common.studies import entries, races, recipes, trainings
 from experiments.common.studies.recipes import CHANGES, MODELS, ORIGINAL, X5, Recipe
 from experiments.common.training import commands, optimizers, replicas, voting
 from experiments.common.training.guard import Guard
-from tests.helpers import assert_close
-from tests.test_experiments import png_size
 
 pytestmark = pytest.mark.experiment
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 # Figure 5 once more: 1x1, 3x3 reduce, 3x3, double reduce, double, projection; outputs.
 FIGURE_5 = {
     "3a": (64, 64, 64, 64, 96, 32, 28, 256),

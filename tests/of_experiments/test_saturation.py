@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close, assert_trees_close, plain_batch_norm
 
 from experiments import saturation
 from experiments.common import study
@@ -16,7 +17,6 @@ from experiments.common.results import read
 from experiments.common.studies import heatmaps
 from experiments.common.studies.heatmaps import Map
 from experiments.common.training import deep_grid
-from tests.helpers import assert_close, assert_trees_close, plain_batch_norm
 
 pytestmark = pytest.mark.experiment
 

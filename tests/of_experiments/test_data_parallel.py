@@ -19,7 +19,7 @@ from experiments.common.training import guard, launcher
 
 pytestmark = pytest.mark.experiment
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 STEPS = 23  # of one epoch of 1,397 digits in batches of 60
 SETTINGS = {
     "width": 4,

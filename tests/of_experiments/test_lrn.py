@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 
 from experiments.common.models import lrn
 from experiments.common.models.lrn import local_response_norm
-from tests.helpers import assert_close
 
 pytestmark = pytest.mark.experiment
 

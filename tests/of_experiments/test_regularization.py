@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 from jax import lax
 
 from experiments import regularization
@@ -17,7 +18,6 @@ from experiments.common.models.lrn import local_response_norm
 from experiments.common.models.regularized import RegularizedNet
 from experiments.common.results import read
 from experiments.common.studies import ablation, changes
-from tests.helpers import assert_close
 
 pytestmark = pytest.mark.experiment
 

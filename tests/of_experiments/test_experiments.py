@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import pooch
 import pytest
+from helpers import assert_close, assert_trees_close
 from jax import lax
 
 import experiments
@@ -31,11 +32,10 @@ from experiments.common.models import norms
 from experiments.common.models.mlp import SigmoidMLP
 from experiments.common.studies import curves, figure_1, tables
 from experiments.common.training import virtual
-from tests.helpers import assert_close, assert_trees_close
 
 pytestmark = pytest.mark.experiment
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 PIXELS = [round(inches * figure_1.DPI) for inches in figure_1.INCHES]
 MODULES = [
     module.name

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
+from test_experiments import png_size
 
 from experiments import scale_invariance
 from experiments.common import results, study
@@ -15,8 +17,6 @@ from experiments.common.models.deep import Net
 from experiments.common.studies import jacobians
 from experiments.common.training import growth
 from experiments.common.training.growth import Rates
-from tests.helpers import assert_close
-from tests.test_experiments import png_size
 
 pytestmark = pytest.mark.experiment
 

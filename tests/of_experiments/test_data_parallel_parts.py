@@ -27,7 +27,7 @@ from experiments.data_parallel import Config
 
 pytestmark = pytest.mark.experiment
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture

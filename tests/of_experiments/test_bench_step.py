@@ -15,7 +15,7 @@ from experiments.common.training import steps
 
 pytestmark = pytest.mark.experiment
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["step", "scaling", "compile", "whitening"])

@@ -15,7 +15,7 @@ from experiments.common import results
 
 pytestmark = pytest.mark.experiment
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 PNG = b"\x89PNG"
 
 
