@@ -58,7 +58,7 @@ def resident() -> float:
 def _no_more_programs_than_fit():
     """A worker keeps every program that it compiles, of a megabyte each."""
     yield
-    if resident() > 1.3e9:
+    if resident() > 1.6e9:
         jax.clear_caches()
         gc.collect()
         if sys.platform == "linux":
