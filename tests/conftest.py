@@ -10,14 +10,26 @@ import sys
 import jax
 import pytest
 
-if jax.__version_info__ < (0, 11) and "XLA_FLAGS" not in os.environ:
-    # Compiles in half the time; later versions do not have the choice.
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
 gc.set_threshold(100_000, 20, 20)  # JAX makes many objects that live on
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--optimized",
+        action="store_true",
+        help="compile as users do, which takes three times as long",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--optimized"):
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    if jax.__version_info__ < (0, 11):  # later ones do not have the choice
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 
 def pytest_ignore_collect(collection_path, config):
