@@ -243,7 +243,7 @@ FAULTS = [
         "_replicas.py",
         "    return math.prod(lax.axis_size(name) for name in _names(axis_name))",
         "    return lax.axis_size(_names(axis_name)[0])",
-        "tests/test_replicas.py",
+        "tests/test_sharded.py",
     ),
     # ---- normalization ----
     Fault(

@@ -657,6 +657,22 @@ def test_slopes(features):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning:keras")
+def test_defaults_are_those_of_the_packages():
+    """The momentum and epsilon of layers made without arguments, and their axis."""
+    layers = {
+        "torch": torch.nn.BatchNorm1d(3),
+        "keras": keras.layers.BatchNormalization(),
+        "flax": nn.BatchNorm(),
+    }
+    for package, layer in layers.items():
+        convention = convert.CONVENTIONS[package]
+        epsilon = layer.eps if package == "torch" else layer.epsilon
+        axis = 1 if package == "torch" else layer.axis
+        expected = layer.momentum, epsilon, axis
+        found = convention.momentum, convention.epsilon, convention.feature_axis
+        assert found == expected, package
+
+
 class TestKeras:
     @pytest.fixture(autouse=True)
     def _promotes_ranks(self):
