@@ -37,8 +37,7 @@ from experiments.bench import (
     step,
     whitening,
 )
-from experiments.common import results, study
-from experiments.common.studies import curves, figure_1
+from experiments.common import images, results, study
 
 HERE = Path(__file__).parent
 STUDIES: dict[Any, list[Any]] = {
@@ -78,7 +77,7 @@ def main(config: Config) -> int:
         try:
             for path in figure(config.results, config.out):
                 console.print(str(path), highlight=False, soft_wrap=True)
-        except (FileNotFoundError, LookupError) as error:
+        except (FileNotFoundError, LookupError, images.DataError) as error:
             message = f"{name}: {error}"
             console.print(message, style="red", markup=False, soft_wrap=True)
             missing = True
@@ -103,9 +102,8 @@ def of_bench(module: ModuleType, source: Path, folder: Path) -> Iterator[Path]:
 
 def of_mnist(source: Path, folder: Path) -> Iterator[Path]:
     """Figure 1 of the paper."""
-    records = results.read(source / "mnist.jsonl")
-    start, networks = curves.last_run(records, "mnist")
-    figure_1.draw(networks, mnist.caption(start), folder / "mnist.png")
+    run = mnist.last_run(source / "mnist.jsonl", "mnist")
+    mnist.draw(*run, folder / "mnist.png")
     yield folder / "mnist.png"
 
 

@@ -108,12 +108,11 @@ from experiments.common.data.batches import draw as draw_batches
 from experiments.common.data.splits import load
 from experiments.common.models.deep import Activation, Net
 from experiments.common.results import Record
-from experiments.common.settings import Settings
+from experiments.common.settings import Settings, use_cores
 from experiments.common.studies import heatmaps
 from experiments.common.studies.heatmaps import TRAINS, Map
 from experiments.common.study import Study, Trained
 from experiments.common.training.deep_grid import train_grid
-from experiments.common.training.grids import use_cores
 
 WITH = {False: "without BN", True: "with BN"}
 

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from experiments.common.studies.figure_1 import COLOURS
+from experiments.common.panels import COLOURS
 
 # Of Okabe and Ito, as plot.COLOURS; blue is bnjax's.
 PALETTE = (COLOURS["plain"], "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#7f7f7f")

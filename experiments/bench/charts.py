@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments.common import results
-from experiments.common.studies.figure_1 import DPI
+from experiments.common.panels import DPI
 
 # Flax's are warm, ours are cold; the first of each is that of the figure for MNIST.
 COLOURS = {

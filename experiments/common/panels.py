@@ -17,6 +17,8 @@ DATA = {
 }
 """What the data are called."""
 DPI = 180
+COLOURS = {"plain": "#d55e00", "bn": "#0072b2"}
+"""Of networks without and with batch normalization."""
 
 
 def make(

@@ -5,15 +5,12 @@ import gzip
 import hashlib
 import http.server
 import importlib
-import json
 import os
 import pkgutil
-import signal
 import struct
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -25,33 +22,20 @@ from helpers import assert_close, assert_trees_close
 from jax import lax
 
 import experiments
-from experiments import mnist, small_batch
+from experiments import small_batch
 from experiments.common import results, settings, study
 from experiments.common.data import batches, idx, splits
 from experiments.common.models import norms
 from experiments.common.models.mlp import SigmoidMLP
-from experiments.common.studies import curves, figure_1, tables
 from experiments.common.training import virtual
 
 pytestmark = pytest.mark.experiment
 
 REPOSITORY = Path(__file__).parents[2]
-PIXELS = [round(inches * figure_1.DPI) for inches in figure_1.INCHES]
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(experiments.__path__, "experiments.")
 ]
-
-
-def start(*arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.mnist", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={k: v for k, v in os.environ.items() if k != idx.VARIABLE},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def png_size(path: Path) -> list[int]:
@@ -105,100 +89,14 @@ def test_a_smoke_run_leaves_nothing_unless_told_where(tmp_path, given):
         (config.out / "file").touch()
         return 7
 
-    config = mnist.Config(smoke=True, out=tmp_path if given else None)
+    config = small_batch.Config(smoke=True, out=tmp_path if given else None)
     assert settings.start(work, {"steps": 3}, config) == 7
     (used,) = seen
     assert (used.smoke, used.steps) == (False, 3)
     assert used.out.exists() == given
     assert (used.out == tmp_path) == given
-    settings.start(seen.append, {"steps": 3}, mnist.Config(steps=9))
+    settings.start(seen.append, {"steps": 3}, small_batch.Config(steps=9))
     assert (seen[1].steps, seen[1].out) == (9, None)
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    out = tmp_path_factory.mktemp("smoke")
-    process = start("--smoke", "--out", out)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    return out, stdout
-
-
-def test_smoke_prints_the_tables(smoke):
-    _, stdout = smoke
-    for words in ("against steps", "final %", "without BN", "with BN", "best: "):
-        assert words in stdout
-    assert "With BN the " in stdout
-
-
-def test_smoke_writes_stamped_records(smoke):
-    out, _ = smoke
-    lines = (out / "mnist.jsonl").read_text().splitlines()
-    first, *measurements, last = map(json.loads, lines)
-    assert first["kind"] == "run"
-    assert {"python", "jax", "flax", "bnjax"} <= first["versions"].keys()
-    assert {"platform", "device", "cpu", "cores"} <= first["hardware"].keys()
-    assert {"time", "commit"} <= first.keys()
-    assert first["settings"]["batch_size"] == 60
-    assert first["settings"]["steps"] == 300
-    assert (last["kind"], last["finished"]) == ("end", True)
-    assert {r["run"] for r in (*measurements, last)} == {first["run"]}
-    steps = mnist.measured_steps(300, 50)
-    assert [(r["network"], r["step"]) for r in measurements] == [
-        (network, step) for step in steps for network in ("plain", "bn")
-    ]
-    for record in measurements:
-        assert np.shape(record["test"]) == np.shape(record["validation"]) == (2, 2)
-        low, middle, high = np.moveaxis(record["percentiles"], -1, 0)
-        assert (low <= middle).all()
-        assert (middle <= high).all()
-
-
-def test_smoke_learns(smoke):
-    _, networks = curves.last_run(results.read(smoke[0] / "mnist.jsonl"), "digits")
-    assert networks["bn"].test[0].max() < 0.3
-    assert networks["bn"].final(networks["bn"].best()) > 0.8
-
-
-def test_smoke_draws(smoke):
-    picture = smoke[0] / "mnist_digits.png"
-    assert png_size(picture) == PIXELS
-    assert picture.stat().st_size > 20_000
-
-
-def test_results_alone_redraw_the_picture(smoke, tmp_path, capsys):
-    (tmp_path / "mnist.jsonl").write_bytes((smoke[0] / "mnist.jsonl").read_bytes())
-    assert mnist.main(mnist.Config(out=tmp_path, plot_only=True)) == 0
-    again = (tmp_path / "mnist_digits.png").read_bytes()
-    assert again == (smoke[0] / "mnist_digits.png").read_bytes()
-    assert "against steps" in capsys.readouterr().out
-
-
-def test_plot_only_without_results(tmp_path, capsys):
-    assert mnist.main(mnist.Config(out=tmp_path, plot_only=True)) == 1
-    assert "No such file" in capsys.readouterr().out
-    (tmp_path / "mnist.jsonl").write_text("")
-    assert mnist.main(mnist.Config(out=tmp_path, plot_only=True)) == 1
-    assert "the newest of 0 runs on 'digits'" in capsys.readouterr().out
-
-
-def test_interrupt_keeps_what_there_is(tmp_path):
-    process = start("--steps", 10**7, "--every", 50, "--seeds", 0, "--out", tmp_path)
-    path = tmp_path / "mnist.jsonl"
-    deadline = time.monotonic() + 120
-    while not path.exists() or len(path.read_text().splitlines()) < 8:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert records[-1]["kind"] == "end"
-    assert records[-1]["finished"] is False
-    assert "against steps" in stdout
-    assert png_size(tmp_path / "mnist_digits.png") == PIXELS
 
 
 def test_records_survive_a_line_that_was_cut_off(tmp_path):
@@ -210,27 +108,6 @@ def test_records_survive_a_line_that_was_cut_off(tmp_path):
     assert first == {"kind": "run"}
     assert (second["value"], second["array"]) == (None, [1.5, None])
     assert second["run"] == log.run
-
-
-@pytest.fixture
-def known():
-    """Two rates, two seeds; the plain network ends at 0.6 and, with rate 1, at 0.8."""
-    test = np.zeros((4, 2, 2))
-    test[:, :, 0] = np.array([0.1, 0.5, 0.7, 0.6])[:, None]
-    test[:, :, 1] = np.array([[0.1, 0.1], [0.2, 0.4], [0.7, 0.9], [0.7, 0.9]])
-    shared = np.array([0.1, 1.0]), np.array([0, 10, 20, 40]), test
-    plain = curves.Curves(*shared, test, np.zeros((4, 2, 2, 3)))
-    return {"plain": plain, "bn": plain._replace(test=test + 0.15)}
-
-
-def test_steps_to_the_final_accuracy(known):
-    plain, normalized = known["plain"], known["bn"]
-    assert plain.best() == 1
-    assert plain.final(1) == pytest.approx(0.8)
-    assert plain.steps_to(0.6, 0) == 20
-    assert normalized.steps_to(0.6, 0) == 10
-    assert plain.each_steps_to(0.8, 1) == [float("inf"), 20]
-    assert "0.50 of its 40 and 1.00 of the 20" in tables.conclusion(known)
 
 
 def test_one_key_gives_both_networks_the_same_weights():
@@ -348,12 +225,11 @@ def test_download_of_something_else_leaves_nothing(server, tiny):
     assert [p for p in server.rglob("*") if p.is_file()] == []
 
 
-def test_no_network(tiny, monkeypatch, tmp_path, capsys):
+def test_no_network(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache")
     monkeypatch.setenv("NO_PROXY", "localhost")
-    assert mnist.main(mnist.Config(data="mnist", out=tmp_path)) == 1
-    assert "mnist could not be downloaded" in capsys.readouterr().out
-    assert not (tmp_path / "mnist.jsonl").exists()
+    with pytest.raises(idx.DataError, match="mnist could not be downloaded"):
+        splits.load("mnist")
 
 
 # ---- small and non-iid batches ----

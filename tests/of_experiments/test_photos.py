@@ -4,7 +4,6 @@ import io
 import math
 import shutil
 import struct
-import warnings
 from pathlib import Path
 
 import grain
@@ -15,7 +14,6 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from PIL import Image, ImageChops
 
 from experiments import data_parallel
-from experiments.bench import decode
 from experiments.common import results
 from experiments.common.data import (
     decoding,
@@ -740,18 +738,3 @@ def test_settings_for_photographs(layout, tmp_path, capsys):
         assert data_parallel.main(config) == 1
         said = " ".join(capsys.readouterr().out.split())
         assert f"received --depth {depth} for --data {data}: expected {text}" in said
-
-
-def test_bench(layout, tmp_path, capsys):
-    path = tmp_path / "bench.jsonl"
-    decode.main(decode.Config(smoke=True, output=path, data_dir=layout, threads=(1, 2)))
-    start, *points = results.read(path)
-    assert start["bytes"] > 1000
-    assert {(p["stage"], p["threads"]) for p in points} == {
-        (stage, threads) for stage in decode.STAGES for threads in (1, 2)
-    }
-    assert all(min(p["rate"], p["core_seconds"]) > 0 for p in points)
-    assert "ms of a core" in capsys.readouterr().out
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(decode.load(decode.Config(images=160, data_dir=layout))) == 159

@@ -1,7 +1,7 @@
 """The data sets of images by name, as sources of examples."""
 
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -33,10 +33,10 @@ def _digits() -> ImageData:
     """1,797 digits of 8x8 pixels, in a fixed random order."""
     from sklearn.datasets import load_digits  # slow to import; only needed here
 
-    pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    images = (pixels[order] * 15).astype(np.uint8).reshape(-1, 8, 8, 1)
-    labels = labels[order].astype(np.int32)
+    digits: Any = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    images = (digits.data[order] * 15).astype(np.uint8).reshape(-1, 8, 8, 1)
+    labels = digits.target[order].astype(np.int32)
     train, test = (
         Batch(images[:1397], labels[:1397]),
         Batch(images[1397:], labels[1397:]),

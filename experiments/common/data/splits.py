@@ -1,7 +1,7 @@
 """Binary images: scikit-learn's digits and the MNIST family."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,9 +45,9 @@ def _digits() -> Dataset:
     """1,797 digits of 8x8 pixels, in a fixed random order."""
     from sklearn.datasets import load_digits  # slow to import; only needed here
 
-    pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    every = _binary(pixels[order], labels[order])
+    digits: Any = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    every = _binary(digits.data[order], digits.target[order])
     return Dataset(
         _part(every, 0, 1097), _part(every, 1097, 1397), _part(every, 1397, None)
     )

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from experiments.common.studies.figure_1 import COLOURS
+from experiments.common.panels import COLOURS
 
 INCHES, DPI = (8.6, 5.0), 180
 
