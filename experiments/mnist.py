@@ -188,7 +188,9 @@ def train(config: Config, path: Path) -> None:
         )
         variables[name] = jax.device_put(start, NamedSharding(mesh, P(None, "rate")))
     with results.Log(path) as log:
+        places = {"data_dir", "out", "record", "plot_only"}
         settings = dataclasses.asdict(config)
+        settings = {name: v for name, v in settings.items() if name not in places}
         log.add("run", experiment="mnist", settings=settings, **results.stamp())
         stops = np.unique(
             np.geomspace(1, config.steps, config.measurements).astype(int)

@@ -99,6 +99,7 @@ def test_records(short):
     assert first["kind"] == "run"
     assert {"versions", "hardware", "commit", "time"} <= first.keys()
     assert first["settings"]["steps"] == 60
+    assert "out" not in first["settings"]  # nor any other path
     assert [r["step"] for r in rest[::2]] == [0, 1, 2, 5, 11, 26, 60]
     assert [r["network"] for r in rest] == ["bn", "plain"] * 7
     for record in rest:
