@@ -37,7 +37,7 @@ from experiments.bench import (
     step,
     whitening,
 )
-from experiments.common import images, results, study
+from experiments.common import images, study
 
 HERE = Path(__file__).parent
 STUDIES: dict[Any, list[Any]] = {
@@ -109,9 +109,8 @@ def of_mnist(source: Path, folder: Path) -> Iterator[Path]:
 
 def of_population(source: Path, folder: Path) -> Iterator[Path]:
     """Accuracy against steps, by each kind of statistics."""
-    records = results.read(source / "population.jsonl")
-    start, rows = population.last_run(records, "digits")
-    population.draw(start, rows, folder / "population.png")
+    run = population.last_run(source / "population.jsonl", "digits")
+    population.draw(*run, folder / "population.png")
     yield folder / "population.png"
 
 

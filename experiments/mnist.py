@@ -80,9 +80,11 @@ class Config:
 # Data and model
 
 
-def load_binary(config: Config) -> tuple[images.Split, images.Split, images.Split]:
+def load_binary(
+    name: str, data_dir: Path | None = None
+) -> tuple[images.Split, images.Split, images.Split]:
     """The training, validation and test images, as rows of pixels, 0 or 1."""
-    train, test = images.load(config.data, config.data_dir)
+    train, test = images.load(name, data_dir)
     half = train.images.max() / 2
 
     def part(split: images.Split, rows: slice) -> images.Split:
@@ -173,7 +175,7 @@ def evaluate(model, variables, validation, test):
 
 def train(config: Config, path: Path) -> None:
     """Trains both networks side by side, and appends what is measured to `path`."""
-    data, validation, test = load_binary(config)
+    data, validation, test = load_binary(config.data, config.data_dir)
     rates = np.array(config.learning_rates, np.float32)
     keys = jax.vmap(jax.random.key)(np.array(config.seeds))
     # The rates are split over the devices, be they GPUs or the cores of a CPU.

@@ -2,7 +2,7 @@
 
     python -m experiments.population
 
-Time: half a minute on two CPU cores; with --smoke some seconds.
+Time: half a minute on two CPU cores.
 
 Expected: after 50 steps with momentum 0.99 the running statistics still weigh their
 start, mean 0 and variance 1, with 0.99^50 = 61 %: evaluated by them, the network is far
@@ -24,8 +24,6 @@ by the same weights with five kinds of statistics: those of the test images them
 (as in training), the running average, the debiased one, Algorithm 2's and the pooled
 ones, the last two from training images in batches of the size of training's.
 
-A run that was stopped is of no use to the next, which starts anew.
-
 References: Ioffe & Szegedy 2015, Algorithm 2; Wu & Johnson 2021, section 3.
 """
 
@@ -37,22 +35,18 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 
 import bnjax
-from experiments.common import panels, results
-from experiments.common.data.idx import DataError
-from experiments.common.data.splits import Dataset, Split, load
-from experiments.common.models.mlp import SigmoidMLP
-from experiments.common.settings import RESULTS, Settings, start
+from experiments import mnist
+from experiments.common import images, results
 
 NAMES = {
     "batch": "of the batch, as in training",
@@ -72,11 +66,13 @@ COLLECTIONS = ["batch_stats", "batch_moments"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config:
     """The settings of a run; each is an option of the command line."""
 
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
     """The images. The digits come with scikit-learn; the others are downloaded once."""
+    data_dir: Path | None = None
+    """A local copy of the data; see experiments/common/images.py."""
     steps: int = 1_000
     """Training steps."""
     batch_size: int = 60
@@ -89,9 +85,12 @@ class Config(Settings):
     """Each gives the weights and the mini-batches of one run."""
     estimate_batches: int = 100
     """Most batches that the population statistics are estimated from."""
-
-
-SMOKE = {"data": "digits", "steps": 50, "seeds": (0, 1)}
+    out: Path = Path("runs")
+    """The folder of the records, to which they are appended, and of the picture."""
+    record: bool = False
+    """Write the record and the picture that are committed, in experiments/."""
+    plot_only: bool = False
+    """Train nothing; draw the last run with this data again."""
 
 
 class State(NamedTuple):
@@ -102,75 +101,52 @@ class State(NamedTuple):
     debiased: dict[str, bnjax.running.AverageState]
 
 
-def main(config: Config) -> int:
-    """Trains, prints the table and draws the picture; returns the exit status."""
-    return start(_main, SMOKE, config)
-
-
-def _main(config: Config) -> int:
-    console = Console()
-    folder = config.out or RESULTS
-    path = folder / "population.jsonl"
-    try:
-        if not config.plot_only:
-            run(config, path, console)
-        start, rows = last_run(results.read(path), config.data)
-    except (DataError, FileNotFoundError, LookupError) as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    console.print(table(rows))
-    picture = folder / f"population_{config.data}.png"
-    draw(start, rows, picture)
-    console.print(f"{path}\n{picture}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def run(config: Config, path: Path, console: Console) -> None:
-    """Trains one network for each seed and logs how it does by each statistics."""
-    data = load(config.data, config.data_dir)
+def train(config: Config, path: Path) -> None:
+    """Trains a network for each seed, and appends what is measured to `path`."""
+    data, _, test = mnist.load_binary(config.data, config.data_dir)
+    network = Network(config)
+    places = {"data_dir", "out", "record", "plot_only"}
     settings = dataclasses.asdict(config)
-    del settings["data_dir"], settings["out"]
-    with results.Log(path) as log, Progress(console=console) as progress:
+    settings = {name: v for name, v in settings.items() if name not in places}
+    with results.Log(path) as log:
         log.add("run", experiment="population", settings=settings, **results.stamp())
-        bar = progress.add_task("steps", total=config.steps * len(config.seeds))
-        network = Network(config)
-        for seed in config.seeds:
-            for step, accuracy in train(network, config, data, seed):
+        for seed in track(config.seeds, "training"):
+            for step, accuracy in train_one(network, config, data, test, seed):
                 log.add("measurement", seed=seed, step=step, accuracy=accuracy)
-                done = config.seeds.index(seed) * config.steps + step
-                progress.update(bar, completed=done)
-        log.add("end", finished=True)
 
 
-def train(
-    network: "Network", config: Config, data: Dataset, seed: int
+def train_one(
+    network: "Network",
+    config: Config,
+    data: images.Split,
+    test: images.Split,
+    seed: int,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Yields (step, accuracy by kind of statistics) at each measured step."""
     random = np.random.default_rng(seed)
-    state = network.init(jax.random.key(seed), data.train.images)
-    chosen = random.permutation(len(data.train.labels))
+    state = network.init(jax.random.key(seed), data.images)
+    chosen = random.permutation(len(data.labels))
     count = min(len(chosen) // config.batch_size, config.estimate_batches)
-    estimate = data.train.images[chosen[: count * config.batch_size]]
-    estimate = jnp.float32(estimate.reshape(count, config.batch_size, -1))
+    estimate = data.images[chosen[: count * config.batch_size]]
+    estimate = estimate.reshape(count, config.batch_size, -1)
     measured = measured_steps(config.steps)
     for step in range(config.steps + 1):
         if step in measured:
-            yield step, network.accuracies(state, estimate, data.test)
-        batch = random.choice(len(data.train.labels), config.batch_size, replace=False)
-        images, labels = data.train.images[batch], data.train.labels[batch]
-        state = network.step(state, jnp.float32(images), labels)
+            yield step, network.accuracies(state, estimate, test)
+        rows = random.choice(len(data.labels), config.batch_size, replace=False)
+        state = network.step(state, data.images[rows], data.labels[rows])
 
 
 class Network:
     """The model with its training step and its evaluation."""
 
     def __init__(self, config: Config):
-        self.model = SigmoidMLP(normalize=True, momentum=config.momentum)
+        self.model = mnist.Network(True, weight_std=0.1, momentum=config.momentum)
         self.rule = bnjax.running.debiased_ema(config.momentum)
         self.rate = config.learning_rate
 
     def init(self, key: jax.Array, images: np.ndarray) -> State:
-        v: Any = self.model.init(key, jnp.float32(images[:2]), train=False)
+        v: Any = self.model.init(key, images[:2], train=False)
         debiased = {
             name: self.rule.init(stats["mean"].shape)
             for name, stats in v["batch_stats"].items()
@@ -199,7 +175,7 @@ class Network:
         }
         return State(params, updates["batch_stats"], debiased)
 
-    def accuracies(self, state: State, batches, test: Split) -> dict[str, float]:
+    def accuracies(self, state, batches, test: images.Split) -> dict[str, float]:
         """Test accuracies by kind of statistics."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         debiased = {n: self.rule.read(s)._asdict() for n, s in state.debiased.items()}
@@ -212,11 +188,8 @@ class Network:
             "debiased_ema": debiased,
             "ema": state.batch_stats,
         }
-        images, labels = jnp.float32(test.images), test.labels
         return {
-            kind: float(
-                self.accuracy(state.params, stats, images, labels, kind == "batch")
-            )
+            kind: float(self.accuracy(state.params, stats, *test, kind == "batch"))
             for kind, stats in kinds.items()
         }
 
@@ -235,35 +208,22 @@ def measured_steps(steps: int) -> list[int]:
     return sorted({m for m in marks if 0 < m < steps} | {steps})
 
 
-def last_run(
-    records: list[results.Record], data: str
-) -> tuple[results.Record, dict[int, dict[str, np.ndarray]]]:
-    """The newest run on a data set: its first record, and its accuracies.
+def last_run(path: Path, data: str) -> tuple[dict, dict[int, dict[str, np.ndarray]]]:
+    """The settings of the newest run with this data, and its accuracies.
 
     Those are, by step and by kind of statistics, of shape (seed,).
-
-    Raises:
-        LookupError: there is none that has measured anything.
     """
+    records = results.read(path) if path.exists() else []
     runs = [r for r in records if r["kind"] == "run" and r["settings"]["data"] == data]
-    found: dict[int, list[dict[str, float]]] = {}
-    for record in records:
-        if (
-            runs
-            and record["run"] == runs[-1]["run"]
-            and record["kind"] == "measurement"
-        ):
-            found.setdefault(record["step"], []).append(record["accuracy"])
-    if not found:
-        raise LookupError(
-            f"the newest of {len(runs)} runs on {data!r} has no measurement: expected "
-            "some. Let one train for longer."
-        )
-    rows = {
-        step: {kind: np.array([each[kind] for each in found[step]]) for kind in NAMES}
-        for step in sorted(found)
-    }
-    return runs[-1], rows
+    rows = [r for r in records if runs and r["run"] == runs[-1]["run"]]
+    rows = [r for r in rows if r["kind"] == "measurement"]
+    if not rows:
+        raise images.DataError(f"{path} has no measurements with {data}: train first")
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for step in sorted({row["step"] for row in rows}):
+        each = [row["accuracy"] for row in rows if row["step"] == step]
+        found[step] = {kind: np.array([a[kind] for a in each]) for kind in NAMES}
+    return runs[-1]["settings"], found
 
 
 def table(rows: dict[int, dict[str, np.ndarray]]) -> Table:
@@ -281,11 +241,8 @@ def table(rows: dict[int, dict[str, np.ndarray]]) -> Table:
     return found
 
 
-def draw(
-    start: results.Record, rows: dict[int, dict[str, np.ndarray]], path: Path
-) -> None:
+def draw(settings: dict, rows: dict[int, dict[str, np.ndarray]], path: Path) -> None:
     """Test accuracy against steps, a line and its range for each kind of statistics."""
-    settings = start["settings"]
     figure = Figure((6.4, 3.8), dpi=180, layout="constrained")
     axes = figure.subplots()
     steps, momentum = list(rows), settings["momentum"]
@@ -307,7 +264,7 @@ def draw(
     axes.set_ylabel("test accuracy (%)", fontsize=9)
     axes.set_ylim(0, 100)
     axes.set_title(
-        f"{panels.DATA[settings['data']]}, momentum {momentum:g}: the same weights, "
+        f"{settings['data']}, momentum {momentum:g}: the same weights, "
         "evaluated by different statistics\n"
         f"(mean and range of {len(settings['seeds'])} seeds)",
         fontsize=9,
@@ -324,6 +281,28 @@ def draw(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def main(config: Config) -> int:
+    """Trains, prints the table and draws the picture; returns the exit status."""
+    console, here = Console(), Path(__file__).parent
+    log = config.out / "population.jsonl"
+    picture = config.out / f"population_{config.data}.png"
+    if config.record:
+        log, picture = (
+            here / "results/population.jsonl",
+            here / "figures/population.png",
+        )
+    try:
+        if not config.plot_only:
+            train(config, log)
+        settings, rows = last_run(log, config.data)
+    except images.DataError as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    draw(settings, rows, picture)
+    console.print(table(rows), f"{log}\n{picture}", soft_wrap=True)
+    return 0
 
 
 if __name__ == "__main__":

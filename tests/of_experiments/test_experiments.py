@@ -26,7 +26,6 @@ from experiments import small_batch
 from experiments.common import results, settings, study
 from experiments.common.data import batches, idx, splits
 from experiments.common.models import norms
-from experiments.common.models.mlp import SigmoidMLP
 from experiments.common.training import virtual
 
 pytestmark = pytest.mark.experiment
@@ -108,23 +107,6 @@ def test_records_survive_a_line_that_was_cut_off(tmp_path):
     assert first == {"kind": "run"}
     assert (second["value"], second["array"]) == (None, [1.5, None])
     assert second["run"] == log.run
-
-
-def test_one_key_gives_both_networks_the_same_weights():
-    x = np.ones((5, 6), np.float32)
-    plain, normalized = (
-        SigmoidMLP(normalize).init(jax.random.key(0), x, train=False)["params"]
-        for normalize in (False, True)
-    )
-    layers = [name for name in plain if name.startswith("Dense")]
-    assert len(layers) == 4
-    for name in layers:
-        np.testing.assert_array_equal(plain[name]["kernel"], normalized[name]["kernel"])
-    assert [name for name in layers if "bias" in normalized[name]] == ["Dense_3"]
-    assert jax.tree.map(np.shape, normalized["BatchNorm_2"]) == {
-        "scale": (100,),
-        "bias": (100,),
-    }
 
 
 def test_digits_are_binary_and_split():

@@ -74,7 +74,7 @@ def test_a_step_is_the_papers():
 
 def test_a_network_of_the_grid_is_trained_as_alone():
     """Whatever the other rates and seeds, and wherever the steps are cut."""
-    data, *_ = mnist.load_binary(SHORT)
+    data, *_ = mnist.load_binary("digits")
     network, rates = model(True), np.array([0.1, 0.3], np.float32)
     keys = jax.vmap(jax.random.key)(np.array([0, 1]))
 
