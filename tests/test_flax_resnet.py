@@ -107,10 +107,11 @@ def test_eight_devices_agree_with_one_in_float32(resnet50):
     assert difference < 1e-2 * np.linalg.norm(change(after))
 
 
-def test_one_collective_per_layer_forward(resnet50):
+def test_one_collective_per_layer_and_direction(resnet50):
     model, variables, images, labels = case(resnet50, np.float32)
     f, arguments = step(model, 8, variables, images, labels)
     found = collectives(f, *arguments)
-    assert found["all-gather"] == LAYERS
-    assert found["all-reduce"] <= LAYERS + 1 + len(jax.tree.leaves(variables["params"]))
-    assert set(found) == {"all-gather", "all-reduce"}
+    assert set(found) == {"all-reduce"}
+    gradients = len(jax.tree.leaves(variables["params"]))
+    # One of each layer forward and one backward; the loss, and the gradients.
+    assert found["all-reduce"] <= 2 * LAYERS + 1 + gradients
