@@ -10,9 +10,14 @@ give the rate or the deviation of the weights. Here several rates are tried; the
 has the highest accuracy on the last sixth of the training images, which are not trained
 on. The deviation, 0.1 = 1/sqrt(100), suits the network without normalization.
 
-Expected: at the same rate the normalized network learns many times faster. Each at its
-best rate, it reaches the accuracy that the other ends with in less than half the steps,
-and ends higher. The percentiles of a sigmoid's input move less.
+Expected: at the same rate the normalized network learns many times faster at first.
+Each at its best rate, it reaches the accuracy that the other ends with in less than half
+the steps, and ends higher. The percentiles of a sigmoid's input move less.
+
+Measured (MNIST, 3 seeds, jax 0.10.2, two cores of an AMD EPYC, six minutes): 80 % of
+the test images are right after 5 to 21 times fewer steps, at each rate. Both are best
+at rate 3: the plain one ends at 97.1 %, which the normalized one reaches after 12,489
+of 50,000 steps; it ends at 97.5 %.
 
 To change the data, see `load_binary`; the model, `Network`; the optimizer or schedule,
 `train_step`. All rates and seeds of a network are trained at once, by `jax.vmap`.
@@ -300,8 +305,9 @@ def draw(settings: dict, steps: np.ndarray, measured: dict, path: Path) -> None:
             axes.fill_between(steps[1:], low, high, color=COLOURS[name], alpha=0.2)
         title = f"learning rate {rates[rate['bn']]:g}"
         axes.set_title("each at its best rate" if axes is best else title)
-    for axes in (same[0], best):
-        axes.legend(fontsize=8, loc="upper left", frameon=False)
+    best.legend(fontsize=8, loc="upper left", frameon=False)
+    style = {"fontsize": 9, "frameon": False, "loc": "outside lower center"}
+    above.legend(*same[0].get_legend_handles_labels(), ncols=2, **style)
     final = 100 * measured["plain"]["test"][-1, :, best_rate(measured["plain"])].mean()
     best.set_ylim(final - 2 * (100 - final), 100)
     best.axhline(final, color=COLOURS["plain"], lw=0.8, ls=":")
