@@ -656,7 +656,6 @@ def test_slopes(features):
     np.testing.assert_array_equal(back["weight"], layer.weight.detach().numpy())
 
 
-@pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning:keras")
 def test_defaults_are_those_of_the_packages():
     """The momentum and epsilon of layers made without arguments, and their axis."""
     layers = {
@@ -673,6 +672,7 @@ def test_defaults_are_those_of_the_packages():
         assert found == expected, package
 
 
+@pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning:keras")
 class TestKeras:
     @pytest.fixture(autouse=True)
     def _promotes_ranks(self):
