@@ -455,7 +455,7 @@ def test_whitening_is_not_looked_at_which_the_report_says():
 # Training.
 
 
-@every
+@by_default("ghost", "renorm", "shared", name=LAYERS)
 def test_accumulated(name):
     """One update from the Moments of all micro-batches, by domain where there are."""
     variables = variables_of(name)

@@ -262,7 +262,7 @@ def known(entry, x, extra):
 # ---- transforms ----
 
 
-@every_layer
+@by_default("batch norm", "ghost", "renorm", "split in halves", name=ENTRIES)
 def test_jit_equals_eager_and_traces_once(name):
     """NumPy inputs, too; the call's own arguments may be traced, or known."""
     entry = ENTRIES[name]
@@ -292,7 +292,7 @@ def dtype_of(leaf):
     return leaf.dtype
 
 
-@every_layer
+@by_default("ghost", "renorm", "split by example", "decorrelated", name=ENTRIES)
 def test_vmap(name):
     """Over inputs, masks and the call's arguments that differ, and its gradient."""
     entry = ENTRIES[name]
@@ -450,7 +450,7 @@ def test_adding_a_layer_is_adding_an_entry():
         }
 
 
-@every_layer
+@by_default("ghost", "renorm", "split by example", "decorrelated", name=ENTRIES)
 def test_linen_equals_nnx_to_the_bit(name):
     """Two training steps, evaluation, and the recorded Moments."""
     entry = ENTRIES[name]

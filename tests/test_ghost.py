@@ -242,8 +242,7 @@ def sharded(x, kind=AxisType.Auto):
     return jax.device_put(x, NamedSharding(mesh(kind), P("data")))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("size", [1, 2, 8])
+@covering(strength=1, kind=[AxisType.Auto, AxisType.Explicit], size=[1, 2, 8])
 def test_a_group_on_one_device_is_normalized_there(kind, size):
     """No collective forward or backward, and one for the running statistics."""
     x, scale, bias, dy = case(shape=(64, 5, 3))

@@ -71,20 +71,21 @@ def test_bfloat16_gradient_is_rounded_once():
     assert_close(dx, exact, tol=4e-3)
 
 
+SECOND = (2, {"residual": True, "activation": jnp.sin})
+ORDERS = [
+    (2, {}),
+    SECOND,
+    (1, {"activation": jnp.tanh}),
+    (1, {"residual": True}),
+    (1, {"scale": False}),
+    (1, {"bias": False}),
+    (1, {"scale": False, "bias": False, "activation": jnp.tanh}),
+]
+
+
 @pytest.mark.usefixtures("x64")
-@covering(
-    strength=1,
-    case_of=[
-        (2, {}),
-        (2, {"residual": True, "activation": jnp.sin}),
-        (1, {"activation": jnp.tanh}),
-        (1, {"residual": True}),
-        (1, {"scale": False}),
-        (1, {"bias": False}),
-        (1, {"scale": False, "bias": False, "activation": jnp.tanh}),
-    ],
-    masked=[True, False],
-)
+@by_default(SECOND, *ORDERS[4:], case_of=ORDERS)
+@by_default(True, masked=[True, False])
 def test_check_grads(case_of, masked):
     """Both modes, through y and through the Moments.
 
@@ -456,8 +457,11 @@ def test_plain_is_the_same_function():
 # ---- what is kept for the backward pass ----
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.gelu])
+@covering(
+    strength=1,
+    dtype=["bfloat16", "float32"],
+    activation=[None, jax.nn.relu, jax.nn.gelu],
+)
 def test_residuals_are_the_input(dtype, activation):
     x = jnp.ones((64, 32, 32, 64), dtype)
     scale, bias = jnp.ones(64), jnp.zeros(64)
@@ -531,7 +535,7 @@ def test_no_full_size_float32_copy_on_the_cpu():
     assert " f32[16,32,32,64]" not in entry
 
 
-@pytest.mark.parametrize("implementation", [None, "xla", "reread", "subsample"])
+@by_default(None, "subsample", implementation=[None, "xla", "reread", "subsample"])
 def test_bfloat16_gradient_below_an_activation_is_rounded_once(implementation):
     """The cotangent of the affine map is no bfloat16 value there."""
     x, scale, bias, dy = case("bfloat16", shape=(512, 3))

@@ -240,6 +240,7 @@ def test_complex_values(settings):
 
 
 @covering(
+    strength=1,
     is_complex=[True, False],
     name=["BatchNorm", "GhostBatchNorm", "SplitBatchNorm"],
     settings=[{"dtype": jnp.complex64}, {"param_dtype": jnp.complex64}, {}],

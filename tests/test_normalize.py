@@ -159,8 +159,7 @@ def test_mask(shape, garbage):
     assert np.isfinite(y).all()
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("garbage", [-65504, 65504, -1e4])
+@covering(strength=1, frozen=[False, True], garbage=[-65504, 65504, -1e4])
 def test_padding_that_float16_cannot_hold_once_normalized(garbage, frozen):
     """Finite there, so that (y * mask).sum() is; what is valid may still overflow."""
     x, _, bias = case()

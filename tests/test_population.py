@@ -10,7 +10,14 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import BOXES, assert_close, assert_trees_close, by_default, poison
+from helpers import (
+    BOXES,
+    assert_close,
+    assert_trees_close,
+    by_default,
+    covering,
+    poison,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
@@ -172,8 +179,11 @@ def test_counts_that_vary_by_feature(estimate, exact):
         assert_close(stats["mean"][f], expected["mean"])
 
 
-@pytest.mark.parametrize("estimate", [algorithm_2, pooled])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@covering(
+    strength=1,
+    estimate=[algorithm_2, pooled],
+    kind=[AxisType.Auto, AxisType.Explicit],
+)
 def test_batches_split_over_devices(estimate, kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     batches = split(data(48), (16, 24, 8))

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from helpers import assert_trees_close, by_default, collectives, residual_bytes
 from jax import lax
 from jax.sharding import AxisType
@@ -122,7 +121,7 @@ def test_one_array_per_convolution_is_kept():
     assert of(whole) <= most + weights
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@by_default(True, check_vma=[True, False])
 def test_no_collective_runs_twice(check_vma):
     x = images(16)
     variables = network(PLAIN).init(jax.random.key(0), x)

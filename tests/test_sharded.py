@@ -11,6 +11,7 @@ import pytest
 from helpers import (
     assert_close,
     assert_trees_close,
+    by_default,
     collectives,
     compiled_text,
     covering,
@@ -370,8 +371,11 @@ def test_a_shift_in_common_saves_the_second_read():
     np.testing.assert_allclose(got.m2, m2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("shape", [(4096, 3), (24, 3), (16, 5, 2)])
+@covering(
+    strength=1,
+    kind=["Auto", "Explicit"],
+    shape=[(4096, 3), (24, 3), (16, 5, 2)],
+)
 def test_jit_never_gathers_the_batch(kind, shape):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
@@ -519,7 +523,7 @@ def test_every_implementation_in_every_mode(mode, implementation):
     assert_close(actual[1], oracle.batch_norm(x, scale, bias, AXES), tol=5e-6)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@by_default(True, check_vma=[True, False])
 def test_large_inputs_are_fenced_in_shard_map(check_vma):
     """The choice by platform, which has two branches of one type."""
     x = np.random.default_rng(0).normal(size=(8, 300, 301, 3)).astype(np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import assert_close, by_default
+from helpers import assert_close, by_default, covering
 
 import bnjax
 
@@ -321,9 +321,7 @@ OUTPUTS = [
 ]
 
 
-@pytest.mark.parametrize("running", [False, True])
-@pytest.mark.parametrize("fields", OUTPUTS)
-@pytest.mark.parametrize("dtype", INTEGERS)
+@covering(running=[False, True], fields=OUTPUTS, dtype=INTEGERS)
 def test_dtypes_of_results_of_integers_are_flaxs(dtype, fields, running):
     x = integers(dtype)
     results = []
