@@ -144,7 +144,7 @@ class Config(Training, Options, Settings):
 
     def folder(self) -> Path:
         """The folder of the results."""
-        return RESULTS if self.out is None else self.out
+        return RESULTS if self.record else self.out
 
 
 def cells(config: Config) -> Sequence[Cell | Ensemble]:

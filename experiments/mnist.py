@@ -195,9 +195,7 @@ def train(config: Config, path: Path) -> None:
         )
         variables[name] = jax.device_put(start, NamedSharding(mesh, P(None, "rate")))
     with results.Log(path) as log:
-        places = {"data_dir", "out", "record", "plot_only"}
-        settings = dataclasses.asdict(config)
-        settings = {name: v for name, v in settings.items() if name not in places}
+        settings = results.settings_of(config)
         log.add("run", experiment="mnist", settings=settings, **results.stamp())
         stops = np.unique(
             np.geomspace(1, config.steps, config.measurements).astype(int)
@@ -223,20 +221,16 @@ def last_run(path: Path, data: str) -> tuple[dict, np.ndarray, dict]:
 
     The measurements are arrays of the axes (time, seed, rate).
     """
-    records = results.read(path) if path.exists() else []
-    runs = [r for r in records if r["kind"] == "run" and r["settings"]["data"] == data]
-    rows = [r for r in records if runs and r["run"] == runs[-1]["run"]]
-    each = {name: [r for r in rows if r.get("network") == name] for name in NAMES}
-    count = min(map(len, each.values()))
-    if count == 0:
-        raise images.DataError(f"{path} has no measurements with {data}: train first")
+    first, rows = results.last_run(path, data=data)
+    each = {name: [r for r in rows if r["network"] == name] for name in NAMES}
+    count = min(map(len, each.values()))  # a run that was stopped has one more of "bn"
     fields = "validation", "test", "percentiles"
     measured = {
         name: {f: np.array([r[f] for r in each[name][:count]], float) for f in fields}
         for name in NAMES
     }
     steps = np.array([row["step"] for row in each["bn"][:count]])
-    return runs[-1]["settings"], steps, measured
+    return first["settings"], steps, measured
 
 
 def best_rate(measured: dict) -> int:
@@ -335,15 +329,14 @@ def draw(settings: dict, steps: np.ndarray, measured: dict, path: Path) -> None:
 
 def main(config: Config) -> int:
     """Trains, prints the table and draws the picture; returns the exit status."""
-    console, here = Console(), Path(__file__).parent
-    log, picture = config.out / "mnist.jsonl", config.out / f"mnist_{config.data}.png"
-    if config.record:
-        log, picture = here / "results/mnist.jsonl", here / "figures/mnist.png"
+    console = Console()
+    log, folder = results.places("mnist", config.out, config.record)
+    picture = folder / "mnist.png"
     try:
         if not config.plot_only:
             train(config, log)
         run = last_run(log, config.data)
-    except images.DataError as error:
+    except (images.DataError, LookupError) as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:

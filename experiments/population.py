@@ -212,17 +212,12 @@ def last_run(path: Path, data: str) -> tuple[dict, dict[int, dict[str, np.ndarra
 
     Those are, by step and by kind of statistics, of shape (seed,).
     """
-    records = results.read(path) if path.exists() else []
-    runs = [r for r in records if r["kind"] == "run" and r["settings"]["data"] == data]
-    rows = [r for r in records if runs and r["run"] == runs[-1]["run"]]
-    rows = [r for r in rows if r["kind"] == "measurement"]
-    if not rows:
-        raise images.DataError(f"{path} has no measurements with {data}: train first")
+    first, rows = results.last_run(path, data=data)
     found: dict[int, dict[str, np.ndarray]] = {}
     for step in sorted({row["step"] for row in rows}):
         each = [row["accuracy"] for row in rows if row["step"] == step]
         found[step] = {kind: np.array([a[kind] for a in each]) for kind in NAMES}
-    return runs[-1]["settings"], found
+    return first["settings"], found
 
 
 def table(rows: dict[int, dict[str, np.ndarray]]) -> Table:
@@ -284,19 +279,14 @@ def draw(settings: dict, rows: dict[int, dict[str, np.ndarray]], path: Path) -> 
 
 def main(config: Config) -> int:
     """Trains, prints the table and draws the picture; returns the exit status."""
-    console, here = Console(), Path(__file__).parent
-    log = config.out / "population.jsonl"
-    picture = config.out / f"population_{config.data}.png"
-    if config.record:
-        log, picture = (
-            here / "results/population.jsonl",
-            here / "figures/population.png",
-        )
+    console = Console()
+    log, folder = results.places("population", config.out, config.record)
+    picture = folder / "population.png"
     try:
         if not config.plot_only:
             train(config, log)
         settings, rows = last_run(log, config.data)
-    except images.DataError as error:
+    except (images.DataError, LookupError) as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     draw(settings, rows, picture)

@@ -46,7 +46,7 @@ import bnjax
 from experiments.bench.timing import interleaved, keep_memory
 from experiments.common import results
 from experiments.common.models.imagenet import Basic, Norm, ResNet
-from experiments.common.settings import RESULTS, start
+from experiments.common.settings import start
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5  # relative to the largest logit
@@ -83,11 +83,12 @@ class Config:
     """Images per call, for the timings; a fresh process gets batches of these too."""
     seconds: float = 15.0
     """For the timings of each batch size."""
-    out: Path | None = None
-    """The folder of serve.jsonl, which is appended to. By default experiments/results,
-    or with --smoke one that is removed."""
+    out: Path = Path("runs")
+    """The folder of serve.jsonl, which is appended to."""
+    record: bool = False
+    """Append to the record that is committed, in experiments/results."""
     smoke: bool = False
-    """A narrow network on tiny images, and few timings."""
+    """A narrow network on tiny images, and few timings; nothing is kept."""
 
 
 SMOKE: dict[str, Any] = {
@@ -214,10 +215,10 @@ def measure(
 
 def record(config: Config, error: float, times: dict[int, dict[str, float]]) -> None:
     """Appends the results to the file of records."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
+    settings = results.settings_of(config)
     settings["file"] = str(config.file)
-    folder = config.out or RESULTS
-    with results.Log(folder / "serve.jsonl", digits=None) as log:
+    path, _ = results.places("serve", config.out, config.record)
+    with results.Log(path, digits=None) as log:
         log.add("run", experiment="serve", settings=settings, **results.stamp())
         log.add("served", error=error)
         for size, medians in times.items():

@@ -1,5 +1,6 @@
 """Results as JSON lines: appended while a run goes on, and stamped with its origin."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -16,6 +17,10 @@ from typing import Any, Self
 import bnjax
 
 Record = dict[str, Any]
+
+HERE = Path(__file__).parents[1]
+PLACES = "data_dir", "out", "record", "smoke", "plot_only"
+"""The settings that do not change a result."""
 
 
 class Log:
@@ -69,6 +74,45 @@ def read(path: Path) -> list[Record]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def last_run(path: Path, **settings: Any) -> tuple[Record, list[Record]]:
+    """The first record of the newest run with these settings, and its measurements.
+
+    Raises:
+        LookupError: no run has these settings and a measurement.
+    """
+    records = read(path) if path.exists() else []
+    for first in reversed([r for r in records if r["kind"] == "run"]):
+        if first["settings"].items() >= settings.items():
+            of_run = (r for r in records if r["run"] == first["run"])
+            rows = [r for r in of_run if r["kind"] == "measurement"]
+            if rows:
+                return first, rows
+    sought = ", ".join(f"{name} {value}" for name, value in settings.items())
+    raise LookupError(
+        f"{path} has no measurements with {sought}: expected some. "
+        "Leave out --plot-only to train."
+    )
+
+
+def places(name: str, out: Path, record: bool) -> tuple[Path, Path]:
+    """The file of an experiment's records, and the folder of its pictures.
+
+    Args:
+        name: of the experiment.
+        out: the folder of both.
+        record: the folders that are committed, instead.
+    """
+    if record:
+        return HERE / "results" / f"{name}.jsonl", HERE / "figures"
+    return out / f"{name}.jsonl", out
+
+
+def settings_of(config: Any) -> Record:
+    """The fields of a dataclass that decide the results."""
+    fields = dataclasses.asdict(config)
+    return {name: value for name, value in fields.items() if name not in PLACES}
 
 
 def stamp() -> Record:

@@ -8,10 +8,12 @@ trained again, so that a run that was stopped anywhere goes on where it was.
 import dataclasses
 import functools
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,15 +24,36 @@ from rich.progress import (
 )
 
 from experiments.common import results
-from experiments.common.data.idx import DataError
+from experiments.common.images import DataError
 from experiments.common.results import Record
-from experiments.common.settings import RESULTS, start
 
+RUNS = Path("runs")
+"""Where results go by default; git ignores it."""
 EXPECTED = DataError, FileNotFoundError, LookupError, ValueError
 COLUMNS = (
     *(BarColumn(), MofNCompleteColumn()),
     *(TextColumn("{task.fields[shown]}"), TimeRemainingColumn()),
 )
+
+
+class SettingsError(Exception):
+    """Settings do not fit together; the message says how they would."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options that every experiment has."""
+
+    data_dir: Path | None = None
+    """A local copy of the data; see experiments/common/images.py."""
+    out: Path = RUNS
+    """The folder of the records, to which they are appended, and of the pictures."""
+    record: bool = False
+    """Write the records and the pictures that are committed, in experiments/."""
+    smoke: bool = False
+    """A run of seconds, to see that all works; it keeps nothing without --out."""
+    plot_only: bool = False
+    """Train nothing; print and draw what there is of these settings again."""
 
 
 class Trained(NamedTuple):
@@ -66,11 +89,28 @@ def main(study: Study, config: Any) -> int:
     return start(functools.partial(_main, study), study.smoke, config)
 
 
+def start(work: Callable[[Any], int], smoke: dict[str, Any], config: Any) -> int:
+    """Does the work of an experiment; with --smoke, in seconds, and keeps nothing.
+
+    Args:
+        work: (config) -> the exit status.
+        smoke: the settings of a run of seconds.
+        config: with the fields `smoke`, `record` and `out` of `Settings`.
+    """
+    if not config.smoke:
+        return work(config)
+    # So few steps take less time than their optimization.
+    jax.config.update("jax_disable_most_optimizations", True)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) if config.out == RUNS else config.out
+        changed = {"smoke": False, "record": False, "out": out, **smoke}
+        return work(dataclasses.replace(config, **changed))
+
+
 def _main(study: Study, config: Any) -> int:
     console = Console()
     console.width = max(console.width, 120)  # tables whole, to be copied
-    folder = config.out or RESULTS
-    path = folder / f"{study.name}.jsonl"
+    path, folder = results.places(study.name, config.out, config.record)
     try:
         if not config.plot_only:
             complete(study, config, path, console)

@@ -23,7 +23,7 @@ from jax import lax
 
 import experiments
 from experiments import small_batch
-from experiments.common import results, settings, study
+from experiments.common import results, study
 from experiments.common.data import batches, idx, splits
 from experiments.common.models import norms
 from experiments.common.training import virtual
@@ -79,7 +79,7 @@ def test_all_modules_are_found():
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_a_smoke_run_leaves_nothing_unless_told_where(tmp_path, given):
+def test_a_smoke_run_keeps_nothing_unless_told_where(tmp_path, given):
     seen = []
 
     def work(config):
@@ -88,14 +88,14 @@ def test_a_smoke_run_leaves_nothing_unless_told_where(tmp_path, given):
         (config.out / "file").touch()
         return 7
 
-    config = small_batch.Config(smoke=True, out=tmp_path if given else None)
-    assert settings.start(work, {"steps": 3}, config) == 7
+    out = tmp_path if given else study.RUNS
+    config = small_batch.Config(smoke=True, out=out, record=True)
+    assert study.start(work, {"steps": 3}, config) == 7
     (used,) = seen
-    assert (used.smoke, used.steps) == (False, 3)
+    assert (used.smoke, used.steps, used.record) == (False, 3, False)
     assert used.out.exists() == given
-    assert (used.out == tmp_path) == given
-    settings.start(seen.append, {"steps": 3}, small_batch.Config(steps=9))
-    assert (seen[1].steps, seen[1].out) == (9, None)
+    study.start(seen.append, {"steps": 3}, small_batch.Config(steps=9))
+    assert (seen[1].steps, seen[1].out) == (9, study.RUNS)
 
 
 def test_records_survive_a_line_that_was_cut_off(tmp_path):

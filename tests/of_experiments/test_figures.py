@@ -30,7 +30,7 @@ def test_missing_results_are_named(tmp_path, capsys):
     assert figures.main(config) == 1
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["population.png"]
     printed = capsys.readouterr().out
-    assert "has no measurements with mnist: train first" in printed
+    assert "has no measurements with data mnist" in printed
     assert "bench.step: " in printed
     assert "holds no run" in printed
 

@@ -149,13 +149,13 @@ def test_the_command(tmp_path):
         assert process.returncode == 0, process.stderr
         assert "Each at its best rate" in process.stdout
     names = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert names == {"mnist.jsonl", "mnist_digits.png"}
+    assert names == {"mnist.jsonl", "mnist.png"}
 
 
 def test_what_cannot_be_drawn_or_read(tmp_path, capsys):
     config = mnist.Config(out=tmp_path, plot_only=True)
     assert mnist.main(config) == 1
-    assert "has no measurements with digits: train first" in capsys.readouterr().out
+    assert "has no measurements with data digits" in capsys.readouterr().out
     config = mnist.Config(data="mnist", data_dir=tmp_path / "nowhere", out=tmp_path)
     assert mnist.main(config) == 1
     assert "mnist cannot be read from" in capsys.readouterr().out

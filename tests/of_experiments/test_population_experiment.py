@@ -19,17 +19,17 @@ def test_fifty_steps_show_the_claim(tmp_path, capsys):
     for kind in ("pooled", "algorithm_2"):
         assert last[kind] > last["batch"] - 0.02
     assert last["debiased_ema"] > last["ema"] + 0.4
-    picture = (tmp_path / "population_digits.png").read_bytes()
+    picture = (tmp_path / "population.png").read_bytes()
     config = experiment.Config(out=tmp_path, plot_only=True)
     assert experiment.main(config) == 0
-    assert (tmp_path / "population_digits.png").read_bytes() == picture
+    assert (tmp_path / "population.png").read_bytes() == picture
     assert len(picture) > 20_000
 
 
 def test_nothing_to_draw(tmp_path, capsys):
     config = experiment.Config(out=tmp_path, plot_only=True)
     assert experiment.main(config) == 1
-    assert "no measurements with digits: train first" in capsys.readouterr().out
+    assert "no measurements with data digits" in capsys.readouterr().out
 
 
 def test_measured_steps():

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pooch
 
+from experiments.common.images import DataError
+
 VARIABLE = "BNJAX_DATA"
 FILES = (
     "train-images-idx3-ubyte.gz",
@@ -51,10 +53,6 @@ SOURCES = {
         ),
     ),
 }
-
-
-class DataError(Exception):
-    """A data set is missing or not what it should be; the message says what to do."""
 
 
 def locate(name: str, data_dir: Path | None = None) -> list[Path]:
