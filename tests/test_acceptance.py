@@ -377,7 +377,7 @@ def trained(name):
     return {"params": variables["params"], "batch_stats": new}
 
 
-@by_default("ghost", "split", name=LAYERS)
+@by_default("split", name=LAYERS)
 def test_healthy_variants_have_no_findings(name):
     variables = trained(name)
     batch = moments_of(variables, name)

@@ -415,7 +415,8 @@ def test_a_dummy_layer_on_raw_observations(of):
     found = []
     for norm in NORMS:
         net = QNetwork(norm, norm_input)
-        variables = net.init(jax.random.key(0), jnp.zeros((1, 2, 9, 8)), False)
+        init = jax.jit(net.init, static_argnums=2)
+        variables = init(jax.random.key(0), jnp.zeros((1, 2, 9, 8)), False)
 
         @jax.jit
         def step(params, stats, x, net=net):
@@ -485,7 +486,8 @@ def test_a_critic_of_crossq(warmup_steps):
     now, then = (jnp.asarray(rng.normal(size=(7, 3)), jnp.float32) for _ in range(2))
     acted = jnp.asarray(rng.normal(size=(14, 2)), jnp.float32)
     observed = jnp.concatenate([now, then])
-    variables = critic.init(jax.random.key(0), now[:1], acted[:1], False)
+    init = jax.jit(critic.init, static_argnums=3)
+    variables = init(jax.random.key(0), now[:1], acted[:1], False)
 
     def update(state, _):
         params, stats = state

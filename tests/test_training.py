@@ -109,7 +109,7 @@ def test_merged_over_an_axis(mode, counts):
 
     if mode in ("pmap", "vmap"):
         transform = jax.pmap if mode == "pmap" else jax.vmap
-        merged = transform(f, axis_name="data")(stats, COUNTS)
+        merged = jax.jit(transform(f, axis_name="data"))(stats, COUNTS)
         assert replicas_agree(merged, axis=0)
         merged = jax.tree.map(lambda v: np.asarray(v)[0], merged)
     else:
@@ -766,7 +766,7 @@ def test_merge_over_an_axis_in_metadata_boxes(box):
         return jax.tree.leaves(merge_batch_stats(boxed, axis_name="i"))
 
     plain, boxed = (
-        jax.vmap(functools.partial(merged, boxed=b), axis_name="i")(stats)
+        jax.jit(jax.vmap(functools.partial(merged, boxed=b), axis_name="i"))(stats)
         for b in (False, True)
     )
     assert_trees_close(boxed, plain)
