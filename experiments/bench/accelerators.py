@@ -129,20 +129,10 @@ Command = (
 )
 NAMES = {Layer: "bench_accelerators", Step: "bench_accelerators_step"}
 SMOKE: dict[type, dict[str, Any]] = {
-    Layer: {
-        "targets": ("v5e",),
-        "shapes": ("256x56x56x256",),
-        "dtypes": ("bfloat16",),
-        "layers": ("flax", "bnjax"),
-        "variants": ("relu",),
-    },
-    Step: {
-        "targets": ("v5e",),
-        "variants": ("flax", "bnjax"),
-        "blocks": 1,
-        "images": 2,
-        "side": 32,
-    },
+    Layer: {"targets": ("v5e",), "shapes": ("256x56x56x256",), "variants": ("relu",)}
+    | {"dtypes": ("bfloat16",), "layers": ("flax", "bnjax")},
+    Step: {"targets": ("v5e",), "blocks": 1, "images": 2, "side": 32}
+    | {"variants": ("flax", "bnjax")},
 }
 
 
@@ -197,43 +187,25 @@ def cells_of(config: Layer | Step) -> list[Cell]:
             StepCell(target, config.chips, variant, *size)
             for target, variant in itertools.product(config.targets, config.variants)
         ]
-    modes = [
-        (chips, mode)
+    places = [
+        (target, chips, mode)
+        for target in config.targets
         for chips in config.chips
         for mode in (config.modes if chips > 1 else ("jit",))
     ]
-    rest = (config.shapes, config.dtypes, config.variants, config.layers, DIRECTIONS)
-    cells = []
-    for target, (chips, mode), *which in itertools.product(
-        config.targets, modes, *rest
-    ):
-        shape, dtype, variant, layer, direction = which
-        if variant == "activation" and layer in FLAX:
-            continue
-        sizes = tuple(int(size) for size in shape.split("x"))
-        cells.append(
-            LayerCell(target, chips, mode, layer, variant, dtype, sizes, direction)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in config.shapes]
+    rest = (shapes, config.dtypes, config.variants, config.layers, DIRECTIONS)
+    return [
+        LayerCell(*place, layer, variant, dtype, shape, direction)
+        for place, shape, dtype, variant, layer, direction in itertools.product(
+            places, *rest
         )
-    return cells
+        if variant != "activation" or layer not in FLAX
+    ]
 
 
-class Built(NamedTuple):
-    """A layer, and the shapes of its variables.
-
-    Attributes:
-        apply: (params, stats, x, **options) to (y, the next stats); the options are
-            `mask`, `weights` if it is ours, and `residual` of a fused one.
-        params: scale and bias.
-        stats: the running statistics.
-    """
-
-    apply: Callable[..., tuple[jax.Array, Any]]
-    params: Any
-    stats: Any
-
-
-def linen(kind: Any, x: jax.ShapeDtypeStruct, options: dict[str, Any]) -> Built:
-    """A layer of Linen for inputs like `x`."""
+def of_linen(kind: Any, x: jax.ShapeDtypeStruct, options: dict[str, Any]):
+    """A layer's `apply(params, stats, x)`, for inputs like `x`; params and stats."""
     module = kind(**options)
     shapes: Any = dict(jax.eval_shape(module.init, jax.random.key(0), x))
     params = shapes.pop("params")
@@ -242,11 +214,11 @@ def linen(kind: Any, x: jax.ShapeDtypeStruct, options: dict[str, Any]) -> Built:
         variables = {"params": params, **stats}
         return module.apply(variables, x, mutable=list(shapes), **options)
 
-    return Built(apply, params, shapes)
+    return apply, params, shapes
 
 
-def of_nnx(kind: Any, x: jax.ShapeDtypeStruct, options: dict[str, Any]) -> Built:
-    """A layer of NNX for inputs like `x`."""
+def of_nnx(kind: Any, x: jax.ShapeDtypeStruct, options: dict[str, Any]):
+    """The same of a layer of NNX."""
     module = nnx.eval_shape(lambda: kind(x.shape[-1], rngs=nnx.Rngs(0), **options))
     definition, params, stats = nnx.split(module, nnx.Param, ...)
 
@@ -255,7 +227,7 @@ def of_nnx(kind: Any, x: jax.ShapeDtypeStruct, options: dict[str, Any]) -> Built
         y = module(x, **options)
         return y, nnx.pure(nnx.split(module, nnx.Param, ...)[2])
 
-    return Built(apply, nnx.pure(params), nnx.pure(stats))
+    return apply, nnx.pure(params), nnx.pure(stats)
 
 
 def lower_layer(cell: LayerCell) -> jax.stages.Lowered:
@@ -268,8 +240,8 @@ def lower_layer(cell: LayerCell) -> jax.stages.Lowered:
     options: dict[str, Any] = {"use_running_average": False, "dtype": x.dtype}
     options |= {"axis_name": "data" if shared else None}
     options |= {"activation": nn.relu} if fused else {}
-    build, kinds = (of_nnx, NNX) if cell.layer in NNX else (linen, LINEN)
-    built = build(kinds[cell.layer], x, options)
+    build, kinds = (of_nnx, NNX) if cell.layer in NNX else (of_linen, LINEN)
+    apply, params, stats = build(kinds[cell.layer], x, options)
     arrays = {"x": x} | ({"residual": x} if cell.variant == "residual" else {})
     masks = {}
     if cell.variant in ("mask", "weights"):
@@ -281,7 +253,7 @@ def lower_layer(cell: LayerCell) -> jax.stages.Lowered:
         options = arrays | masks
         x = options.pop("x")
         residual = None if fused else options.pop("residual", None)
-        y, stats = built.apply(params, stats, x, **options)
+        y, stats = apply(params, stats, x, **options)
         y = y if residual is None else y + residual
         return (nn.relu(y) if behind and not fused else y), stats
 
@@ -294,7 +266,7 @@ def lower_layer(cell: LayerCell) -> jax.stages.Lowered:
         )
         return y, stats, *vjp(dy)
 
-    arguments: tuple = built.params, built.stats, arrays, masks
+    arguments: tuple = params, stats, arrays, masks
     given, result, f = (P(), P(), split, split), (split, P()), forward
     if cell.direction == "both":
         arguments, given = (*arguments, x), (*given, split)

@@ -154,10 +154,11 @@ def _bars(
         colour = colours.get(name)
         draw(list(values), lengths, 0.9 * width, start, color=colour, label=name)
         for place, value in values.items():
-            end, side = (place, value), 1 if value >= start else -1
+            x, y = (value, place) if horizontal else (place, value)
+            side = 1 if value >= start else -1
             axes.annotate(
                 f"{value:.2f}",
-                end[::-1] if horizontal else end,
+                (x, y),
                 xytext=(2 * side, 0) if horizontal else (0, 2 * side),
                 textcoords="offset points",
                 ha=("left" if side > 0 else "right") if horizontal else "center",

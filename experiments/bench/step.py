@@ -210,23 +210,18 @@ class ResNet(nn.Module):
         return run if remat is None else remat(run)
 
 
-class Task(NamedTuple):
-    """A network, and what a GPU is given of it unless the options say otherwise."""
-
-    network: Callable[..., ResNet]
-    images: int
-    side: int
-    dtypes: tuple[str, ...]
-
-
-BOTH = "bfloat16", "float32"
 RESNET18 = partial(ResNet, (2, 2, 2, 2), False, small=True, classes=10)
 RESNET50 = partial(ResNet, (3, 4, 6, 3), True)
 TINY = partial(ResNet, (1,), False, small=True, width=8)
-TASKS = {
-    "resnet18": Task(RESNET18, images=128, side=32, dtypes=BOTH),
-    "resnet50": Task(RESNET50, images=256, side=224, dtypes=("bfloat16",)),
-    "tiny": Task(TINY, images=4, side=8, dtypes=("float32",)),
+NETWORKS = {"resnet18": RESNET18, "resnet50": RESNET50, "tiny": TINY}
+DEFAULTS = {  # unless the options say otherwise
+    "resnet18": {
+        "batch_size": 128,
+        "image_size": 32,
+        "dtypes": ("bfloat16", "float32"),
+    },
+    "resnet50": {"batch_size": 256, "image_size": 224, "dtypes": ("bfloat16",)},
+    "tiny": {"batch_size": 4, "image_size": 8, "dtypes": ("float32",)},
 }
 
 
@@ -284,7 +279,7 @@ class Step(NamedTuple):
 
 def prepare(config: Config, dtype: str) -> dict[str, Step]:
     """The steps of all variants, from the same parameters and images."""
-    build = partial(TASKS[config.model].network, dtype=dtype)
+    build = partial(NETWORKS[config.model], dtype=dtype)
     size = config.batch_size, config.image_size, config.image_size, 3
     images = jax.random.normal(jax.random.key(1), size, dtype)
     init = jax.jit(build(norm=NORMS["flax"]).init)
@@ -330,13 +325,8 @@ def run(config: Config, path: Path) -> None:
     """Appends one record per dtype and variant."""
     on_cpu = jax.default_backend() == "cpu"
     model = config.model or ("resnet18" if on_cpu else "resnet50")
-    config = dataclasses.replace(
-        config,
-        model=model,
-        dtypes=config.dtypes or TASKS[model].dtypes,
-        batch_size=config.batch_size or TASKS[model].images,
-        image_size=config.image_size or TASKS[model].side,
-    )
+    options = {name: getattr(config, name) or v for name, v in DEFAULTS[model].items()}
+    config = dataclasses.replace(config, model=model, **options)
     with results.Log(path) as log:
         settings = results.settings_of(config)
         log.add("start", bench="step", settings=settings, **results.stamp())
