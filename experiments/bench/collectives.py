@@ -47,11 +47,6 @@ class Config:
     """Only jit."""
 
 
-def program(config: Config, mode: str, name: str, masked: bool, backward: bool) -> str:
-    """The compiled program of one layer in training, as text."""
-    return str(compiled(config, mode, name, masked, backward)[0].as_text())
-
-
 def compiled(config: Config, mode: str, name: str, masked: bool, backward: bool):
     """One layer in training, compiled, and its arguments: normal x, and the mask."""
     layer = LAYERS[name](
@@ -97,9 +92,10 @@ def compiled(config: Config, mode: str, name: str, masked: bool, backward: bool)
     return f.lower(x, mask).compile(), (x, mask)
 
 
-def counted(text: str) -> list[tuple[str, int]]:
+def counted(program: jax.stages.Compiled) -> list[tuple[str, int]]:
     """Each collective outside of rare branches, and the bytes a device hands in."""
-    return [(each.kind, each.bytes) for each in Program(text).always.collectives]
+    found = Program(str(program.as_text())).always.collectives
+    return [(each.kind, each.bytes) for each in found]
 
 
 def ring(kind: str, size: int, devices: int) -> float:
@@ -120,8 +116,8 @@ def main(config: Config) -> int:
             for name in LAYERS:
                 cells = []
                 for backward in (False, True):
-                    text = program(config, mode, name, masked, backward)
-                    found = counted(text)
+                    made, _ = compiled(config, mode, name, masked, backward)
+                    found = counted(made)
                     sent = sum(ring(k, size, config.devices) for k, size in found)
                     kinds = ", ".join(f"{k} {size:,} B" for k, size in found)
                     cells += [f"{len(found)}: {kinds}", f"{sent:,.0f} B"]

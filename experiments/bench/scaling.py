@@ -62,7 +62,7 @@ class Config(study.Output):
 
 
 def run(config: Config, path: Path) -> None:
-    """Appends one record per point and layer."""
+    """Appends one record per point and layer: its time and its collectives."""
     jax.config.update("jax_num_cpu_devices", max(config.devices))
     points = [
         ("devices", n, m, n, FEATURES, 128 // n) for n in config.devices for m in MODES
@@ -75,25 +75,15 @@ def run(config: Config, path: Path) -> None:
         for axis, count, mode, devices, features, examples in points:
             of = collectives.Config(devices, features, examples, IMAGE)
             size = 4 * devices * examples * features * IMAGE[0] * IMAGE[1]
+            calls, sent = {}, {}
+            for name in collectives.LAYERS:
+                program, arrays = collectives.compiled(of, mode, name, False, True)
+                calls[name] = partial(program, *arrays)
+                sent[name] = len(collectives.counted(program))
             point = {"axis": axis, "count": count, "mode": mode, "bytes": size}
-            for name, numbers in measure(of, mode, config.seconds).items():
-                log.add("point", **point, layer=name, **numbers)
-
-
-def measure(
-    of: collectives.Config, mode: str, seconds: float
-) -> dict[str, results.Record]:
-    """Forward + backward of each layer, in turns, and their collectives."""
-    calls, sent = {}, {}
-    for name in collectives.LAYERS:
-        program, arguments = collectives.compiled(of, mode, name, False, True)
-        calls[name] = partial(program, *arguments)
-        sent[name] = len(collectives.counted(str(program.as_text())))
-    medians = interleaved(calls, seconds)
-    return {
-        name: {"time": median, "collectives": sent[name]}
-        for name, median in medians.items()
-    }
+            for name, time in interleaved(calls, config.seconds).items():
+                found = {"layer": name, "time": time, "collectives": sent[name]}
+                log.add("point", **point, **found)
 
 
 def chosen(records: list[results.Record], **fields: str) -> list[results.Record]:

@@ -84,19 +84,16 @@ class Norm(NamedTuple):
         fused: whether the layer is told the activation and the residual.
         remat: `nn.remat` with its options, or None: what is computed again backward.
         region: whether a block or a stage at a time.
-        train: whether by the batch, and the running statistics are updated.
     """
 
     layer: type[nn.Module]
     fused: bool = False
     remat: Callable[[Any], Any] | None = None
     region: Literal["block", "stage"] = "block"
-    train: bool = True
 
     def __call__(self, x: jax.Array, activation=None, residual=None) -> jax.Array:
         """activation(normalized x + residual), in the dtype of `x`."""
-        running = not self.train
-        options: dict[str, Any] = {"use_running_average": running, "dtype": x.dtype}
+        options: dict[str, Any] = {"use_running_average": False, "dtype": x.dtype}
         if self.fused:
             layer: Any = self.layer(**options, activation=activation)
             return layer(x, residual=residual)

@@ -110,9 +110,8 @@ def test_means_over_the_shapes():
 def test_what_a_layer_sends(mode, masked):
     """2C numbers of four bytes forward, one more with a mask; 2C backward."""
     config = collectives.Config(features=24)
-    found = collectives.counted(
-        collectives.program(config, mode, "bnjax", masked, True)
-    )
+    program, _ = collectives.compiled(config, mode, "bnjax", masked, True)
+    found = collectives.counted(program)
     forward, backward = 4 * (2 * 24 + masked), 4 * 2 * 24
     assert sorted(found) == [("all-reduce", s) for s in sorted([forward, backward])]
 
@@ -121,8 +120,8 @@ def test_what_a_layer_sends(mode, masked):
 def test_collectives_are_as_many_on_any_number_of_devices(mode):
     for devices in (2, 4):
         config = collectives.Config(devices=devices, features=8)
-        text = collectives.program(config, mode, "bnjax", False, True)
-        assert len(collectives.counted(text)) == 2
+        program, _ = collectives.compiled(config, mode, "bnjax", False, True)
+        assert len(collectives.counted(program)) == 2
 
 
 def bottlenecks(dtype):
