@@ -68,6 +68,7 @@ LINEN: dict[str, Any] = {
 }
 NNX: dict[str, Any] = {"flax-nnx": nnx.BatchNorm, "bnjax-nnx": bnjax.nnx.BatchNorm}
 FLAX = ("flax", "flax-nnx")  # these know no activation and residual
+SHAPES = ("256x112x112x64", "256x56x56x256", "256x28x28x512", "8192x4096")
 DIRECTIONS = ("forward", "both")
 STAGES = (3, 4, 6, 3)  # of ResNet-50
 MEASURES = {
@@ -84,10 +85,7 @@ class Layer(study.Output):
 
     targets: tuple[str, ...] = ("v5e", "h100")
     """Of v5e, v5p, v6e, a100, h100 and b200."""
-    shapes: tuple[str, ...] = (
-        *("256x112x112x64", "256x56x56x256", "256x28x28x512"),
-        "8192x4096",
-    )
+    shapes: tuple[str, ...] = SHAPES
     """Of the input, on each chip."""
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     """Of input and output."""
@@ -413,39 +411,25 @@ def place(record: results.Record) -> str:
 
 
 def table(records: list[results.Record]) -> Table:
-    """A row for each layer, forward and forward + backward side by side."""
-    result = Table(title="Forward / forward + backward; passes are over the bytes of x")
-    names = ("target", "shape", "dtype", "variant", "layer")
-    for name in names:
+    """A row for each program of a layer; of `sent`, the numbers per collective."""
+    result = Table(title="Passes over the bytes of x in device memory")
+    names = ("shape", "dtype", "variant", "layer", "direction")
+    for name in ("target", *names):
         result.add_column(name, no_wrap=True)
     for name in ("passes", "rare", "temporary", "sent", "compile (s)"):
         result.add_column(name, justify="right")
-    rows: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for record in records:
         shape = "x".join(map(str, record["shape"]))
-        row = (place(record), shape, *(record[name] for name in names[2:]))
-        rows.setdefault(row, {})[record["direction"]] = numbers(record)
-    last = None
-    for row, found in rows.items():
-        if last not in (None, row[:3]):
-            result.add_section()
-        last = row[:3]
-        columns = zip(*(found.get(which, [""] * 5) for which in DIRECTIONS))
-        texts = [" / ".join(column) if any(column) else "" for column in columns]
-        result.add_row(*row, *texts)
+        rare = record["moved_rarely"]
+        result.add_row(
+            *(place(record), shape, *(record[name] for name in names[1:])),
+            f"{record['moved']:.2f}" + (" on chip" if record["on_chip"] else ""),
+            f"{rare:.2f}" if rare else "",
+            f"{record['temporary']:.2f}",
+            "+".join(str(each["elements"]) for each in record["sent"]),
+            f"{record['compile']:.1f}",
+        )
     return result
-
-
-def numbers(record: results.Record) -> list[str]:
-    """The numbers of one program, as the table has them."""
-    rare = record["moved_rarely"]
-    return [
-        f"{record['moved']:.2f}" + (" on chip" if record["on_chip"] else ""),
-        f"{rare:.2f}" if rare else "",
-        f"{record['temporary']:.2f}",
-        "+".join(str(each["elements"]) for each in record["sent"]),
-        f"{record['compile']:.1f}",
-    ]
 
 
 def draw_layers(records: list[results.Record], path: Path) -> None:
