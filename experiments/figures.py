@@ -123,8 +123,9 @@ def of_accelerators(source: Path, folder: Path) -> Iterator[Path]:
         (layers, accelerators.draw_layers),
         (accelerators.Step(blocks=0), accelerators.draw_steps),
     ):
-        path = folder / config.figure.name
-        draw(accelerators.known(config, source / config.output.name), path)
+        name = accelerators.NAMES[type(config)]
+        path = folder / f"{name}.png"
+        draw(accelerators.known(config, source / f"{name}.jsonl"), path)
         yield path
 
 

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import bnjax
-from experiments.bench import hlo, programs, targets
+from experiments.bench import programs, targets
 from experiments.common import results
 
 REPOSITORY = Path(__file__).parent.parent
@@ -169,7 +169,6 @@ def test_pieces_that_are_put_together_for_nothing():
         %z = {X}{LAYOUT} negate(%y)
     """)
     assert passes(found.always) == pytest.approx(2)
-    assert found.custom_calls() == 1
 
 
 BRANCHES = f"""
@@ -342,9 +341,9 @@ def test_unknown_types_are_an_error():
 
 def test_types_are_read():
     text = "(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, (f32[], pred[4]{0}), /*index=2*/u8[0])"
-    (line,) = hlo.parse(f"ENTRY %m (a: s8[]) -> s8[] {{\n  %a = {text} f(%b)\n}}")[0][
-        "m"
-    ]
+    (line,) = programs.parse(f"ENTRY %m (a: s8[]) -> s8[] {{\n  %a = {text} f(%b)\n}}")[
+        0
+    ]["m"]
     assert [list(map(str, part)) for part in line.result] == [
         ["bf16[2,3]"],
         ["f32[]", "pred[4]"],
@@ -390,9 +389,9 @@ RIVAL = {  # what Flax's layer is compared with
 
 @functools.cache
 def counted(*cell):
-    from experiments.bench import accelerators, lowered
+    from experiments.bench import accelerators
 
-    return accelerators.layer(lowered.Cell(*cell)._asdict())
+    return accelerators.count(accelerators.LayerCell(*cell))
 
 
 @pytest.mark.accelerator
@@ -482,8 +481,7 @@ def test_bytes_and_memory_of_a_step(target, variant):
 def step(target, variant):
     from experiments.bench import accelerators
 
-    size = {"blocks": 2, "images": 128, "side": 224}
-    return accelerators.step({"target": target, "chips": 1, "variant": variant, **size})
+    return accelerators.count(accelerators.StepCell(target, 1, variant, 2, 128, 224))
 
 
 @pytest.mark.accelerator
@@ -497,9 +495,10 @@ def test_each_target_is_described_with_each_number_of_chips(target):
 @pytest.mark.parametrize("command", ["layer", "step"])
 def test_smoke(command, tmp_path):
     """The second run finds what the first one recorded, and draws it."""
-    output, figure = tmp_path / "bench.jsonl", tmp_path / "bench.png"
+    name = {"layer": "bench_accelerators", "step": "bench_accelerators_step"}[command]
+    output, figure = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png"
     start = [sys.executable, "-m", "experiments.bench.accelerators", command, "--smoke"]
-    start += ["--output", str(output), "--figure", str(figure)]
+    start += ["--out", str(tmp_path)]
     for options in ([], ["--plot-only"]):
         done = subprocess.run(
             [*start, *options],

@@ -8,64 +8,79 @@
 Claim: on each target, for each dtype, forward and forward + backward, a layer of bnjax
 reads and writes the input in device memory no more often than Flax's layer does, takes
 no more temporary memory and sends no more; and a training step of ResNet-50 moves no
-more bytes with it. Control: Flax's layers, Linen and NNX, and the plain formula, all
-compiled the same way. The floor is 3 passes forward, 7 forward + backward in one
-program; a residual adds its own.
+more bytes with it. Control: Flax's layers, Linen and NNX, compiled the same way. The
+floor is 3 passes forward, 7 forward + backward in one program; a residual adds its own.
 
 Nothing is run. XLA compiles for devices that are only described (see targets.py), and
 the bytes that the optimized program moves are counted in its text (see programs.py): a
 pass is the bytes of x, so that reading and writing it are two. What a branch does that
 is not taken every time stands apart, under "rare". Temporary memory is the compiler's
-plan; the time is the estimate of the compiler for TPUs, which counts all branches as
-taken, as do the bytes that it says are accessed. With more chips than one the batch is
-split, by jit or by shard_map, and `sent` has the numbers of each collective, on each
-chip.
+plan. With more chips than one the batch is split, by jit or by shard_map, and "sent"
+has the numbers of each collective, on each chip. Everything that a user's program would
+be given is an argument: the input, parameters, running statistics, and dy, so that
+nothing is known to the compiler beforehand.
 
 Known gaps: no caches, no padding of tiles, no tuning, because nothing can be run. A TPU
 keeps small inputs on the chip, where passes cost nothing and are not counted: such rows
 are marked with "on chip" and compare nothing; take larger shapes.
 
-A program is recorded as soon as it is compiled, and left out when it has been recorded
-for the same commit, unless `--again` or the commit has been changed. The tables have
-the newest record of each.
+A program is recorded as soon as it is compiled, and not compiled again when it has been
+recorded, unless `--again`. The tables have the newest record of each.
 
-Measured: see the README.
+Measured: see the README. Another layer is an entry of `LINEN` or `NNX`.
 """
 
+import dataclasses
+import itertools
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import tyro
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench import charts, lowered, targets
+import bnjax
+from experiments.bench import charts, targets
 from experiments.bench.charts import Measure
-from experiments.bench.programs import Part, Program
-from experiments.bench.step import NORMS
-from experiments.common import results
+from experiments.bench.programs import Program
+from experiments.bench.step import NORMS, ResNet, training_step
+from experiments.common import results, study
 
+LINEN: dict[str, Any] = {
+    "flax": nn.BatchNorm,
+    "bnjax": bnjax.BatchNorm,
+    "ghost": partial(bnjax.linen.GhostBatchNorm, virtual_batch_size=32),
+    "renorm": bnjax.linen.BatchRenorm,
+    "split": partial(bnjax.linen.SplitBatchNorm, num_splits=2),
+}
+NNX: dict[str, Any] = {"flax-nnx": nnx.BatchNorm, "bnjax-nnx": bnjax.nnx.BatchNorm}
+FLAX = ("flax", "flax-nnx")  # these know no activation and residual
 SHAPES = ("256x112x112x64", "256x56x56x256", "256x28x28x512", "8192x4096")
 DIRECTIONS = ("forward", "both")
+STAGES = (3, 4, 6, 3)  # of ResNet-50
 MEASURES = {
-    "accessed": Measure("accessed", "GB", 1e9, 1),
     "moved": Measure("moved", "GB", 1e9, 1),
-    "estimate": Measure("estimate", "ms", 1e-3, 1),
     "temporary": Measure("temporary", "GB", 1e9, 2),
     "sums": Measure("convolutions with sums"),
-    "collectives": Measure("collectives"),
     "compile": Measure("to compile", "s", 1, 1),
 }
 
 
-@dataclass(frozen=True)
-class Layer:
+@dataclasses.dataclass(frozen=True)
+class Layer(study.Output):
     """One layer: passes over device memory, forward and forward + backward."""
 
     targets: tuple[str, ...] = ("v5e", "h100")
@@ -74,28 +89,20 @@ class Layer:
     """Of the input, on each chip."""
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     """Of input and output."""
-    layers: tuple[str, ...] = lowered.LAYERS
-    """Flax's, the plain formula, and bnjax's."""
-    variants: tuple[str, ...] = lowered.VARIANTS
-    """What stands behind the layer or is given to it; others have no activation."""
+    layers: tuple[str, ...] = (*FLAX, "bnjax", "bnjax-nnx", "ghost", "renorm", "split")
+    """Flax's and bnjax's."""
+    variants: tuple[str, ...] = ("plain", "relu", "activation", "residual", "mask")
+    """What stands behind the layer or is given to it; see `LayerCell`."""
     chips: tuple[int, ...] = (1,)
     """1, 16 and 256; 1,024 of v5p; 1, 8, 16 and 128 GPUs."""
     modes: tuple[str, ...] = ("jit", "shard_map")
     """With more than one chip."""
-    output: Path = Path("experiments/results/bench_accelerators.jsonl")
-    """Appended to."""
-    figure: Path = Path("experiments/figures/bench_accelerators.png")
-    """The picture."""
     again: bool = False
-    """Compile also what has been recorded for this commit."""
-    plot_only: bool = False
-    """Compile nothing; print and draw what has been recorded."""
-    smoke: bool = False
-    """One layer, for one TPU."""
+    """Compile also what has been recorded: after a change of the library."""
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclasses.dataclass(frozen=True)
+class Step(study.Output):
     """A training step of ResNet-50 in bfloat16, or of its first blocks."""
 
     targets: tuple[str, ...] = ("v5e", "v5p", "h100")
@@ -110,220 +117,290 @@ class Step:
     """Of an image."""
     chips: int = 1
     """They share the batch, by jit."""
-    output: Path = Path("experiments/results/bench_accelerators_step.jsonl")
-    """Appended to."""
-    figure: Path = Path("experiments/figures/bench_accelerators_step.png")
-    """The picture."""
     again: bool = False
-    """Compile also what has been recorded for this commit."""
-    plot_only: bool = False
-    """Compile nothing; print and draw what has been recorded."""
-    smoke: bool = False
-    """One block, two small images, one TPU."""
+    """Compile also what has been recorded: after a change of the library."""
 
 
-def main(config: Layer | Step) -> None:
-    """Compiles what is missing, records it, prints the tables and draws the picture."""
-    targets.prepare()
-    if config.smoke and config.output == type(config).output:  # not among the results
-        output, figure = (
-            p.with_stem(p.stem + "_smoke") for p in (config.output, config.figure)
-        )
-        config = replace(config, output=output, figure=figure)
-    if config.smoke and isinstance(config, Layer):
-        config = replace(
-            config, targets=("v5e",), shapes=("256x56x56x256",), dtypes=("bfloat16",)
-        )
-        config = replace(config, layers=("flax", "bnjax"), variants=("relu",))
-    elif config.smoke:
-        config = replace(config, targets=("v5e",), blocks=1, images=2, side=32)
-        config = replace(config, variants=("flax", "bnjax"))
-    if not config.plot_only:
-        run(config)
-    records = known(config, config.output)
-    console = Console(width=160)
-    if isinstance(config, Layer):
-        console.print(table(records))
-        draw_layers(records, config.figure)
-    else:
-        title = "Over Flax plain (below 1: less); in brackets the numbers"
-        console.print(charts.table(title, records, "target", MEASURES))
-        draw_steps(records, config.figure)
-    console.print(f"{config.output}\n{config.figure}", highlight=False, soft_wrap=True)
+Command = (
+    Annotated[Layer, tyro.conf.subcommand("layer")]
+    | Annotated[Step, tyro.conf.subcommand("step")]
+)
+NAMES = {Layer: "bench_accelerators", Step: "bench_accelerators_step"}
+SMOKE: dict[type, dict[str, Any]] = {
+    Layer: {"targets": ("v5e",), "shapes": ("256x56x56x256",), "variants": ("relu",)}
+    | {"dtypes": ("bfloat16",), "layers": ("flax", "bnjax")},
+    Step: {"targets": ("v5e",), "blocks": 1, "images": 2, "side": 32}
+    | {"variants": ("flax", "bnjax")},
+}
 
 
-def known(config: Layer | Step, path: Path) -> list[results.Record]:
-    """The newest record of each program that is asked for."""
-    found = recorded(path)
-    records = [found[key(cell)] for cell in cells_of(config) if key(cell) in found]
-    if not records:
-        raise LookupError(f"{path} has none of what is asked for.")
-    return records
+# The programs
 
 
-def cells_of(config: Layer | Step) -> list[results.Record]:
+class LayerCell(NamedTuple):
+    """One program of one layer.
+
+    Attributes:
+        target: see `targets.TARGETS`.
+        chips: that share the batch.
+        mode: "jit" or "shard_map"; with one chip there is no difference.
+        layer: a key of `LINEN` or `NNX`.
+        variant: "relu" stands behind the layer, "activation" is the layer's own;
+            "residual" is added and ReLU follows, by the layer if it can; "mask" and
+            "weights" are given to the layer, "plain" has nothing.
+        dtype: of x and y.
+        shape: of x on each chip.
+        direction: "forward", or "both": one program with y, dx and all else.
+    """
+
+    target: str
+    chips: int
+    mode: str
+    layer: str
+    variant: str
+    dtype: str
+    shape: tuple[int, ...]
+    direction: str
+
+
+class StepCell(NamedTuple):
+    """One training step; the fields are those of `Step`."""
+
+    target: str
+    chips: int
+    variant: str
+    blocks: int
+    images: int
+    side: int
+
+
+Cell = LayerCell | StepCell
+
+
+def cells_of(config: Layer | Step) -> list[Cell]:
     """The programs that are asked for."""
-    return layer_cells(config) if isinstance(config, Layer) else step_cells(config)
-
-
-def layer_cells(config: Layer) -> list[results.Record]:
-    """The programs of layers that are asked for."""
-    cells = []
-    modes = [
-        (chips, mode)
+    if isinstance(config, Step):
+        size = config.blocks, config.images, config.side
+        return [
+            StepCell(target, config.chips, variant, *size)
+            for target, variant in itertools.product(config.targets, config.variants)
+        ]
+    places = [
+        (target, chips, mode)
+        for target in config.targets
         for chips in config.chips
         for mode in (config.modes if chips > 1 else ("jit",))
     ]
-    for target, (chips, mode), shape, dtype, variant, name, direction in product(
-        config.targets,
-        modes,
-        config.shapes,
-        config.dtypes,
-        config.variants,
-        config.layers,
-        DIRECTIONS,
-    ):
-        if variant == "activation" and name in lowered.OTHERS:
-            continue
-        sizes = tuple(int(size) for size in shape.split("x"))
-        cell = lowered.Cell(target, chips, mode, name, variant, dtype, sizes, direction)
-        cells.append(cell._asdict())
-    return cells
-
-
-def step_cells(config: Step) -> list[results.Record]:
-    """The steps that are asked for."""
-    size = {name: getattr(config, name) for name in ("blocks", "images", "side")}
+    shapes = [tuple(map(int, shape.split("x"))) for shape in config.shapes]
+    rest = (shapes, config.dtypes, config.variants, config.layers, DIRECTIONS)
     return [
-        {"target": target, "chips": config.chips, "variant": variant, **size}
-        for target in config.targets
-        for variant in config.variants
+        LayerCell(*place, layer, variant, dtype, shape, direction)
+        for place, shape, dtype, variant, layer, direction in itertools.product(
+            places, *rest
+        )
+        if variant != "activation" or layer not in FLAX
     ]
 
 
+def of_linen(kind: Any, x: jax.ShapeDtypeStruct, options: dict[str, Any]):
+    """A layer's `apply(params, stats, x)`, for inputs like `x`; params and stats."""
+    module = kind(**options)
+    shapes: Any = dict(jax.eval_shape(module.init, jax.random.key(0), x))
+    params = shapes.pop("params")
+
+    def apply(params, stats, x, **options):
+        variables = {"params": params, **stats}
+        return module.apply(variables, x, mutable=list(shapes), **options)
+
+    return apply, params, shapes
+
+
+def of_nnx(kind: Any, x: jax.ShapeDtypeStruct, options: dict[str, Any]):
+    """The same of a layer of NNX."""
+    module = nnx.eval_shape(lambda: kind(x.shape[-1], rngs=nnx.Rngs(0), **options))
+    definition, params, stats = nnx.split(module, nnx.Param, ...)
+
+    def apply(params, stats, x, **options):
+        module = nnx.merge(definition, params, stats)
+        y = module(x, **options)
+        return y, nnx.pure(nnx.split(module, nnx.Param, ...)[2])
+
+    return apply, nnx.pure(params), nnx.pure(stats)
+
+
+def lower_layer(cell: LayerCell) -> jax.stages.Lowered:
+    """One layer in training: y, the next statistics and, backward, each gradient."""
+    split = P("data") if cell.chips > 1 else P()
+    shared = cell.mode == "shard_map" and cell.chips > 1
+    x = jax.ShapeDtypeStruct((cell.chips * cell.shape[0], *cell.shape[1:]), cell.dtype)
+    behind = cell.variant in ("relu", "activation", "residual")
+    fused = behind and cell.variant != "relu" and cell.layer not in FLAX
+    options: dict[str, Any] = {"use_running_average": False, "dtype": x.dtype}
+    options |= {"axis_name": "data" if shared else None}
+    options |= {"activation": nn.relu} if fused else {}
+    build, kinds = (of_nnx, NNX) if cell.layer in NNX else (of_linen, LINEN)
+    apply, params, stats = build(kinds[cell.layer], x, options)
+    arrays = {"x": x} | ({"residual": x} if cell.variant == "residual" else {})
+    masks = {}
+    if cell.variant in ("mask", "weights"):
+        dtype = bool if cell.variant == "mask" else jnp.float32
+        shape = (x.shape[0], *[1] * (x.ndim - 1))
+        masks[cell.variant] = jax.ShapeDtypeStruct(shape, dtype)
+
+    def forward(params, stats, arrays, masks):
+        options = arrays | masks
+        x = options.pop("x")
+        residual = None if fused else options.pop("residual", None)
+        y, stats = apply(params, stats, x, **options)
+        y = y if residual is None else y + residual
+        return (nn.relu(y) if behind and not fused else y), stats
+
+    def both(params, stats, arrays, masks, dy):
+        y, vjp, stats = jax.vjp(
+            lambda params, arrays: forward(params, stats, arrays, masks),
+            params,
+            arrays,
+            has_aux=True,
+        )
+        return y, stats, *vjp(dy)
+
+    arguments: tuple = params, stats, arrays, masks
+    given, result, f = (P(), P(), split, split), (split, P()), forward
+    if cell.direction == "both":
+        arguments, given = (*arguments, x), (*given, split)
+        result, f = (*result, P(), split), both
+    mesh = mesh_of(cell)
+    if shared:
+        f = jax.shard_map(f, mesh=mesh, in_specs=given, out_specs=result)
+    return lower(f, mesh, arguments, given, result)
+
+
+def lower_step(cell: StepCell) -> jax.stages.Lowered:
+    """A training step of ResNet-50 in bfloat16, as `bench.step` has it."""
+    stages = (cell.blocks,) if cell.blocks else STAGES
+    model = ResNet(stages, True, NORMS[cell.variant], dtype=jnp.bfloat16)
+    count = cell.chips * cell.images
+    data = jax.ShapeDtypeStruct((count, cell.side, cell.side, 3), jnp.bfloat16)
+    labels = jax.ShapeDtypeStruct((count,), jnp.int32)
+    variables: Any = jax.eval_shape(model.init, jax.random.key(0), data)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    state = jax.eval_shape(optimizer.init, variables["params"])
+    split = P("data") if cell.chips > 1 else P()
+    return lower(
+        training_step(model, optimizer),
+        mesh_of(cell),
+        (variables, state, data, labels),
+        (P(), P(), split, split),
+        P(),
+    )
+
+
+def mesh_of(cell: Cell) -> Mesh:
+    devices = np.array(targets.devices(cell.target, cell.chips))
+    return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+
+
+def lower(
+    f: Callable[..., Any], mesh: Mesh, arguments: tuple, given: tuple, result: Any
+) -> jax.stages.Lowered:
+    """`f` for arguments and results that lie on the mesh as the specs say."""
+
+    def on(spec: P, values: Any) -> Any:  # committed, as a loop's arrays are
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda v: v.update(sharding=sharding), values)
+
+    def is_spec(leaf: Any) -> bool:
+        return isinstance(leaf, P)
+
+    placed = jax.tree.map(on, given, arguments, is_leaf=is_spec)
+    results = jax.tree.map(partial(NamedSharding, mesh), result, is_leaf=is_spec)
+    return jax.jit(f, out_shardings=results).lower(*placed)
+
+
+# What is counted in them
+
+
+def count(cell: Cell) -> results.Record:
+    """What one program does on each chip, and how long it took to make.
+
+    Of a step, in bytes and seconds; of a layer, in passes over x and seconds.
+    """
+    start = time.perf_counter()
+    low = lower_layer(cell) if isinstance(cell, LayerCell) else lower_step(cell)
+    middle = time.perf_counter()
+    compiled = targets.compile(cell.target, low)
+    end = time.perf_counter()
+    program = Program(str(compiled.as_text()))
+    memory: Any = compiled.memory_analysis()
+    found = {
+        "moved": program.always.bytes,
+        "moved_rarely": program.sometimes.bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "sent": [each._asdict() for each in program.always.collectives],
+        "sent_rarely": [each._asdict() for each in program.sometimes.collectives],
+        "unknown_loops": program.unknown_loops,
+        "lower": middle - start,
+        "compile": end - middle,
+    }
+    if isinstance(cell, StepCell):
+        convolutions, sums = program.convolutions()
+        return found | {"convolutions": convolutions, "sums": sums or None}
+    size = math.prod(cell.shape)
+    x = size * jnp.dtype(cell.dtype).itemsize
+    passes = {n: found[n] / x for n in ("moved", "moved_rarely", "temporary")}
+    written = program.always.written(size // 2)
+    on_chip = program.on_chip(size // 2)
+    return found | passes | {"written": written, "on_chip": on_chip}
+
+
+# Records
+
+
 def key(record: results.Record) -> str:
-    """What a program is, of a record or a cell: its target, shape and the like."""
-    names = (*lowered.Cell._fields, "blocks", "images", "side")
+    """What a program is, of a record or of a cell's fields."""
+    names = (*LayerCell._fields, *StepCell._fields)
     return str({n: results.plain(record[n]) for n in names if n in record})
 
 
 def recorded(path: Path) -> dict[str, results.Record]:
-    """The newest record of each program, with the commit and jax of its run."""
+    """The newest record of each program, with the versions of its run."""
     found, starts = {}, {}
     for record in results.read(path) if path.exists() else []:
         if record["kind"] == "start":
             starts[record["run"]] = record
         else:
-            start = starts[record["run"]]
-            origin = {"commit": start["commit"], "versions": start["versions"]}
-            found[key(record)] = record | origin
+            versions = starts[record["run"]]["versions"]
+            found[key(record)] = record | {"versions": versions}
     return found
 
 
-def run(config: Layer | Step) -> None:
-    """Compiles and records what has not been recorded for this commit."""
-    stamp = results.stamp()
-    done: set[str] = set()
-    if not config.again and "changed" not in (stamp["commit"] or "changed"):
-        now = stamp["commit"], stamp["versions"]
-        found = recorded(config.output).items()
-        done = {k for k, r in found if (r["commit"], r["versions"]) == now}
-    with results.Log(config.output) as log:
-        name = "accelerators"
-        log.add("start", bench=name, settings=asdict(config), **stamp)
+def known(config: Layer | Step, path: Path) -> list[results.Record]:
+    """The newest record of each program that is asked for.
+
+    Raises:
+        LookupError: there is none.
+    """
+    found = recorded(path)
+    keys = [key(cell._asdict()) for cell in cells_of(config)]
+    records = [found[key] for key in keys if key in found]
+    if not records:
+        raise LookupError(f"{path} has none of what is asked for.")
+    return records
+
+
+def run(config: Layer | Step, path: Path) -> None:
+    """Compiles and records what has not been recorded."""
+    done = set() if config.again else set(recorded(path))
+    with results.Log(path) as log:
+        settings = results.settings_of(config)
+        log.add("start", bench="accelerators", settings=settings, **results.stamp())
         for cell in cells_of(config):
-            if key(cell) not in done:
-                kind, count = ("layer", layer) if "layer" in cell else ("step", step)
-                log.add(kind, **cell, **count(cell))
+            if key(cell._asdict()) not in done:
+                kind = "layer" if isinstance(cell, LayerCell) else "step"
+                log.add(kind, **cell._asdict(), **count(cell))
 
 
-def layer(cell: results.Record) -> results.Record:
-    """What one layer's program does, in passes over x on each chip."""
-    of = lowered.Cell(**cell)
-    program, numbers = measure(of.target, lambda: lowered.layer(of))
-    size = math.prod(of.shape)
-    x = size * jnp.dtype(of.dtype).itemsize
-    scaled = ("moved", "moved_rarely", "accessed", "temporary")
-    passes = {n: numbers[n] / x if numbers[n] is not None else None for n in scaled}
-    return {
-        **numbers,
-        **passes,
-        "written": program.always.written(size // 2),
-        "written_rarely": program.sometimes.written(size // 2),
-        "on_chip": program.on_chip(size // 2),
-    }
-
-
-def step(cell: results.Record) -> results.Record:
-    """What one step's program does, in bytes."""
-    options = {**cell, "norm": cell["variant"]}
-    del options["variant"]
-    program, numbers = measure(cell["target"], lambda: lowered.step(**options))
-    convolutions, sums = program.convolutions()
-    return {**numbers, "convolutions": convolutions, "sums": sums or None}
-
-
-def measure(target: str, lower: Any) -> tuple[Program, results.Record]:
-    """The program, compiled, and what is counted or planned: bytes and seconds."""
-    start = time.perf_counter()
-    low = lower()
-    middle = time.perf_counter()
-    compiled = targets.compile(target, low)
-    end = time.perf_counter()
-    program = Program(str(compiled.as_text()))
-    memory: Any = compiled.memory_analysis()
-    cost: Any = compiled.cost_analysis() or {}
-    return program, {
-        "moved": program.always.bytes,
-        "moved_rarely": program.sometimes.bytes,
-        "accessed": cost.get("bytes accessed"),
-        "estimate": estimate(cost.get("optimal_seconds"), program.custom_calls()),
-        "temporary": memory.temp_size_in_bytes,
-        "collectives": len(program.always.collectives) or None,
-        "sent": sent(program.always),
-        "sent_rarely": sent(program.sometimes),
-        "unknown_loops": program.unknown_loops,
-        "lower": middle - start,
-        "compile": end - middle,
-    }
-
-
-def estimate(seconds: float | None, custom_calls: int) -> float | None:
-    """The compiler's; it takes off one second for each call that it cannot judge."""
-    if seconds is None:
-        return None
-    seconds += custom_calls
-    return seconds if 0 < seconds < 0.9 else None  # else not all were counted
-
-
-def sent(part: Part) -> list[dict[str, Any]]:
-    return [collective._asdict() for collective in part.collectives]
-
-
-def table(records: list[results.Record]) -> Table:
-    """A row for each layer, forward and forward + backward side by side."""
-    result = Table(title="Forward / forward + backward; passes are over the bytes of x")
-    names = ("target", "shape", "dtype", "variant", "layer")
-    numbers = ("passes", "rare", "temporary", "estimate (ms)", "sent", "compile (s)")
-    for name in (*names, *numbers):
-        left = name in names
-        result.add_column(name, justify="left" if left else "right", no_wrap=left)
-    both = {}
-    for record in records:
-        parts = {k: v for k, v in record.items() if k in lowered.Cell._fields}
-        del parts["direction"]
-        both.setdefault(str(parts), {})[record["direction"]] = record
-    last = None
-    for pair in both.values():
-        any_one = next(iter(pair.values()))
-        at = [place(any_one), "x".join(map(str, any_one["shape"])), any_one["dtype"]]
-        if last not in (None, at):
-            result.add_section()
-        last = at
-        columns = zip(*(cells(pair.get(which)) for which in DIRECTIONS))
-        texts = [" / ".join(column) if any(column) else "" for column in columns]
-        result.add_row(*at, any_one["variant"], any_one["layer"], *texts)
-    return result
+# Tables and pictures
 
 
 def place(record: results.Record) -> str:
@@ -333,59 +410,48 @@ def place(record: results.Record) -> str:
     return f"{record['chips']} {record['target']}, {record['mode']}"
 
 
-def cells(record: results.Record | None) -> list[str]:
-    """The numbers of one program, as the table has them."""
-    if record is None:
-        return [""] * 6
-    rare = record["moved_rarely"]
-    numbers = [str(each["elements"]) for each in record["sent"]]
-    time = record["estimate"]
-    return [
-        f"{record['moved']:.2f}" + (" on chip" if record["on_chip"] else ""),
-        f"{rare:.2f}" if rare else "",
-        f"{record['temporary']:.2f}",
-        "" if time is None else f"{1e3 * time:.2f}",
-        "+".join(numbers),
-        f"{record['compile']:.1f}",
-    ]
+def table(records: list[results.Record]) -> Table:
+    """A row for each program of a layer; of `sent`, the numbers per collective."""
+    result = Table(title="Passes over the bytes of x in device memory")
+    names = ("shape", "dtype", "variant", "layer", "direction")
+    for name in ("target", *names):
+        result.add_column(name, no_wrap=True)
+    for name in ("passes", "rare", "temporary", "sent", "compile (s)"):
+        result.add_column(name, justify="right")
+    for record in records:
+        shape = "x".join(map(str, record["shape"]))
+        rare = record["moved_rarely"]
+        result.add_row(
+            *(place(record), shape, *(record[name] for name in names[1:])),
+            f"{record['moved']:.2f}" + (" on chip" if record["on_chip"] else ""),
+            f"{rare:.2f}" if rare else "",
+            f"{record['temporary']:.2f}",
+            "+".join(str(each["elements"]) for each in record["sent"]),
+            f"{record['compile']:.1f}",
+        )
+    return result
 
 
 def draw_layers(records: list[results.Record], path: Path) -> None:
     """Passes of forward + backward: a panel for each target and dtype."""
     records = [r for r in records if r["direction"] == "both" and not r["on_chip"]]
-    found: dict[str, dict[tuple[str, str], float]] = {}
+    panels: dict[str, charts.Groups] = {}
     for r in records:
-        panel = found.setdefault(f"{place(r)}\n{r['dtype']}", {})
-        panel[r["layer"], r["variant"]] = r["moved"]
-    if not found:
+        groups = panels.setdefault(f"{place(r)}\n{r['dtype']}", {})
+        groups.setdefault(r["variant"], {})[r["layer"]] = r["moved"]
+    if not panels:
         raise LookupError("nothing to draw: expected layers, forward + backward.")
     shape = " x ".join(map(str, records[0]["shape"]))
     title = (
         f"One layer, x of {shape}: passes over its bytes in device memory, forward + "
         f"backward\n(dotted: 7, the floor); jax {records[0]['versions']['jax']}"
     )
-    figure, axes = charts.panels(title, len(found))
-    for each, (name, passes) in zip(axes, found.items(), strict=True):
-        layers = list(dict.fromkeys(layer for layer, _ in passes))
-        variants = list(dict.fromkeys(variant for _, variant in passes))
-        width = 0.85 / len(layers)
-        for index, layer in enumerate(layers):
-            heights = [passes.get((layer, v), math.nan) for v in variants]
-            y = [
-                n + (index - (len(layers) - 1) / 2) * width
-                for n in range(len(variants))
-            ]
-            colour = charts.COLOURS.get(layer)
-            bars = each.barh(y, heights, 0.9 * width, color=colour, label=layer)
-            each.bar_label(bars, fmt="%.1f", fontsize=6, padding=2)
-        each.set_yticks(range(len(variants)), variants)
+    figure, axes = charts.panels(title, len(panels), share=True)
+    for each, (name, groups) in zip(axes, panels.items(), strict=True):
+        charts.horizontal_bars(each, groups)
         each.set_xlim(0, 15)
-        each.invert_yaxis()
         each.axvline(7, color="black", linewidth=0.8, linestyle=":")
-        each.grid(visible=False, axis="y")
         each.set_title(name, fontsize=9)
-        if each is not axes[0]:
-            each.tick_params(labelleft=False)
     charts.save(figure, path, axes[:1])
 
 
@@ -399,21 +465,36 @@ def draw_steps(records: list[results.Record], path: Path) -> None:
     )
     names = dict.fromkeys(record["target"] for record in records)
     figure, axes = charts.panels(title, len(names))
+    shown = {k: MEASURES[k] for k in ("moved", "temporary")}
     for each, name in zip(axes, names, strict=True):
         some = [record for record in records if record["target"] == name]
-        shown = {k: MEASURES[k] for k in ("moved", "temporary")}
-        charts.bars(each, some, "target", shown)
+        charts.bars_over_flax(each, some, "target", shown)
         each.set_title(name, fontsize=9)
     charts.save(figure, path, axes[:1])
 
 
-Command = (
-    Annotated[Layer, tyro.conf.subcommand("layer")]
-    | Annotated[Step, tyro.conf.subcommand("step")]
-)
+def main(config: Layer | Step) -> int:
+    """Compiles what is missing, records it, prints the tables and draws the picture."""
+    jax.config.update("jax_platforms", "cpu")  # else JAX may look for a TPU
+    name = NAMES[type(config)]
+    path, folder = results.places(name, config.out, config.record)
+    if not config.plot_only:
+        run(config, path)
+    records = known(config, path)
+    console = Console(width=160)
+    if isinstance(config, Layer):
+        console.print(table(records))
+        draw_layers(records, folder / f"{name}.png")
+    else:
+        title = "Over Flax plain (below 1: less); in brackets the numbers"
+        console.print(charts.table(title, records, "target", MEASURES))
+        draw_steps(records, folder / f"{name}.png")
+    return 0
+
 
 if __name__ == "__main__":
     given = sys.argv[1:]
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given = ["layer", *given]
-    main(tyro.cli(Command, args=given, description=__doc__))
+    config = tyro.cli(Command, args=given, description=__doc__)
+    sys.exit(study.start(main, SMOKE[type(config)], config))

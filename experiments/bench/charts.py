@@ -1,19 +1,18 @@
-"""What the benches tell: tables and pictures, from their records, over Flax's."""
+"""What the benches show: tables of ratios, and pictures with bars of them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from rich.table import Table
 
 from experiments.common import results
 from experiments.common.panels import DPI
 
-# Flax's are warm, ours are cold; the first of each is that of the figure for MNIST.
 COLOURS = {
     "flax": "#d55e00",
     "flax remat": "#e69f00",
@@ -21,6 +20,11 @@ COLOURS = {
     "bnjax fused": "#56b4e9",
     "bnjax remat": "#009e73",
 }
+OTHERS = ("#d55e00", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#7f7f7f")
+"""The colours of bars with other names, in their order."""
+
+Groups = dict[str, dict[str, float]]
+"""The values of the bars of each group, by their names. A bar may be absent."""
 
 
 class Measure(NamedTuple):
@@ -38,7 +42,7 @@ def last_run(path: Path) -> list[results.Record]:
     Raises:
         LookupError: there is none.
     """
-    records = results.read(path)
+    records = results.read(path) if path.exists() else []
     if not records:
         raise LookupError(f"{path} holds no run: expected one. Run the bench first.")
     return [record for record in records if record["run"] == records[-1]["run"]]
@@ -67,9 +71,7 @@ def table(
     title: str, records: list[results.Record], by: str, measures: dict[str, Measure]
 ) -> Table:
     """A row for each record: its numbers over Flax's, and in brackets themselves."""
-    made = Table(title=title)
-    for name in (by, "variant"):
-        made.add_column(name)
+    made = Table(by, "variant", title=title)
     for measure in measures.values():
         unit = f" ({measure.unit})" if measure.unit else ""
         made.add_column(measure.name + unit, justify="right")
@@ -77,58 +79,100 @@ def table(
         cells = []
         for key, measure in measures.items():
             ratio = over_flax(records, record, by, key)
-            if math.isnan(ratio):
-                cells.append("")
-                continue
-            value = record[key] / measure.scale
-            cells.append(f"{ratio:.2f} ({value:,.{measure.decimals}f})")
+            value = math.nan if math.isnan(ratio) else record[key] / measure.scale
+            text = f"{ratio:.2f} ({value:,.{measure.decimals}f})"
+            cells.append("" if math.isnan(ratio) else text)
         made.add_row(record[by], record["variant"], *cells)
     return made
 
 
-def panels(title: str, count: int, height: float = 3.3) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side."""
+def panels(
+    title: str, count: int, *, height: float = 3.3, share: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side; `share` their axes if they are the same."""
     figure = Figure((8.0, height), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=9)
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    axes = figure.subplots(1, count, sharex=share, sharey=share, squeeze=False)[0]
     for each in axes:
         each.tick_params(labelsize=8)
         each.spines[["top", "right"]].set_visible(False)
         each.set_axisbelow(True)
         each.grid(alpha=0.3)
-    return figure, axes
+    return figure, list(axes)
 
 
-def bars(
+def bars_over_flax(
     axes: Axes, records: list[results.Record], by: str, measures: dict[str, Measure]
 ) -> None:
     """A group of bars for each measure, over Flax's."""
-    width = 0.85 / len(records)
-    for index, record in enumerate(records):
-        ratios = [over_flax(records, record, by, key) for key in measures]
-        x = np.arange(len(measures)) + (index - (len(records) - 1) / 2) * width
-        name = record["variant"]
-        drawn = axes.bar(x, ratios, 0.9 * width, color=COLOURS[name], label=name)
-        labels = axes.bar_label(drawn, fmt="%.2f", fontsize=5.8, padding=2)
-        for label in labels:  # legible over a line
-            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.2})
-    names = [measure.name for measure in measures.values()]
-    axes.set_xticks(range(len(names)), names)
+    groups = {
+        measure.name: {r["variant"]: over_flax(records, r, by, key) for r in records}
+        for key, measure in measures.items()
+    }
+    _bars(axes, groups)
+    axes.set_xticks(range(len(groups)), list(groups))
     axes.margins(y=0.1)
     axes.grid(visible=False, axis="x")
 
 
-def save(figure: Figure, path: Path, legend: Iterable[Axes] = ()) -> None:
+def horizontal_bars(axes: Axes, groups: Groups, *, start: float = 0) -> None:
+    """Groups of bars, one below the other."""
+    _bars(axes, groups, start, horizontal=True)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+
+
+def bars_of_ratios(axes: Axes, groups: Groups, label: str) -> None:
+    """Horizontal bars that begin at 1, on a logarithmic axis."""
+    horizontal_bars(axes, groups, start=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.15)  # room for the values
+    axes.axvline(1, color=COLOURS["bnjax"], lw=1.5)
+    axes.set_xlabel(label, fontsize=9)
+
+
+def _bars(
+    axes: Axes, groups: Groups, start: float = 0, *, horizontal: bool = False
+) -> None:
+    """Bars from `start` to their values, which are written at the ends."""
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    colours = dict(zip(names, OTHERS)) | COLOURS
+    width = 0.85 / len(names)
+    draw = axes.barh if horizontal else axes.bar
+    for index, name in enumerate(names):
+        shift = (index - (len(names) - 1) / 2) * width
+        values = {
+            place + shift: group[name]
+            for place, group in enumerate(groups.values())
+            if math.isfinite(group.get(name, math.nan))
+        }
+        lengths = [value - start for value in values.values()]
+        colour = colours.get(name)
+        draw(list(values), lengths, 0.9 * width, start, color=colour, label=name)
+        for place, value in values.items():
+            x, y = (value, place) if horizontal else (place, value)
+            side = 1 if value >= start else -1
+            axes.annotate(
+                f"{value:.2f}",
+                (x, y),
+                xytext=(2 * side, 0) if horizontal else (0, 2 * side),
+                textcoords="offset points",
+                ha=("left" if side > 0 else "right") if horizontal else "center",
+                va="center_baseline" if horizontal else "bottom",
+                fontsize=6.5 if horizontal else 5.8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.2},
+            )
+
+
+def save(figure: Figure, path: Path, legend: Sequence[Axes] = ()) -> None:
     """Writes the PNG, with one legend below the panels if `legend` names one."""
     for axes in legend:
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=len(labels),
-            fontsize=8,
-            frameon=False,
-        )
+        style = {"ncols": len(labels), "fontsize": 8, "frameon": False}
+        figure.legend(handles, labels, loc="outside lower center", **style)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

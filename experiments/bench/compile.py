@@ -11,15 +11,17 @@ used, and a ratio is one of medians. Above 1, bnjax takes longer.
 
 Two sizes, because a compiler may choose other kernels for small arrays. Nothing is run.
 
-Measured: see the README.
+Measured: see the README. What is compiled is `Network`; another layer is an entry of
+`NETWORKS`.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
 import statistics
+import sys
 import time
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +34,7 @@ from rich.console import Console
 import bnjax
 from experiments.bench import charts
 from experiments.bench.charts import Measure
-from experiments.common import results
+from experiments.common import results, study
 
 SHAPES = {"small": (4, 8, 8, 16), "large": (64, 32, 32, 16)}
 NETWORKS = {
@@ -44,10 +46,11 @@ PHASES = ("trace", "lower", "compile")
 MEASURES = {key: Measure(key, "s", decimals=2) for key in (*PHASES, "total")} | {
     key: Measure(key) for key in ("equations", "instructions")
 }
+SMOKE = {"layers": 2, "repeats": 1, "sizes": ("small",)}
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True)
+class Config(study.Output):
     """What is compiled, and how often."""
 
     layers: int = 50
@@ -56,12 +59,6 @@ class Config:
     """Of which the median is taken."""
     sizes: tuple[Literal["small", "large"], ...] = ("small", "large")
     """Of the input: below and above a megabyte."""
-    output: Path = Path("experiments/results/bench_compile.jsonl")
-    """Appended to."""
-    figure: Path = Path("experiments/figures/bench_compile.png")
-    """The picture."""
-    smoke: bool = False
-    """Two layers, once, small."""
 
 
 class Network(nn.Module):
@@ -138,21 +135,15 @@ def measure(config: Config, shape: tuple[int, ...]) -> dict[str, dict[str, float
     }
 
 
-def main(config: Config) -> None:
-    """Measures, records, prints the table and draws the picture."""
+def run(config: Config, path: Path) -> None:
+    """Appends one record per size and network."""
     jax.config.update("jax_enable_compilation_cache", False)
-    if config.smoke:
-        jax.config.update("jax_disable_most_optimizations", True)
-        config = replace(config, layers=2, repeats=1, sizes=("small",))
-    with results.Log(config.output) as log:
-        log.add("start", bench="compile", settings=asdict(config), **results.stamp())
+    with results.Log(path) as log:
+        settings = results.settings_of(config)
+        log.add("start", bench="compile", settings=settings, **results.stamp())
         for size in config.sizes:
             for name, numbers in measure(config, SHAPES[size]).items():
                 log.add("network", input=size, variant=name, **numbers)
-    start, *records = charts.last_run(config.output)
-    title = "Over Flax (below 1: faster); in brackets medians"
-    Console(width=120).print(charts.table(title, records, "input", MEASURES))
-    draw(start, records, config.figure)
 
 
 def draw(start: results.Record, records: list[results.Record], path: Path) -> None:
@@ -165,12 +156,25 @@ def draw(start: results.Record, records: list[results.Record], path: Path) -> No
     figure, panels = charts.panels(title, len(settings["sizes"]))
     for axes, size in zip(panels, settings["sizes"], strict=True):
         seconds = {key: m for key, m in MEASURES.items() if m.unit == "s"}
-        charts.bars(axes, [r for r in records if r["input"] == size], "input", seconds)
+        some = [r for r in records if r["input"] == size]
+        charts.bars_over_flax(axes, some, "input", seconds)
         megabytes = 4 * math.prod(SHAPES[size]) / 2**20
         axes.set_title(f"{size} input, {megabytes:.2g} MiB", fontsize=9)
         axes.axhline(1.1, color="black", lw=0.8, ls=":")
     charts.save(figure, path, panels[:1])
 
 
+def main(config: Config) -> int:
+    """Measures, records, prints the table and draws the picture."""
+    path, folder = results.places("bench_compile", config.out, config.record)
+    if not config.plot_only:
+        run(config, path)
+    start, *records = charts.last_run(path)
+    title = "Over Flax (below 1: faster); in brackets medians"
+    Console(width=120).print(charts.table(title, records, "input", MEASURES))
+    draw(start, records, folder / "bench_compile.png")
+    return 0
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(study.start(main, SMOKE, tyro.cli(Config, description=__doc__)))

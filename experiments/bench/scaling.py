@@ -15,7 +15,8 @@ what the split costs, and all that the times against devices show.
 Measured: see the README.
 """
 
-from dataclasses import asdict, dataclass, replace
+import dataclasses
+import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,16 +30,23 @@ from rich.table import Table
 
 from experiments.bench import charts, collectives
 from experiments.bench.timing import interleaved, keep_memory
-from experiments.common import results
+from experiments.common import results, study
 
 IMAGE = (16, 16)
 EXAMPLES, FEATURES = 32, 64  # where they are not what is varied
 MODES = ("jit", "shard_map")
 AXES = ("devices", "features", "batch")
+SMOKE = {
+    "devices": (2,),
+    "features": (8, 16),
+    "batch": (2, 4),
+    "large": 0,
+    "seconds": 0.0,
+}
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True)
+class Config(study.Output):
     """What is measured."""
 
     devices: tuple[int, ...] = (1, 2, 4, 8)
@@ -51,63 +59,31 @@ class Config:
     """Bytes of an input from which on the slopes are fitted."""
     seconds: float = 2.0
     """For each point, both layers together."""
-    output: Path = Path("experiments/results/bench_scaling.jsonl")
-    """Appended to."""
-    figure: Path = Path("experiments/figures/bench_scaling.png")
-    """The picture."""
-    smoke: bool = False
-    """Two points each, briefly."""
 
 
-def main(config: Config) -> None:
-    """Measures, records, prints the tables and draws the picture."""
-    if config.smoke:  # so few calls take less time than their optimization
-        jax.config.update("jax_disable_most_optimizations", True)
-        config = replace(
-            config, devices=(2,), features=(8, 16), batch=(2, 4), large=0, seconds=0
-        )
+def run(config: Config, path: Path) -> None:
+    """Appends one record per point and layer: its time and its collectives."""
     jax.config.update("jax_num_cpu_devices", max(config.devices))
-    with results.Log(config.output, digits=9) as log:
-        log.add("start", bench="scaling", settings=asdict(config), **results.stamp())
-        for count, mode in product(config.devices, MODES):
-            what = collectives.Config(count, FEATURES, 128 // count, IMAGE)
-            measure(log, config, "devices", count, what, mode)
-        for count in config.features:
-            what = collectives.Config(1, count, EXAMPLES, IMAGE)
-            measure(log, config, "features", count, what)
-        for count in config.batch:
-            what = collectives.Config(1, FEATURES, count, IMAGE)
-            measure(log, config, "batch", count, what)
-    start, *records = charts.last_run(config.output)
-    console = Console(width=100)
-    console.print(table(records))
-    for axis, name in product(AXES[1:], collectives.LAYERS):
-        console.print(
-            f"slope by {axis}, {name}: {slope(start, records, axis, name):.2f}"
-        )
-    draw(start, records, config.figure)
-
-
-def measure(
-    log: results.Log,
-    config: Config,
-    axis: str,
-    count: int,
-    what: collectives.Config,
-    mode: str = "jit",
-) -> None:
-    """One point: forward + backward of each layer, in turns, and their collectives."""
-    calls, sent = {}, {}
-    for name in collectives.LAYERS:
-        program, arguments = collectives.compiled(what, mode, name, False, True)
-        calls[name] = partial(program, *arguments)
-        found = collectives.collectives(str(program.as_text()))
-        sent[name] = len(found)
-    medians = interleaved(calls, config.seconds)
-    size = 4 * what.devices * what.examples * what.features * IMAGE[0] * IMAGE[1]
-    for name, median in medians.items():
-        point = {"axis": axis, "count": count, "mode": mode, "bytes": size}
-        log.add("point", **point, layer=name, time=median, collectives=sent[name])
+    points = [
+        ("devices", n, m, n, FEATURES, 128 // n) for n in config.devices for m in MODES
+    ]
+    points += [("features", n, "jit", 1, n, EXAMPLES) for n in config.features]
+    points += [("batch", n, "jit", 1, FEATURES, n) for n in config.batch]
+    with results.Log(path, digits=9) as log:
+        settings = results.settings_of(config)
+        log.add("start", bench="scaling", settings=settings, **results.stamp())
+        for axis, count, mode, devices, features, examples in points:
+            of = collectives.Config(devices, features, examples, IMAGE)
+            size = 4 * devices * examples * features * IMAGE[0] * IMAGE[1]
+            calls, sent = {}, {}
+            for name in collectives.LAYERS:
+                program, arrays = collectives.compiled(of, mode, name, False, True)
+                calls[name] = partial(program, *arrays)
+                sent[name] = len(collectives.counted(program))
+            point = {"axis": axis, "count": count, "mode": mode, "bytes": size}
+            for name, time in interleaved(calls, config.seconds).items():
+                found = {"layer": name, "time": time, "collectives": sent[name]}
+                log.add("point", **point, **found)
 
 
 def chosen(records: list[results.Record], **fields: str) -> list[results.Record]:
@@ -187,6 +163,21 @@ def line(axes: Axes, x: list[float], points: list[results.Record], label: str) -
     axes.legend(fontsize=7, frameon=False)
 
 
+def main(config: Config) -> int:
+    """Measures, records, prints the tables and draws the picture."""
+    path, folder = results.places("bench_scaling", config.out, config.record)
+    if not config.plot_only:
+        run(config, path)
+    start, *records = charts.last_run(path)
+    console = Console(width=100)
+    console.print(table(records))
+    for axis, name in product(AXES[1:], collectives.LAYERS):
+        value = slope(start, records, axis, name)
+        console.print(f"slope by {axis}, {name}: {value:.2f}")
+    draw(start, records, folder / "bench_scaling.png")
+    return 0
+
+
 if __name__ == "__main__":
     keep_memory("experiments.bench.scaling")
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(study.start(main, SMOKE, tyro.cli(Config, description=__doc__)))

@@ -50,11 +50,6 @@ OPTIONS: dict[str, Any] = {  # nothing can be run to tune; kernels stay in the p
 }
 
 
-def prepare() -> None:
-    """Keeps JAX to this machine's CPU; before anything else uses a device."""
-    jax.config.update("jax_platforms", "cpu")
-
-
 def chips(target: str) -> list[int]:
     """How many chips of a target can be described."""
     return list(TPU.get(target, GPU_TOPOLOGY))

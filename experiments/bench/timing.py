@@ -1,4 +1,4 @@
-"""What the benches share: calls that take turns, and the device's own copy speed."""
+"""How the benches measure time: calls that take turns, and their medians."""
 
 import os
 import statistics
@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 # Outputs of megabytes are page-faulted anew on every call unless glibc keeps memory.
 MALLOC = {
@@ -55,9 +54,3 @@ def interleaved(
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
-
-
-def copying(x: jax.Array) -> Callable[[], jax.Array]:
-    """A call that reads and writes every byte of `x` once, and does nothing else."""
-    negate = jax.jit(jnp.negative)
-    return lambda: negate(x)

@@ -14,7 +14,8 @@ Measured (two cores of an AMD EPYC, jax 0.10.2): 5.5 to 19 times batch normaliza
 the eigenvalues 0.91 to 1.07 times the iteration, Cholesky 0.90 to 1.03 (two runs).
 """
 
-from dataclasses import asdict, dataclass, replace
+import dataclasses
+import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,19 +28,20 @@ from rich.table import Table
 
 import bnjax
 from bnjax import whiten
-from experiments.bench import bars, charts
+from experiments.bench import charts
 from experiments.bench.timing import interleaved, keep_memory
-from experiments.common import results
+from experiments.common import results, study
 
 CONTROL = "batch_norm"
 LAYERS = {CONTROL: bnjax.batch_norm} | {
     name: partial(whiten.decorrelate, method=name)
     for name in ("newton_schulz", "eigh", "cholesky")
 }
+SMOKE = {"positions": 64, "features": (8,), "groups": (4,), "seconds": 0.0}
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True)
+class Config(study.Output):
     """What is measured."""
 
     positions: int = 8192
@@ -50,34 +52,9 @@ class Config:
     """Features that are whitened together; only divisors of the features are run."""
     seconds: float = 8.0
     """For each point, all layers together."""
-    output: Path = Path("experiments/results/bench_whitening.jsonl")
-    """Appended to."""
-    figure: Path = Path("experiments/figures/bench_whitening.png")
-    """The picture."""
-    smoke: bool = False
-    """One point, small and brief."""
 
 
-def main(config: Config) -> None:
-    """Measures, records, prints the table and draws the picture."""
-    if config.smoke:
-        jax.config.update("jax_disable_most_optimizations", True)
-        config = replace(config, positions=64, features=(8,), groups=(4,), seconds=0)
-    with results.Log(config.output, digits=9) as log:
-        log.add("start", bench="whitening", settings=asdict(config), **results.stamp())
-        for features, size in product(config.features, config.groups):
-            if features % size == 0:
-                times = interleaved(
-                    calls(config.positions, features, size), config.seconds
-                )
-                point = {"features": features, "group_size": size, "time": times}
-                log.add("point", **point)
-    start, *records = charts.last_run(config.output)
-    Console(width=100).print(table(records))
-    draw(start, records, config.figure)
-
-
-def calls(positions: int, features: int, size: int):
+def calls_of(positions: int, features: int, size: int):
     """Forward + backward of each layer, by name; all of one input."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, dy = jax.random.normal(keys[0], (2, positions, features))
@@ -95,6 +72,18 @@ def calls(positions: int, features: int, size: int):
         program = jax.jit(partial(step, partial(layer, **sized)))
         made[name] = partial(program, x, *vectors)
     return made
+
+
+def run(config: Config, path: Path) -> None:
+    """Appends one record per point."""
+    with results.Log(path, digits=9) as log:
+        settings = results.settings_of(config)
+        log.add("start", bench="whitening", settings=settings, **results.stamp())
+        for features, size in product(config.features, config.groups):
+            if features % size == 0:
+                calls = calls_of(config.positions, features, size)
+                times = interleaved(calls, config.seconds)
+                log.add("point", features=features, group_size=size, time=times)
 
 
 def ratios(record: results.Record) -> dict[str, float]:
@@ -123,16 +112,26 @@ def draw(start: results.Record, records: list[results.Record], path: Path) -> No
         f"{r['features']} features\nin groups of {r['group_size']}": ratios(r)
         for r in records
     }
-    positions = start["settings"]["positions"]
-    bars.draw(
-        {f"{positions} positions, float32": groups},
-        path,
-        title="Whitening, forward + backward",
-        note=charts.machine(start),
-        label="time over batch normalization's",
+    title = (
+        f"Whitening {start['settings']['positions']} positions, float32, forward + "
+        f"backward\n{charts.machine(start)}"
     )
+    figure, (axes,) = charts.panels(title, 1, height=1.2 + 0.5 * len(groups))
+    charts.bars_of_ratios(axes, groups, "time over batch normalization's")
+    charts.save(figure, path, [axes])
+
+
+def main(config: Config) -> int:
+    """Measures, records, prints the table and draws the picture."""
+    path, folder = results.places("bench_whitening", config.out, config.record)
+    if not config.plot_only:
+        run(config, path)
+    start, *records = charts.last_run(path)
+    Console(width=100).print(table(records))
+    draw(start, records, folder / "bench_whitening.png")
+    return 0
 
 
 if __name__ == "__main__":
     keep_memory("experiments.bench.whitening")
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(study.start(main, SMOKE, tyro.cli(Config, description=__doc__)))

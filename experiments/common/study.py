@@ -41,11 +41,9 @@ class SettingsError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The options that every experiment has."""
+class Output:
+    """Where results go: the options of all that measures."""
 
-    data_dir: Path | None = None
-    """A local copy of the data; see experiments/common/images.py."""
     out: Path = RUNS
     """The folder of the records, to which they are appended, and of the pictures."""
     record: bool = False
@@ -53,7 +51,15 @@ class Settings:
     smoke: bool = False
     """A run of seconds, to see that all works; it keeps nothing without --out."""
     plot_only: bool = False
-    """Train nothing; print and draw what there is of these settings again."""
+    """Measure nothing; print and draw what there is of these settings again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Output):
+    """The options that every experiment has."""
+
+    data_dir: Path | None = None
+    """A local copy of the data; see experiments/common/images.py."""
 
 
 class Trained(NamedTuple):
