@@ -86,7 +86,8 @@ inputs; the last matrix always starts at scale 1. All rates and scales of one ki
 network are trained at once, from the same draws, on the same batches. To evaluate, the
 networks normalize by the statistics of the training images, all in one batch.
 
-A run that was stopped goes on where it was, from the kind of network it was at.
+To change the data, see `load`; the model, `Network`; the optimizer or schedule, `fit`.
+A run that was stopped goes on from the kind of network it was at.
 
 References: Ioffe & Szegedy 2015, sections 1, 3.3, 3.4 and 4.2.2 (BN-x5-Sigmoid).
 """
@@ -313,14 +314,18 @@ def train_grid(cell: Cell, data: Data) -> dict[str, np.ndarray]:
     devices = jax.devices()[: math.gcd(len(grid), len(jax.devices()))]
     split = NamedSharding(Mesh(np.array(devices), ("network",)), P("network"))
     rates, scales = jax.device_put(tuple(grid.T), split)
-    found = fit(network, jax.random.key(cell.seed), rates, scales, data, batches)
+    key = jax.random.key(cell.seed)
+    params = fit(network, key, rates, scales, data.train, batches)
+    found = jax.vmap(functools.partial(evaluate, network), (0, None))(params, data)
     shape = len(cell.rates), len(cell.scales)
     return {name: np.asarray(v).reshape(shape) for name, v in found.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def fit(network: Network, key: jax.Array, rates, scales, data: Data, batches):
-    """The accuracies of one network for each of `rates` and `scales`, trained."""
+def fit(
+    network: Network, key: jax.Array, rates, scales, data: Split, batches
+) -> Params:
+    """The parameters of a network for each of (rates, scales), trained on `batches`."""
 
     def loss(params, x, labels):
         logits, _ = network.apply(params, x)
@@ -331,18 +336,18 @@ def fit(network: Network, key: jax.Array, rates, scales, data: Data, batches):
         return jax.tree.map(lambda p, g: p - rate * g, params, gradient)
 
     def step(i, params):
-        x = data.train.images[batches[i]].astype(jnp.float32)
-        labels = data.train.labels[batches[i]]
+        x = data.images[batches[i]].astype(jnp.float32)
+        labels = data.labels[batches[i]]
         return jax.vmap(descend, (0, 0, None, None))(params, rates, x, labels)
 
     def init(scale):
-        return network.init(key, data.train.images.shape[1], scale)
+        return network.init(key, data.images.shape[1], scale)
 
     params = jax.vmap(init)(scales)
-    params = jax.lax.fori_loop(0, len(batches), step, params)
-    return jax.vmap(functools.partial(evaluate, network), (0, None))(params, data)
+    return jax.lax.fori_loop(0, len(batches), step, params)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def evaluate(network: Network, params: Params, data: Data) -> dict[str, jax.Array]:
     """Accuracies, by the statistics of (at most 4,096) training images."""
     known = jnp.asarray(data.train.images[:4_096], jnp.float32)

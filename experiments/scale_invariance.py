@@ -56,7 +56,9 @@ Layer Jacobians are those of the paper's section 3.3, from one normalized vector
 next (without BN, from what one activation is given to what the next is), at single
 images, with the statistics of the training images held constant.
 
-A run that was stopped goes on where it was.
+The network and the data are those of `experiments.saturation`. To change them, see
+`Network` and `load` there; to add a network, `KINDS`; the optimizer, `descend`. A run
+that was stopped goes on where it was.
 
 References: Ioffe & Szegedy 2015, section 3.3; van Laarhoven 2017, "L2 regularization
 versus batch and weight normalization" (the effective rate); Wan et al. 2021, "Spherical
@@ -226,7 +228,7 @@ def run(cell: Cell, data: Data) -> Record:
     turns = (steps["turn"] ** 2).reshape(-1, cell.every, cell.depth)
     result = {
         "loss": steps["loss"].reshape(-1, SMOOTHED).mean(1),
-        **jax.jit(evaluate, static_argnums=0)(network, params, data),
+        **evaluate(network, params, data),
         "length": steps["length"][:: cell.every],
         "turn": np.sqrt(turns.mean(1)),
         "along": steps["along"].max(),
