@@ -181,8 +181,9 @@ def cells(config: Config) -> list[Cell]:
             f"received --steps {config.steps} and --every {config.every}: expected a "
             f"multiple of --every, and of {SMOOTHED}"
         )
-    if unknown := set(config.kinds) - KINDS.keys():
-        raise ValueError(f"received --kinds {unknown}: expected of {', '.join(KINDS)}")
+    for kind in config.kinds:
+        if kind not in KINDS:
+            raise ValueError(f"received --kinds {kind}: expected {', '.join(KINDS)}")
     fields = {field.name for field in dataclasses.fields(Cell)}
     shared = {name: v for name, v in vars(config).items() if name in fields}
     kinds = ("bn", "plain") if config.tune else config.kinds
