@@ -77,7 +77,9 @@ either kind is no worse than the best one with BN: what BN adds there is room fo
 rates and scales. Tanh networks of scale 1 train in 20 layers without it. And BN itself
 has its limit: of 50 layers not all train, none at the highest rate; what is lost are
 small scales at large rates, and large scales at small ones, since with BN the scale
-does nothing but change the effective rate. 400 test images: one is 0.25 %.
+does nothing but change the effective rate. 400 test images: one is 0.25 %. Rounding
+alone, on one CPU device or two, changes the accuracy of single networks of 20 sigmoid
+layers with BN by up to 20 points at rates above 0.05; 77 to 80 % of them train.
 
 The networks: equal hidden layers, each batch-normalized before its activation or not;
 binary images; plain gradient descent at a constant rate. The scale is the standard
@@ -267,8 +269,9 @@ class Network:
         if not self.normalize:
             return z + own["bias"][None], {}
         if "mean" in own:
-            used = {"mean": own["mean"], "var": own["var"]}
-            return bnjax.normalize(z, *used.values(), own["scale"], own["bias"]), used
+            mean, var = own["mean"], own["var"]
+            z = bnjax.normalize(z, mean, var, own["scale"], own["bias"])
+            return z, {"mean": mean, "var": var}
         z, moments = bnjax.batch_norm(z, own["scale"], own["bias"])
         return z, {"mean": moments.mean, "var": moments.variance()}
 
@@ -417,7 +420,7 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
     )
     rows, columns = 2 * len(config.activations), len(config.depths)
     figure, axes = panels.make(title, (9.6, 6.0), rows, columns)
-    colours = ScalarMappable(Normalize(0, 100))
+    percent = Normalize(0, 100)
     known = by_kind(found)
     kinds = itertools.product(config.activations, WITH, config.depths)
     for i, (kind, panel) in enumerate(zip(kinds, axes, strict=True)):
@@ -427,7 +430,7 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
             test = known[kind]["test"]
             above += f"{(test > TRAINS).mean():.0%} train"
             mean = 100 * test.mean(0).T
-            panel.imshow(mean, norm=colours.norm, origin="lower", aspect="auto")
+            panel.imshow(mean, norm=percent, origin="lower", aspect="auto")
         panel.set_title(above, fontsize=8)
         panel.set_xlabel("learning rate", fontsize=9)
         panel.set_ylabel(f"{activation}\n{WITH[bn]}\ninitial scale", fontsize=9)
@@ -435,7 +438,7 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
         panel.set_yticks(range(len(config.scales)), [f"{s:g}" for s in config.scales])
         panel.tick_params(labelsize=7)
         panel.label_outer()
-    bar = figure.colorbar(colours, ax=axes, shrink=0.6, pad=0.01)
+    bar = figure.colorbar(ScalarMappable(percent), ax=axes, shrink=0.6, pad=0.01)
     bar.set_label("test accuracy (%)", fontsize=9)
     path = folder / f"saturation_{config.data}.png"
     panels.save(figure, path)

@@ -460,7 +460,8 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
     if config.tune:
         return []
     count = len({cell.seed for cell in found})
-    title = f"{panels.DATA[config.data]}, hidden layers of tanh, {count} seeds"
+    seeds = f"{count} seed{'s' * (count > 1)}"
+    title = f"{panels.DATA[config.data]}, hidden layers of tanh, {seeds}"
     figure, axes = panels.make(title, (9.8, 5.8), 2, 3)
     identities, losses, rates, turns, over_time, by_scale = axes
     dots: dict[str, Any] = {"marker": "o", "ms": 3}
