@@ -56,7 +56,9 @@ Layer Jacobians are those of the paper's section 3.3, from one normalized vector
 next (without BN, from what one activation is given to what the next is), at single
 images, with the statistics of the training images held constant.
 
-A run that was stopped goes on where it was.
+The network and the data are those of `experiments.saturation`. To change them, see
+`Network` and `load` there; to add a network, `KINDS`; the optimizer, `descend`. A run
+that was stopped goes on where it was.
 
 References: Ioffe & Szegedy 2015, section 3.3; van Laarhoven 2017, "L2 regularization
 versus batch and weight normalization" (the effective rate); Wan et al. 2021, "Spherical
@@ -66,58 +68,64 @@ motion dynamics" (the equilibrium).
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
+from rich import box
+from rich.table import Table
 
-from experiments.common import study
-from experiments.common.data.batches import draw as draw_batches
-from experiments.common.data.splits import Dataset, Split, load
-from experiments.common.models.deep import Net
+import bnjax
+from experiments.common import panels, study
+from experiments.common.images import Split
 from experiments.common.results import Record, plain
-from experiments.common.settings import Settings
-from experiments.common.studies import jacobians, scale_plot, scale_tables
-from experiments.common.studies.scale_kinds import FACTORS, SMOOTHED, Kind
-from experiments.common.study import Study, Trained
-from experiments.common.training import growth
-from experiments.common.training.growth import Rates
+from experiments.common.study import Settings, Study, Trained
+from experiments.saturation import (
+    ACTIVATIONS,
+    Data,
+    Network,
+    Params,
+    draw_batches,
+    evaluate,
+    load,
+)
 
-KNOWN = 4_096  # training images at most, for the statistics to evaluate with
-EXAMPLES = 16  # at which Jacobians are taken
+FACTORS = 1e-3, 1e-2, 1e-1, 0.5, 2.0, 1e1, 1e2, 1e3  # a in BN((aW)u)
+QUANTITIES = "output", "input's Jacobian", "gradient"  # compared between a W and W
+PERCENTILES = 5, 25, 50, 75, 95  # of singular values
+EXAMPLES = 16  # images at which Jacobians are taken
+SMOOTHED = 50  # steps whose losses are averaged
 
 
-class Start(NamedTuple):
-    """How a network begins, and what is added to its training.
+class Kind(NamedTuple):
+    """A network, relative to the usual one, and how it is shown."""
 
-    Attributes:
-        normalize: whether there is batch normalization.
-        scale: of the hidden layers' first weights.
-        faster: a factor of their learning rate.
-        decays: whether there is L2.
-    """
-
+    label: str
+    colour: str
     normalize: bool
-    scale: float = 1.0
-    faster: float = 1.0
-    decays: bool = False
+    scale: float = 1.0  # of the hidden layers' first weights
+    faster: float = 1.0  # a factor of their learning rate
+    decays: bool = False  # whether they have L2
 
 
-STARTS: dict[Kind, Start] = {
-    "bn": Start(True),
-    "bn large": Start(True, 4.0),
-    "bn small": Start(True, 0.25),
-    "bn large fast": Start(True, 4.0, 16.0),
-    "bn decay": Start(True, decays=True),
-    "plain": Start(False),
-    "plain large": Start(False, 4.0),
-    "plain small": Start(False, 0.25),
+KINDS = {
+    "bn": Kind("with BN", "#0072b2", True),
+    "bn large": Kind("with BN, 4 W", "#1a1a6c", True, 4.0),
+    "bn small": Kind("with BN, W / 4", "#56b4e9", True, 0.25),
+    "bn large fast": Kind("with BN, 4 W, rate x 16", "#cc79a7", True, 4.0, 16.0),
+    "bn decay": Kind("with BN and L2", "#009e73", True, decays=True),
+    "plain": Kind("without BN", "#d55e00", False),
+    "plain large": Kind("without BN, 4 W", "#d55e00", False, 4.0),
+    "plain small": Kind("without BN, W / 4", "#d55e00", False, 0.25),
 }
+BY_SCALE = "bn small", "bn", "bn large", "plain small", "plain", "plain large"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +134,8 @@ class Config(Settings):
 
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
     """The images. The digits come with scikit-learn; the others are downloaded once."""
-    kinds: tuple[Kind, ...] = get_args(Kind)
-    """Which networks are trained."""
+    kinds: tuple[str, ...] = tuple(KINDS)
+    """Which networks are trained: names of `KINDS`."""
     rate: float = 0.3
     """Of learning; the best of both networks, see --tune."""
     decay: float = 0.005
@@ -155,7 +163,7 @@ class Cell:
     """All that decides what comes of a training."""
 
     data: str
-    kind: Kind
+    kind: str
     rate: float
     decay: float
     seed: int
@@ -173,25 +181,22 @@ def cells(config: Config) -> list[Cell]:
             f"received --steps {config.steps} and --every {config.every}: expected a "
             f"multiple of --every, and of {SMOOTHED}"
         )
-    kinds: Sequence[Kind] = ("bn", "plain") if config.tune else config.kinds
+    for kind in config.kinds:
+        if kind not in KINDS:
+            raise ValueError(f"received --kinds {kind}: expected {', '.join(KINDS)}")
+    fields = {field.name for field in dataclasses.fields(Cell)}
+    shared = {name: v for name, v in vars(config).items() if name in fields}
+    kinds = ("bn", "plain") if config.tune else config.kinds
+    rates = config.rates if config.tune else (config.rate,)
     made = []
-    for kind, seed in itertools.product(kinds, config.seeds):
-        made += [
-            Cell(
-                config.data,
-                kind,
-                rate,
-                config.decay if STARTS[kind].decays else 0.0,
-                seed,
-                config.steps,
-                config.every,
-                config.depth,
-                config.width,
-                config.batch_size,
-            )
-            for rate in (config.rates if config.tune else (config.rate,))
-        ]
+    for kind, seed, rate in itertools.product(kinds, config.seeds, rates):
+        decay = config.decay if KINDS[kind].decays else 0.0
+        own = {"kind": kind, "seed": seed, "rate": rate, "decay": decay}
+        made.append(Cell(**(shared | own)))
     return made
+
+
+# Training
 
 
 def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
@@ -202,84 +207,325 @@ def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
         yield Trained(cell, result, f"{cell.kind}: {result['test']:.1%}")
 
 
-def run(cell: Cell, data: Dataset) -> Record:
+def run(cell: Cell, data: Data) -> Record:
     """Trains a network, and measures on the way."""
-    start = STARTS[cell.kind]
-    net = Net(cell.depth, cell.width, "tanh", start.normalize)
-    drawn = draw_batches(cell.seed, len(data.train.labels), cell.steps, cell.batch_size)
-    known = jnp.asarray(data.train.images[:KNOWN], jnp.float32)
-    params = net.init(
-        jax.random.key(cell.seed), known.shape[1], jnp.asarray(start.scale)
-    )
-    rates = Rates(cell.rate, cell.rate * start.faster, cell.decay)
-    taken, singular = [], [_singular(net, params, known)]
+    kind = KINDS[cell.kind]
+    network = Network(cell.depth, cell.width, "tanh", kind.normalize)
+    known = jnp.asarray(data.train.images[:4_096], jnp.float32)
+    key, scale = jax.random.key(cell.seed), jnp.asarray(kind.scale)
+    params = network.init(key, known.shape[1], scale)
+    size, fast = len(data.train.labels), cell.rate * kind.faster
+    drawn = draw_batches(cell.seed, size, cell.steps, cell.batch_size)
+    parts, singular = [], [singular_values(network, params, known)]
     for batches in drawn.reshape(-1, cell.every, cell.batch_size):
-        params, steps = growth.descend(net, params, rates, data.train, batches)
-        taken.append(jax.device_get(steps))
-        singular.append(_singular(net, params, known))
-    steps: growth.Steps = jax.tree.map(lambda *parts: np.concatenate(parts), *taken)
+        params, measured = descend(
+            network, params, data.train, batches, cell.rate, fast, cell.decay
+        )
+        parts.append(measured)
+        singular.append(singular_values(network, params, known))
+    steps = jax.tree.map(lambda *p: np.concatenate(p), *parts)
     with np.errstate(invalid="ignore", over="ignore"):  # a network may diverge
-        growing = growth.predicted_length(steps, rates.kernels)
-        error = np.abs(steps.length[-1] / growing - 1).max()
-    validation, test = _accuracies(net, params, known, data.validation, data.test)
+        growth = np.abs(steps["length"][-1] / predicted_length(steps, fast) - 1).max()
+    turns = (steps["turn"] ** 2).reshape(-1, cell.every, cell.depth)
     result = {
-        "loss": steps.loss.reshape(-1, SMOOTHED).mean(1),
-        "validation": validation,
-        "test": test,
-        "length": steps.length[:: cell.every],
-        "turn": np.sqrt((steps.turn**2).reshape(-1, cell.every, cell.depth).mean(1)),
-        "along": steps.along.max(),
-        "growth": error if start.normalize and not cell.decay else None,
-        "deviations": jacobians.deviations(
-            net, params, known[: cell.batch_size], FACTORS
-        ),
+        "loss": steps["loss"].reshape(-1, SMOOTHED).mean(1),
+        **evaluate(network, params, data),
+        "length": steps["length"][:: cell.every],
+        "turn": np.sqrt(turns.mean(1)),
+        "along": steps["along"].max(),
+        "growth": growth if kind.normalize and not cell.decay else None,
+        "deviations": deviations(network, params, known[: cell.batch_size]),
         "singular": singular,
     }
     return plain(result, 4)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(net: Net, params: Record, x: jax.Array, statistics: Record | None = None):
-    return net.apply(params, x, statistics)
+def descend(
+    network: Network, params: Params, data: Split, batches, rate, fast, decay
+) -> tuple[Params, dict[str, jax.Array]]:
+    """The parameters after a step on each of `batches`, and what is measured.
+
+    The hidden layers' kernels have the rate `fast` and the L2 `decay`. Measured are the
+    loss of each batch, (step,), and what `measure` returns, (step, layer).
+    """
+
+    def loss(params, x, labels):
+        logits, _ = network.apply(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def change(path, p, g):
+        if path[0].key != "last" and path[1].key == "kernel":
+            return p - fast * (g + decay * p)
+        return p - rate * g
+
+    def step(params, batch):
+        x = data.images[batch].astype(jnp.float32)
+        value, gradient = jax.value_and_grad(loss)(params, x, data.labels[batch])
+        new = jax.tree.map_with_path(change, params, gradient)
+        layers = zip(hidden(params), hidden(gradient), hidden(new), strict=True)
+        rows = [measure(w["kernel"], g["kernel"], v["kernel"]) for w, g, v in layers]
+        measured = jax.tree.map(lambda *values: jnp.stack(values), *rows)
+        return new, {"loss": value, **measured}
+
+    return jax.lax.scan(step, params, batches)
 
 
-def _singular(net: Net, params: Record, known: jax.Array) -> np.ndarray:
-    """Percentiles of the singular values, (layer, percentile)."""
-    _, statistics = _apply(net, params, known)
-    found = jacobians.of_layers(net, params, statistics, known[:EXAMPLES])
-    return jacobians.singular_values(found)
+def hidden(params: Params) -> list[Params]:
+    """The parameters of each hidden layer."""
+    depth = len(params["rest"]["kernel"])
+    rest = [jax.tree.map(lambda p, i=i: p[i], params["rest"]) for i in range(depth)]
+    return [params["first"], *rest]
 
 
-def _accuracies(net: Net, params: Record, known: jax.Array, *parts: Split):
-    """On each part, by the statistics of `known`."""
-    _, statistics = _apply(net, params, known)
-    images = np.concatenate([part.images for part in parts]).astype(np.float32)
-    logits, _ = _apply(net, params, jnp.asarray(images), statistics)
-    right = np.asarray(logits).argmax(-1) == np.concatenate([p.labels for p in parts])
-    ends = np.cumsum([len(part.labels) for part in parts])
-    return [share.mean() for share in np.split(right, ends[:-1])]
+def measure(w: jax.Array, g: jax.Array, new: jax.Array) -> dict[str, jax.Array]:
+    """Of the units of a layer: weights w, the columns; gradients g; weights after.
+
+    The roots of the mean squares of lengths |w|, slopes |g| and turns, the angles in
+    radians between w before and after; and the largest |cosine| of w and g.
+    """
+
+    def directions(x):
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=0, keepdims=True), 1e-30)
+
+    # Of the chord: the cosine of a small angle is 1 in float32.
+    chord = jnp.linalg.norm(directions(new) - directions(w), axis=0)
+    turn = 2 * jnp.arcsin(jnp.minimum(chord / 2, 1))
+    return {
+        "length": jnp.sqrt((w**2).sum(0).mean()),
+        "slope": jnp.sqrt((g**2).sum(0).mean()),
+        "turn": jnp.sqrt((turn**2).mean()),
+        "along": jnp.abs((directions(w) * directions(g)).sum(0)).max(),
+    }
 
 
-def grouped(found: dict[Cell, Record]) -> dict[tuple[Kind, float], list[Record]]:
-    """The results of all seeds, by kind and rate."""
-    groups: dict[tuple[Kind, float], list[Record]] = {}
+def predicted_length(steps: dict[str, Any], rate: float) -> Any:
+    """(layer,): by Pythagoras, without L2, the length before the last step."""
+    start, taken = steps["length"][0], rate * steps["slope"][:-1]
+    return np.sqrt(start**2 + (taken**2).sum(0))
+
+
+# Jacobians
+
+
+def singular_values(network: Network, params: Params, known: jax.Array) -> np.ndarray:
+    """Percentiles of layer Jacobians' singular values, (layer, percentile)."""
+    jacobians = np.asarray(layer_jacobians(network, params, known, known[:EXAMPLES]))
+    if not np.isfinite(jacobians).all():  # the network diverged
+        return np.full((len(jacobians), len(PERCENTILES)), np.nan)
+    values = np.linalg.svd(jacobians, compute_uv=False)
+    return np.percentile(values.reshape(len(values), -1), PERCENTILES, axis=1).T
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def layer_jacobians(
+    network: Network, params: Params, known: jax.Array, x: jax.Array
+) -> jax.Array:
+    """The Jacobian of each hidden layer but the first, (layer, example, unit, unit).
+
+    With BN of the transformation from one normalized vector, before scale and bias, to
+    the next; without, from one activation's input to the next. The statistics are
+    constants, those of `known`; both it and `x` are (example, pixel).
+    """
+    _, statistics = network.apply(params, known)
+    parts = {name: params[name] | used for name, used in statistics.items()}
+    first, *others = hidden(parts)
+
+    def normalized(x, own):
+        if not network.normalize:
+            return network.preactivation(x, own)[0]
+        return bnjax.normalize(x @ own["kernel"], own["mean"], own["var"])
+
+    def activated(z, own):
+        y = z * own["scale"][None] + own["bias"][None] if network.normalize else z
+        return ACTIVATIONS[network.activation](y)
+
+    z, below, found = normalized(x, first), first, []
+    for own in others:
+
+        def between(one, below=below, own=own):  # of one example
+            return normalized(activated(one[None], below), own)[0]
+
+        found.append(jax.vmap(jax.jacfwd(between))(z))
+        z, below = normalized(activated(z, below), own), own
+    return jnp.stack(found)
+
+
+def deviations(
+    network: Network, params: Params, x: jax.Array, factors: Sequence[float] = FACTORS
+) -> np.ndarray:
+    """How far a W of a hidden layer is from W: (quantity, factor), the worst layer.
+
+    Each is |of a W - of W| / |of W|: of the layer's normalized output; of its input's
+    cotangent, for a random one of the output; and of that of W, times a. They are those
+    of training: the batch's statistics are differentiated through.
+    """
+    random = np.random.default_rng(0)
+    cotangent = jnp.asarray(random.normal(size=(len(x), network.width)), x.dtype)
+    rows, u = [], x
+    for own in hidden(params):
+        rows.append(layer_deviations(network, own, u, cotangent, jnp.asarray(factors)))
+        u, _ = network.layer(u, own)
+    return np.max(rows, axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def layer_deviations(network: Network, own: Params, u, cotangent, factors):
+    """Of one layer, whose input is `u`: (quantity, factor)."""
+
+    def scaled(a):
+        def preactivation(u, kernel):
+            return network.preactivation(u, own | {"kernel": kernel})[0]
+
+        z, pullback = jax.vjp(preactivation, u, a * own["kernel"])
+        of_u, of_kernel = pullback(cotangent)
+        return z, of_u, a * of_kernel
+
+    def compare(a):
+        norm, pairs = jnp.linalg.norm, zip(scaled(a), scaled(1.0), strict=True)
+        return jnp.stack([norm(s - t) / norm(t) for s, t in pairs])
+
+    return jax.lax.map(compare, factors).T
+
+
+# Tables and picture
+
+
+def series(
+    found: dict[Cell, Record], field: str, *kinds: str
+) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
+    """Of each of `kinds` that there is: its name, (seed, ...), and a line's style."""
+    for kind in kinds:
+        rows = [r[field] for cell, r in found.items() if cell.kind == kind]
+        if rows:
+            style = {"label": KINDS[kind].label, "color": KINDS[kind].colour}
+            yield kind, np.array(rows, float), style
+
+
+def report(config: Config, found: dict[Cell, Record]) -> list[Table]:
+    """Accuracies and weights of each kind; the identities; the singular values."""
+    main = Table(
+        *("network", "rate", "validation (%)", "test (%)", "loss at the end"),
+        *("weights grew", "prediction off by", "largest cosine of w and g"),
+        *("turn per step", "sqrt(2 rate L2)"),
+        box=box.MARKDOWN,
+    )
+    groups: dict[tuple[str, float], list[Record]] = {}
     for cell, result in found.items():
         groups.setdefault((cell.kind, cell.rate), []).append(result)
-    return groups
+    for (kind, rate), rows in groups.items():
+        of = {name: np.array([r[name] for r in rows], float) for name in rows[0]}
+        grown = of["length"][:, -1] / of["length"][:, 0]
+        exact = KINDS[kind].normalize and not KINDS[kind].decays
+        main.add_row(
+            *(KINDS[kind].label, f"{rate:g}"),
+            *(percent(of[name]) for name in ("validation", "test")),
+            f"{of['loss'][:, -1].mean():.3g}",
+            f"{grown.mean():.3g} x",
+            f"{of['growth'].max():.1e}" if exact else "-",
+            f"{of['along'].max():.1e}",
+            f"{of['turn'][:, -1].mean():.3g}",
+            f"{equilibrium(rate, config.decay):.3g}" if KINDS[kind].decays else "-",
+        )
+    if config.tune:
+        return [main]
+    title = "off by, if W is multiplied by"
+    changed = Table(title, *(f"{a:g}" for a in FACTORS), box=box.MARKDOWN)
+    for kind, values, _ in series(found, "deviations", "bn", "plain"):
+        for quantity, row in zip(QUANTITIES, values.max(0), strict=True):
+            name = f"{KINDS[kind].label}: {quantity}"
+            changed.add_row(name, *(f"{v:.1e}" for v in row))
+    title = "singular values, percentiles"
+    singular = Table(title, *map(str, PERCENTILES), box=box.MARKDOWN)
+    for kind, values, _ in series(found, "singular", *BY_SCALE):
+        for when, point in (("before", 0), ("after", -1)):
+            shown = (f"{v:.3g}" for v in values[:, point].mean((0, 1)))
+            singular.add_row(f"{KINDS[kind].label}, {when}", *shown)
+    return [main, changed, singular]
 
 
-def report(config: Config, found: dict[Cell, Record]) -> Sequence[object]:
-    """The tables."""
-    tables = scale_tables.report(grouped(found), config.decay)
-    return tables[:1] if config.tune else tables
+def percent(shares: np.ndarray) -> str:
+    """The mean, and the standard deviation (n - 1) of several."""
+    spread = f" ± {100 * shares.std(ddof=1):.1f}" if len(shares) > 1 else ""
+    return f"{100 * shares.mean():.1f}{spread}"
+
+
+def equilibrium(rate: float, decay: float) -> float:
+    """The turn per step, in radians, once growth and L2 balance (Wan et al. 2021)."""
+    return math.sqrt(2 * rate * decay)
 
 
 def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
-    """Six panels."""
+    """Six panels: the identities, the effective rate, and the Jacobians."""
     if config.tune:
         return []
+    count = len({cell.seed for cell in found})
+    seeds = f"{count} seed{'s' * (count > 1)}"
+    title = f"{panels.DATA[config.data]}, hidden layers of tanh, {seeds}"
+    figure, axes = panels.make(title, (9.8, 5.8), 2, 3)
+    identities, losses, rates, turns, over_time, by_scale = axes
+    dots: dict[str, Any] = {"marker": "o", "ms": 3}
+
+    for kind, values, style in series(found, "deviations", "bn", "plain"):
+        shown = len(QUANTITIES) if kind == "bn" else 1  # without BN all are alike
+        for i, quantity in enumerate(QUANTITIES[:shown]):
+            style |= {"ls": ("-", "--", ":")[i], "marker": "os^"[i], "ms": 3}
+            style |= {"label": f"{KINDS[kind].label}: {quantity}"}
+            panels.line(identities, FACTORS, values[:, i], **style)
+    title = "After training: a W instead of W"
+    panels.label(identities, title, "a", "relative difference", log="xy")
+
+    shown = "bn small", "bn", "bn large", "bn large fast", "plain"
+    for kind, values, style in series(found, "loss", *shown):
+        steps = SMOOTHED * (np.arange(values.shape[1]) + 0.5)
+        ls = "--" if kind == "bn large fast" else "-"
+        panels.line(losses, steps, values, ls=ls, **style)
+    title = "First weights 1/4, 1 and 4 times as large"
+    panels.label(losses, title, "training steps", "training loss", log="y")
+
+    for _, values, style in series(found, "length", "bn small", "bn", "bn large"):
+        effective = (config.rate / values**2).mean(-1)
+        steps = config.every * np.arange(effective.shape[1])
+        panels.line(rates, steps, effective, **dots, **style)
+    y = "rate / |w|², mean of layers"
+    panels.label(rates, "The effective rate", "training steps", y, log="y")
+
+    for _, values, style in series(found, "turn", "bn", "bn decay"):
+        steps = config.every * (np.arange(values.shape[1]) + 0.5)
+        panels.line(turns, steps, values.mean(-1), **dots, **style)
+    turn = equilibrium(config.rate, config.decay)
+    turns.axhline(turn, label="√(2 rate L2)", color="0.4", lw=1, ls=":")
+    title = "How far weights turn in a step"
+    panels.label(turns, title, "training steps", "radians, mean of layers", log="y")
+
+    y = "singular values: median, 5 to 95 %"
+    for _, values, style in series(found, "singular", "plain", "bn"):
+        low, _, median, _, high = values.mean((0, 2)).T
+        steps = config.every * np.arange(len(median))
+        over_time.plot(steps, median, **dots, **style)
+        over_time.fill_between(steps, low, high, alpha=0.15, lw=0, color=style["color"])
+    over_time.axhline(1, color="0.4", lw=0.8, ls=":")
+    title = "Layer Jacobians over training"
+    panels.label(over_time, title, "training steps", y, log="y")
+
+    for kind, values, _ in series(found, "singular", *BY_SCALE):
+        usual = "bn" if KINDS[kind].normalize else "plain"
+        for point, when, shift in ((0, "before", 0), (-1, "after", 2)):
+            low, _, median, _, high = values[:, point].mean((0, 1))
+            style = {"color": KINDS[usual].colour, "marker": "o", "ms": 4}
+            style |= {"mfc": "white"} if when == "before" else {}
+            style |= {"label": f"{KINDS[kind].label}, {when}"} if kind == usual else {}
+            x = KINDS[kind].scale * 1.07 ** (shift + (1 if usual == "bn" else -3))
+            bar = [[median - low], [high - median]]
+            by_scale.errorbar(x, median, bar, lw=1.2, ls="", capsize=2, **style)
+    by_scale.axhline(1, color="0.4", lw=0.8, ls=":")
+    title = "Layer Jacobians before and after training"
+    panels.label(by_scale, title, "scale of the first weights", y, log="xy")
+
+    for panel in axes:
+        panel.legend(fontsize=6.5, frameon=False)
     path = folder / f"scale_invariance_{config.data}.png"
-    scale_plot.draw(grouped(found), config.data, config.every, config.decay, path)
+    panels.save(figure, path)
     return [path]
 
 
@@ -293,7 +539,6 @@ SMOKE = {
     "width": 10,
 }
 STUDY = Study("scale_invariance", cells, train, report, draw, SMOKE)
-
 
 if __name__ == "__main__":
     sys.exit(study.main(STUDY, tyro.cli(Config, description=__doc__)))

@@ -4,12 +4,12 @@
 
 Time: about a minute on two CPU cores; with --smoke some seconds.
 
-What it does, to copy from: the network (with bnjax's layers, their activations and
-residual sums) gets statistics from some batches; `bnjax.fold.fold_model` folds all of
-its batch normalization into the convolutions; `jax.export` makes one program of it, for
-any batch size and for CPUs, CUDA GPUs and TPUs, which is written to a file with the
-weights inside. A fresh process, which imports neither bnjax nor Flax, reads the file
-and classifies batches of several sizes.
+What it does, to copy from: the network, with Flax's layers, gets statistics from some
+batches; bnjax's layers take their place, with the same variables;
+`bnjax.fold.fold_model` folds all batch normalization into the convolutions; and
+`jax.export` makes one program of it, for any batch size and for CPUs, CUDA GPUs and
+TPUs, which is written to a file with the weights inside. A fresh process, which imports
+neither bnjax nor Flax, reads the file and classifies batches of several sizes.
 
 Expected: the fresh process's logits equal those of the unfolded network within 1e-5 of
 the largest. Folding takes away 20 normalizations, their statistics and their reads of
@@ -22,6 +22,8 @@ times for 32. XLA puts each network but for its last layers into one fusion (of
 YNNPACK's), batch normalization included; why the folded one is a little slower was not
 found out. Not measured on a GPU or TPU.
 
+To change the network, see `ResNet`; the batches of its statistics, `trained`.
+
 References: Jacob et al. 2018 (Quantization and training), section 3.2, for folding.
 """
 
@@ -31,6 +33,7 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +48,11 @@ from rich.table import Table
 import bnjax
 from experiments.bench.timing import interleaved, keep_memory
 from experiments.common import results
-from experiments.common.models.imagenet import Basic, Norm, ResNet
-from experiments.common.settings import start
+from experiments.common.study import start
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-5  # relative to the largest logit
-NORMS = {
-    "flax": Norm(nn.BatchNorm, train=False),
-    "bnjax": Norm(bnjax.BatchNorm, fused=True, train=False),
-}
+LAYERS = {"flax": nn.BatchNorm, "bnjax": bnjax.BatchNorm}
 CLIENT = """
 import sys
 import jax, numpy as np
@@ -74,7 +73,7 @@ class Config:
     file: Path | None = None
     """Where to keep the program with its weights (45 MB); None for a temporary file."""
     image_size: int = 32
-    """The side of the images; above 64 the stem is that for ImageNet."""
+    """The side of the images."""
     width: int = 64
     """Features of the first stage."""
     stages: tuple[int, ...] = (2, 2, 2, 2)
@@ -98,6 +97,62 @@ SMOKE: dict[str, Any] = {
     "batch_sizes": (1, 3),
     "seconds": 0.05,
 }
+
+
+# Model
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, and the sum with the input."""
+
+    features: int
+    strides: int
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = conv(self.features, 3, self.strides)(x)
+        y = nn.relu(self.norm()(y))
+        y = conv(self.features, 3)(y)
+        y = self.norm()(y)
+        if x.shape != y.shape:
+            x = conv(self.features, 1, self.strides)(x)
+            x = self.norm()(x)
+        return nn.relu(y + x)
+
+
+class ResNet(nn.Module):
+    """A residual network for small images, with any layer for batch normalization."""
+
+    norm: Callable[..., nn.Module]
+    stages: tuple[int, ...] = (2, 2, 2, 2)
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The logits of images (batch, height, width, channels)."""
+        x = conv(self.width, 3)(x)
+        x = nn.relu(self.norm()(x))
+        for stage, blocks in enumerate(self.stages):
+            for block in range(blocks):
+                strides = 2 if stage and not block else 1
+                layer = Block(
+                    self.width * 2**stage,
+                    strides,
+                    self.norm,
+                    name=f"stage{stage}_block{block}",
+                )
+                x = layer(x)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+def conv(features: int, size: int, strides: int = 1) -> nn.Conv:
+    """A convolution without a bias, as batch normalization follows."""
+    init = nn.initializers.he_normal()
+    return nn.Conv(features, (size, size), strides, use_bias=False, kernel_init=init)
+
+
+# Export, serving, timing
 
 
 def main(config: Config) -> int:
@@ -140,16 +195,13 @@ def _main(config: Config) -> int:
 
 
 def trained(config: Config) -> tuple[dict[str, nn.Module], Any]:
-    """The network with either library's layers, and variables that fit all of them."""
-    build = functools.partial(
-        ResNet,
-        Basic,
-        config.stages,
-        small=config.image_size <= 64,
-        width=config.width,
-        classes=10,
-    )
-    training = build(norm=Norm(nn.BatchNorm))
+    """The network with either library's layers, and variables that fit both."""
+
+    def network(layer: type[nn.Module], train: bool) -> ResNet:
+        norm = functools.partial(layer, use_running_average=not train)
+        return ResNet(norm, config.stages, config.width)
+
+    training = network(nn.BatchNorm, train=True)
     variables = jax.jit(training.init)(jax.random.key(0), images(config, 4))
 
     @jax.jit
@@ -158,7 +210,7 @@ def trained(config: Config) -> tuple[dict[str, nn.Module], Any]:
 
     for seed in range(20):
         variables = {**variables, **step(variables, images(config, 32, seed))}
-    return {name: build(norm=norm) for name, norm in NORMS.items()}, variables
+    return {name: network(layer, False) for name, layer in LAYERS.items()}, variables
 
 
 def images(config: Config, count: int, seed: int = 0) -> jax.Array:

@@ -1,7 +1,7 @@
 """Deep sigmoid and tanh networks: the worked example, the grid, and the heat maps."""
 
+import dataclasses
 import doctest
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,9 @@ from helpers import assert_close, assert_trees_close, plain_batch_norm
 
 from experiments import saturation
 from experiments.common import study
-from experiments.common.data.splits import Dataset, Split
-from experiments.common.models.deep import Net
+from experiments.common.images import Split
 from experiments.common.results import read
-from experiments.common.studies import heatmaps
-from experiments.common.studies.heatmaps import Map
-from experiments.common.training import deep_grid
+from experiments.saturation import Cell, Data, Network, draw_batches
 
 pytestmark = pytest.mark.experiment
 
@@ -68,15 +65,14 @@ def random_params(net, pixels=6):
 
 
 @pytest.mark.parametrize(("activation", "normalize"), KINDS)
-@pytest.mark.parametrize("depth", [2, 4])
 @pytest.mark.usefixtures("x64")
-def test_a_network_against_numpy(activation, normalize, depth):
-    net = Net(depth, 5, activation, normalize)
+def test_a_network_against_numpy(activation, normalize):
+    net = Network(4, 5, activation, normalize)
     params, train, test = random_params(net)
-    logits, statistics = jax.jit(net.apply)(params, train)
+    logits, statistics = net.apply(params, train)
     expected, used = forward(net, params, train)
     assert_close(logits, expected)
-    logits, again = jax.jit(net.apply)(params, test, statistics)
+    logits, again = net.apply(params, test, statistics)
     assert_close(logits, forward(net, params, test, used or None)[0])
     assert_trees_close(again, statistics)
     if normalize:
@@ -87,7 +83,7 @@ def test_a_network_against_numpy(activation, normalize, depth):
 def test_first_weights():
     pixels, width = 100, 50
     plain, wide = (
-        Net(6, width, "tanh", n).init(jax.random.key(0), pixels, std)
+        Network(6, width, "tanh", n).init(jax.random.key(0), pixels, std)
         for n, std in ((False, 1.0), (True, 3.0))
     )
     for part, factor in (("first", 3), ("rest", 3), ("last", 1)):
@@ -98,6 +94,26 @@ def test_first_weights():
     assert plain["rest"]["kernel"].shape == (5, width, width)
     assert "scale" not in plain["rest"]
     assert (np.asarray(wide["rest"]["scale"]) == 1).all()
+
+
+# ---- data ----
+
+
+def test_digits_are_binary_and_split():
+    digits = saturation.load("digits")
+    assert [len(split.labels) for split in digits] == [1097, 300, 400]
+    for images, labels in digits:
+        assert set(np.unique(images)) == {0, 1}
+        assert images.shape == (len(labels), 64)
+        assert set(labels) == set(range(10))
+
+
+def test_batches_repeat_nothing_within_an_epoch():
+    drawn = draw_batches(0, 50, 7, 12)
+    assert drawn.shape == (7, 12)
+    for epoch in drawn[:4], drawn[4:]:
+        assert len(np.unique(epoch)) == epoch.size
+    assert not np.array_equal(drawn[:3], drawn[4:])
 
 
 # ---- the grid ----
@@ -112,16 +128,15 @@ def images():
     noise = random.random((110, 20)) < 0.05
     every = Split((patterns[labels] ^ noise).astype(np.uint8), labels)
     cut = ((0, 60), (60, 80), (80, 110))
-    return Dataset(*(Split(*(part[a:b] for part in every)) for a, b in cut))
+    return Data(*(Split(*(part[a:b] for part in every)) for a, b in cut))
 
 
 @pytest.mark.parametrize(("activation", "normalize"), KINDS[1:3])
 @pytest.mark.usefixtures("x64")
 def test_training_is_gradient_descent_on_each(images, activation, normalize):
     """Against one network at a time, its layers written out, BN left to autodiff."""
-    net = Net(3, 7, activation, normalize)
-    rates, stds = np.array([0.1, 0.5, 0.5]), np.array([1.0, 1.0, 2.0])
-    starts = [net.init(jax.random.key(2), 20, std) for std in stds]
+    net, key = Network(3, 7, activation, normalize), jax.random.key(2)
+    rates, scales = np.array([0.1, 0.5, 0.5]), np.array([1.0, 1.0, 2.0])
     batches = np.random.default_rng(1).integers(0, 60, (3, 12))
 
     def loss(params, x, labels):
@@ -136,57 +151,36 @@ def test_training_is_gradient_descent_on_each(images, activation, normalize):
         rows = jnp.arange(len(labels))
         return -jax.nn.log_softmax(logits)[rows, labels].mean()
 
-    expected = []
     gradient = jax.jit(jax.grad(loss))
-    for params, rate in zip(starts, rates, strict=True):
+    train = jax.tree.map(jnp.asarray, images.train)
+    found = saturation.fit(net, key, rates, scales, train, batches)
+    for i, (rate, scale) in enumerate(zip(rates, scales, strict=True)):
+        params = net.init(key, 20, scale)
         for batch in batches:
             x, labels = images.train.images[batch], images.train.labels[batch]
             slope = gradient(params, x.astype(float), labels)
             params = jax.tree.map(lambda p, g, r=rate: p - r * g, params, slope)
-        expected.append(params)
-
-    grid = {
-        part: jax.tree.map(
-            lambda *v, a=axis: jnp.stack(v, a), *(s[part] for s in starts)
-        )
-        for part, axis in deep_grid.AXES.items()
-    }
-    train = jax.jit(deep_grid._train, static_argnums=0)
-    found = train(net, grid, rates, jax.tree.map(jnp.asarray, images), batches)
-    found = jax.tree.map(np.asarray, found)
-    for i, params in enumerate(expected):
-        for part, axis in deep_grid.AXES.items():
-            mine = jax.tree.map(
-                functools.partial(np.take, indices=i, axis=axis), found[part]
-            )
-            # Images are float32 there; those of 0 and 1 are the same in float64.
-            assert_trees_close(mine, jax.tree.map(np.asarray, params[part]), tol=1e-9)
+        mine = jax.tree.map(lambda p, i=i: np.asarray(p[i]), found)
+        # Images are float32 there; those of 0 and 1 are the same in float64.
+        assert_trees_close(mine, jax.tree.map(np.asarray, params), tol=1e-9)
 
 
 def test_each_place_of_the_grid_is_its_own_network(images):
-    """Split over devices or not: rate by rate, and scale by scale."""
-    net = Net(2, 12, "tanh", True)
-    rates, stds = (0.0, 0.3, 1.0), (0.5, 5.0)
-    batches = np.random.default_rng(1).integers(0, 60, (15, 12))
-    every = deep_grid.train_grid(net, rates, stds, 3, images, batches)
-    assert [part.shape for part in every] == [(3, 2), (3, 2)]
+    """Rate by rate, scale by scale; and validation and test are not exchanged."""
+    wrong = images._replace(validation=Split(images.test.images, np.full(30, 11)))
+    rates, scales = (0.0, 0.3, 1.0), (0.5, 5.0)
+    cell = Cell("patterns", "tanh", 2, True, 3, rates, scales, 12, 15, 12)
+    every = saturation.train_grid(cell, wrong)
+    assert every["test"].shape == (3, 2)
+    assert not every["validation"].any()
     for i, j in ((0, 0), (1, 0), (2, 1)):
-        one = deep_grid.train_grid(
-            net, rates[i : i + 1], stds[j : j + 1], 3, images, batches
+        one = dataclasses.replace(
+            cell, rates=rates[i : i + 1], scales=scales[j : j + 1]
         )
-        for whole, alone in zip(every, one, strict=True):
-            assert abs(whole[i, j] - alone[0, 0]) < 0.06  # rounding: one image or so
-    untrained, trained = every[1][0], every[1][2]
+        alone = saturation.train_grid(one, wrong)["test"].item()
+        assert abs(every["test"][i, j] - alone) < 0.06  # rounding: one image or so
+    untrained, _, trained = every["test"]
     assert (trained > untrained + 0.2).all()
-
-
-def test_validation_and_test_are_not_exchanged(images):
-    net = Net(2, 12, "tanh", True)
-    batches = np.random.default_rng(1).integers(0, 60, (15, 12))
-    wrong = images._replace(test=Split(images.test.images, images.test.labels * 0 + 11))
-    validation, test = deep_grid.train_grid(net, (1.0,), (1.0,), 0, wrong, batches)
-    assert (validation > 0.5).all()
-    assert not test.any()
 
 
 # ---- what is told of a map ----
@@ -199,18 +193,24 @@ def test_what_trains():
     test[0, 2] = 0.8  # 0.45 on average
     validation = np.full((2, 3, 2), 0.3)
     validation[0, 1, 0], validation[1, 0, 1] = 0.6, 0.8
-    found = Map(validation, test)
-    assert found.trained() == 7 / 12
-    assert found.largest((0.1, 1.0, 10.0)) == 1.0
-    np.testing.assert_array_equal(found.best(), test[:, 0, 1])
-    assert np.isnan(Map(validation, 0 * test).largest((0.1, 1.0, 10.0)))
+    rates, test[1, 0, 1] = (0.1, 1.0, 10.0), 0.75
+    # 7 of 12 train; the best in validation is that of rate 0.1 and the second scale.
+    told = saturation.summary(rates, validation, test)
+    assert list(told.values()) == ["58", "72.5 ± 3.5", "1"]
+    told = saturation.summary(rates, validation[:1], 0.1 * test[:1])
+    assert list(told.values()) == ["0", "9.5", "none"]
 
 
-def test_a_panel_has_rates_along_and_scales_up():
-    test = np.zeros((1, 3, 2))
-    test[0, 2, 1] = 1.0
-    figure = heatmaps.Figure()
-    image = heatmaps._panel(figure.subplots(), Map(test, test))
+def test_a_panel_has_rates_along_and_scales_up(tmp_path, monkeypatch):
+    config = saturation.Config(depths=(3,), rates=(0.1, 1.0, 9.0), scales=(1.0, 5.0))
+    test = np.zeros((3, 2))
+    test[2, 1] = 1.0
+    (cell, *_), kept = saturation.cells(config), []
+    monkeypatch.setattr(
+        saturation.panels, "save", lambda figure, _: kept.append(figure)
+    )
+    saturation.draw(config, {cell: {"test": test, "validation": test}}, tmp_path)
+    (image,) = kept[0].axes[0].images
     assert image.get_array().shape == (2, 3)
     assert image.get_array()[1, 2] == 100
     assert image.origin == "lower"
@@ -244,10 +244,10 @@ def test_what_is_there_is_not_trained_again(smoke, tmp_path, monkeypatch, capsys
     lines = (smoke / "saturation.jsonl").read_bytes().splitlines(True)
     path, trained = tmp_path / "saturation.jsonl", []
 
-    def train_grid(net, rates, stds, *_):
-        trained.append(net)
-        shares = np.full((len(rates), len(stds)), 0.75)
-        return shares, shares
+    def train_grid(cell, data):
+        trained.append((cell.depth, cell.activation, cell.normalize))
+        shares = np.full((len(cell.rates), len(cell.scales)), 0.75)
+        return {"validation": shares, "test": shares}
 
     monkeypatch.setattr(saturation, "train_grid", train_grid)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
@@ -260,6 +260,6 @@ def test_what_is_there_is_not_trained_again(smoke, tmp_path, monkeypatch, capsys
 
     path.write_bytes(b"".join([*lines[:2], lines[2][:50]]))  # cut off as it was written
     assert study.main(saturation.STUDY, config) == 0
-    assert trained == [Net(8, 64, "sigmoid", True)]
+    assert trained == [(8, "sigmoid", True)]
     assert "sigmoid, with BN" in capsys.readouterr().out
     assert [record["kind"] for record in read(path)].count("cell") == 2
