@@ -411,28 +411,24 @@ class Row(NamedTuple):
 
     method: Method
     kind: str
-    style: dict[str, Any]
+    colour: str
+    dashes: str = "-"
+    width: float = 1.4
 
 
 ORANGE = "#d55e00"
 ROWS = {
-    "BN, running average": Row("batch_norm", "running", {"color": ORANGE, "lw": 2.2}),
-    "BN, pooled, groups of 128": Row(
-        "batch_norm", "pooled", {"color": ORANGE, "ls": "--"}
-    ),
-    "BN, pooled, as trained": Row(
-        "batch_norm", "pooled_groups", {"color": ORANGE, "ls": ":"}
-    ),
-    "BN, by the test group": Row("batch_norm", "batch", {"color": "#e69f00"}),
-    "ghost BN": Row("ghost", "running", {"color": "#56b4e9"}),
-    "BN, frozen at the end": Row("frozen", "running", {"color": "#cc79a7"}),
-    "batch renorm": Row("renorm", "running", {"color": "#009e73"}),
-    "decorrelated BN": Row("decorrelated", "running", {"color": "#6a3d9a"}),
-    "cross-replica BN": Row(
-        "cross_replica", "running", {"color": "#0072b2", "lw": 2.2}
-    ),
-    "group norm": Row("group_norm", "running", {"color": "0.3", "ls": "--"}),
-    "layer norm": Row("layer_norm", "running", {"color": "0.6", "ls": "--"}),
+    "BN, running average": Row("batch_norm", "running", ORANGE, width=2.2),
+    "BN, pooled, groups of 128": Row("batch_norm", "pooled", ORANGE, "--"),
+    "BN, pooled, as trained": Row("batch_norm", "pooled_groups", ORANGE, ":"),
+    "BN, by the test group": Row("batch_norm", "batch", "#e69f00"),
+    "ghost BN": Row("ghost", "running", "#56b4e9"),
+    "BN, frozen at the end": Row("frozen", "running", "#cc79a7"),
+    "batch renorm": Row("renorm", "running", "#009e73"),
+    "decorrelated BN": Row("decorrelated", "running", "#6a3d9a"),
+    "cross-replica BN": Row("cross_replica", "running", "#0072b2", width=2.2),
+    "group norm": Row("group_norm", "running", "0.3", "--"),
+    "layer norm": Row("layer_norm", "running", "0.6", "--"),
 }
 
 
@@ -487,17 +483,22 @@ def draw(config: Config, found: dict[Cell, Errors], folder: Path) -> list[Path]:
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, (order, title) in zip((left, right), ORDERS.items(), strict=True):
         for name, errors in known[order].items():
-            style = {"lw": 1.4, "marker": "o", "ms": 3, **ROWS[name].style}
+            _, _, colour, dashes, width = ROWS[name]
+            style = {"color": colour, "ls": dashes, "lw": width, "marker": "o", "ms": 3}
             axes.plot(config.sizes, 100 * errors.mean(0), label=name, **style)
-        x = "images per normalized group, of 128 per step"
-        panels.label(axes, title, x, "", log="y")
+        axes.set_title(title, fontsize=9)
         axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
         axes.set_xticks(config.sizes, map(str, config.sizes))
         axes.set_yticks(PERCENTS, map(str, PERCENTS))
         axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("images per normalized group, of 128 per step", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     drawn = [100 * e for order in ORDERS for e in known[order].values()]
     left.set_ylim(0.9 * np.nanmin(drawn), 1.1 * np.nanmax(drawn))
-    left.set_ylabel("test error (%)", fontsize=8)
+    left.set_ylabel("test error (%)", fontsize=9)
     place = {"loc": "outside right center", "fontsize": 8, "frameon": False}
     figure.legend(*left.get_legend_handles_labels(), **place)
     path = folder / f"small_batch_{config.data}.png"

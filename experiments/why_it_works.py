@@ -211,13 +211,8 @@ def loss_and_gradient(
 ) -> tuple[jax.Array, Any, Any]:
     """The loss of a batch in training, its gradient, and new running statistics.
 
-    Args:
-        model: the network.
-        variables: of it; `params` stands in the place of their parameters.
-        images: of the batch.
-        labels: of the batch.
-        noise: the key of what is drawn.
-        params: where the loss is asked for.
+    `params` stands in the place of the parameters in `variables`; `noise` is the key of
+    what is drawn.
     """
 
     def loss(params):
@@ -243,17 +238,13 @@ class Line(NamedTuple):
         losses: (step,), L(w - a g).
         changes: (step,), |grad L(w - a g) - g|, whose range is the (lack of)
             predictiveness of the gradient.
-        distances: (step,), |a g|.
+        smoothness: the effective beta, the largest of the changes over |a g|.
     """
 
-    start: float
+    start: jax.Array
     losses: np.ndarray
     changes: np.ndarray
-    distances: np.ndarray
-
-    def smoothness(self) -> float:
-        """The effective beta: the most that the gradient changes per distance."""
-        return float((self.changes / self.distances).max())
+    smoothness: np.ndarray
 
 
 def along_gradient(
@@ -266,24 +257,8 @@ def along_gradient(
         loss, other, *_ = gradient(descend(params, slope, size))
         found.append((loss, compare(slope, other)[0]))
     losses, changes = np.array(found).T
-    _, length, _ = compare(slope, slope)
-    return Line(float(start), losses, changes, np.array(sizes) * float(length))
-
-
-class Shift(NamedTuple):
-    """The internal covariate shift of each layer, of one step.
-
-    With G the gradient before the step and G' the one with all earlier layers moved:
-
-    Attributes:
-        distance: (layer,), |G - G'|.
-        length: (layer,), |G|.
-        cosine: (layer,), of the angle between G and G'.
-    """
-
-    distance: np.ndarray
-    length: np.ndarray
-    cosine: np.ndarray
+    distances = np.array(sizes) * float(compare(slope, slope)[1])
+    return Line(start, losses, changes, (changes / distances).max())
 
 
 def covariate_shift(
@@ -291,7 +266,7 @@ def covariate_shift(
     before: dict[str, Any],
     after: dict[str, Any],
     layers: Sequence[Sequence[str]],
-) -> Shift:
+) -> tuple[np.ndarray, np.ndarray]:
     """How much the gradient of each layer changes because those below it moved.
 
     Args:
@@ -301,7 +276,9 @@ def covariate_shift(
         layers: from the first to the last, the names of each one's parameters.
 
     Returns:
-        Of the first layer, which has none below, 0 and cosine 1.
+        |G - G'| / |G| and the cosine of G and G', (layer,), with G the gradient before
+        the step and G' the one with all earlier layers moved; of the first layer, which
+        has none below, 0 and 1.
     """
     _, old, *_ = gradient(before)
     moved, new, rows = before, old, []
@@ -310,7 +287,9 @@ def covariate_shift(
         moved = moved | {name: after[name] for name in names}
         if len(rows) < len(layers):
             _, new, *_ = gradient(moved)
-    return Shift(*np.array(rows).T)
+    distance, length, cosine = np.array(rows).T
+    with np.errstate(invalid="ignore"):  # a layer may be dead: 0/0
+        return distance / length, cosine
 
 
 @jax.jit
@@ -355,7 +334,7 @@ def run(cell: Cell, data: convnet.Dataset) -> Record:
     model = make_model(cell.data, cell.net, cell.depth)
     images, labels = data.train
     variables, key = init(model, cell.seed, images[:2])
-    losses, first, rows = np.full(cell.steps, np.nan), {}, []
+    losses, first, rows = np.full(cell.steps, np.nan), None, []
     batches = convnet.draw_batches(cell.seed, len(labels), cell.steps, BATCH)
     for step, batch in enumerate(batches):
         _, noise = jax.random.split(jax.random.fold_in(key, step))
@@ -367,7 +346,7 @@ def run(cell: Cell, data: convnet.Dataset) -> Record:
         after = descend(params, slope, cell.rate)
         if step == 0:
             line = along_gradient(gradient, params, FIRST)
-            first = line.losses / line.start
+            first = line.losses / float(line.start)
         if step % cell.every == 0:
             if not np.isfinite(losses[step]):
                 break
@@ -392,15 +371,13 @@ def measure(gradient: Gradient, before: Any, after: Any, rate: float) -> Record:
     depth = sum(name.startswith("Conv") for name in before)
     layers = [(f"Conv_{i}", f"BatchNorm_{i}") for i in range(depth)]
     present = [[name for name in layer if name in before] for layer in layers]
-    shift = covariate_shift(gradient, before, after, [*present, ["Dense_0"]])
-    with np.errstate(invalid="ignore"):  # a layer may be dead: 0/0
-        relative = shift.distance / shift.length
+    shift, cosine = covariate_shift(gradient, before, after, [*present, ["Dense_0"]])
     return {
         "losses": [line.losses.min(), line.losses.max()],
         "changes": [line.changes.min(), line.changes.max()],
-        "smoothness": line.smoothness(),
-        "shift": relative,
-        "cosine": shift.cosine,
+        "smoothness": line.smoothness,
+        "shift": shift,
+        "cosine": cosine,
     }
 
 
