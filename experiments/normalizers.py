@@ -47,7 +47,9 @@ common grid with the highest accuracy on held-out images. The time of a step is 
 median over turns that all methods take in one process, compilation left out; in the
 picture it is multiplied by the number of steps.
 
-A run that was stopped goes on where it was: what is in the file is not trained again.
+To change the data or the sizes of the network, see `convnet.TASKS`; a normalization,
+`normalize`; the optimizer, `train_step`; the schedule, `run`. A run that was stopped
+goes on where it was: what is in the file is not trained again.
 
 References: Ba et al. 2016 (layer); Wu & He 2018 (group); Salimans & Kingma 2016
 (weight); Huang et al. 2018 and 2019 (whitening).

@@ -70,7 +70,9 @@ rises for a tenth of the steps and then falls as a cosine; its height is that wi
 least error on held-out images (`--tune`), for all methods with statistics of a batch
 the one of BN in 128.
 
-A run that was stopped goes on where it was: what is in the file is not trained again.
+To change the data or the sizes of the network, see `convnet.TASKS`; a normalization,
+`normalize`; the optimizer or schedule, `Network`. A run that was stopped goes on where
+it was: what is in the file is not trained again.
 
 References: Ioffe 2017 (renorm); Wu & He 2018, figure 1; Wu & Johnson 2021, sections
 3, 4, 6; Hoffer et al. 2017 (ghost batches); Huang et al. 2018 and 2019 (whitening).

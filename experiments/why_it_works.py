@@ -57,7 +57,9 @@ all along:
   step, and with all earlier layers as after it; the cosine of the two, and the length
   of their difference over that of the first.
 
-A run that was stopped goes on where it was: what is in the file is not trained again.
+To change the data, see `convnet.TASKS`; the network, `WIDTHS` and `normalize`; the
+optimizer or schedule, `run`. A run that was stopped goes on where it was: what is in
+the file is not trained again.
 
 References: Santurkar et al. 2018, definition 2.1, figures 1, 2 and 4; Bjorck et al.
 2018, sections 2 and 3.
