@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,12 @@ MODULES = [
     module.name
     for module in pkgutil.walk_packages(experiments.__path__, "experiments.")
 ]
+
+
+def png_size(path: Path) -> list[int]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return list(struct.unpack(">II", header[16:]))
 
 
 @pytest.mark.parametrize("name", MODULES)
