@@ -70,45 +70,83 @@ rises for a tenth of the steps and then falls as a cosine; its height is that wi
 least error on held-out images (`--tune`), for all methods with statistics of a batch
 the one of BN in 128.
 
-A run that was stopped goes on where it was: what is in the file is not trained again.
+To change the data or the sizes of the network, see `convnet.TASKS`; a normalization,
+`normalize`; the optimizer or schedule, `Network`. A run that was stopped goes on where
+it was: what is in the file is not trained again.
 
 References: Ioffe 2017 (renorm); Wu & He 2018, figure 1; Wu & Johnson 2021, sections
 3, 4, 6; Hoffer et al. 2017 (ghost batches); Huang et al. 2018 and 2019 (whitening).
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
+import flax.linen as nn
+import jax
 import numpy as np
+import optax
 import tyro
+from jax.typing import ArrayLike
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from rich import box
 from rich.table import Table
 
-from experiments.common import panels, study
-from experiments.common.data.batches import Order
-from experiments.common.models.norms import METHODS, UNSPLIT, Method
-from experiments.common.settings import Settings
-from experiments.common.studies import grid
-from experiments.common.studies.cells import (
-    TASKS,
-    Cell,
-    Errors,
-    evaluate,
-    load_images,
-    make_network,
-)
+import bnjax
+from bnjax.training import TrainState
+from experiments.common import convnet, panels, study
+from experiments.common.images import Split
+from experiments.common.rates import ByRate, percent
 from experiments.common.study import Study, Trained
 
-RATES = (0.03, 0.1, 0.3, 1.0)  # tried by --tune
-SMOKE = {"data": "digits", "sizes": (4,), "steps": 20, "seeds": (0,)}
+Method = Literal[
+    "batch_norm",
+    "ghost",
+    "frozen",
+    "renorm",
+    "decorrelated",
+    "cross_replica",
+    "group_norm",
+    "layer_norm",
+]
+Order = Literal["mixed", "by class"]
+Errors = dict[str, float]
+"""The share of wrong answers, by the statistics that a network is evaluated with.
+
+running: the running statistics, or none.  pooled: pooled over mixed batches of the size
+of a whole batch.  pooled_groups: over groups as in training.  batch: those of each test
+group, which are put together as in training.
+"""
+
+METHODS: tuple[Method, ...] = get_args(Method)
+PER_IMAGE: tuple[Method, ...] = ("group_norm", "layer_norm")
+"""Methods for which it does not matter how a batch is split."""
+ORDERS: dict[Order, str] = {
+    "mixed": "groups drawn at random (iid)",
+    "by class": "groups of one class, or few (not iid)",
+}
+WHOLE: tuple[Method, ...] = ("ghost", *PER_IMAGE)
+"""Methods that are called on a whole batch, not on each of its groups."""
+AXIS = "devices"
+ESTIMATED = 4_096  # images at most, for population statistics
+STEPS = {"digits": 300, "cifar10": 1_000}
+RATES = {
+    "digits": {"group_norm": 0.3, "layer_norm": 0.3},
+    "cifar10": {"group_norm": 0.1, "layer_norm": 0.3},
+}
+"""Chosen by --tune; methods with statistics of a batch share BATCH_RATE."""
+BATCH_RATE = 0.1
+PERCENTS = (1, 2, 3, 5, 10, 20, 30, 50, 100)  # along the axis of errors
+TRIED = (0.03, 0.1, 0.3, 1.0)  # by --tune
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(study.Settings):
     """The settings of a run; each is an option of the command line."""
 
     data: Literal["digits", "cifar10"] = "digits"
@@ -129,8 +167,26 @@ class Config(Settings):
     """Compare learning rates on images held out of training, and do nothing else."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """All that decides what comes of a training."""
+
+    data: str
+    method: Method
+    size: int
+    order: Order
+    seed: int
+    rate: float
+    steps: int
+    batch_size: int
+    momentum: float
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    measured: Literal["test", "validation"]
+
+
 def cells(config: Config) -> list[Cell]:
-    """The networks that a run comprises.
+    """Every training of a run.
 
     Raises:
         ValueError: groups that do not divide a batch.
@@ -141,13 +197,13 @@ def cells(config: Config) -> list[Cell]:
             f"{config.batch_size}. Leave them out, or change --batch-size."
         )
     if config.tune:
-        methods: tuple[Method, ...] = ("batch_norm", *UNSPLIT)
+        methods: tuple[Method, ...] = ("batch_norm", *PER_IMAGE)
         return [
             make_cell(config, method, config.batch_size, "mixed", seed, rate)
-            for method, rate in itertools.product(methods, RATES)
+            for method, rate in itertools.product(methods, TRIED)
             for seed in config.seeds
         ]
-    every = itertools.product(config.methods, config.sizes, grid.ORDERS, config.seeds)
+    every = itertools.product(config.methods, config.sizes, ORDERS, config.seeds)
     return [make_cell(config, *where) for where in every]
 
 
@@ -159,9 +215,9 @@ def make_cell(
     seed: int,
     rate: float | None = None,
 ) -> Cell:
-    """The one network that stands for all that are trained in the same way."""
-    task = TASKS[config.data]
-    if method in UNSPLIT:
+    """The one training that stands for all that are the same."""
+    task = convnet.TASKS[config.data]
+    if method in PER_IMAGE:
         size = config.batch_size
     return Cell(
         data=config.data,
@@ -169,8 +225,8 @@ def make_cell(
         size=size,
         order="mixed" if size == config.batch_size else order,
         seed=seed,
-        rate=rate or task.rates.get(method, task.rates["batch_norm"]),
-        steps=config.steps or task.steps,
+        rate=rate or RATES[config.data].get(method, BATCH_RATE),
+        steps=config.steps or STEPS[config.data],
         batch_size=config.batch_size,
         momentum=config.momentum,
         widths=task.widths,
@@ -179,9 +235,104 @@ def make_cell(
     )
 
 
+# Model
+
+
+def normalize(cell: Cell, x: jax.Array, train: bool, step: ArrayLike) -> jax.Array:
+    """Adds the layer of the cell's method to the network that calls it."""
+    running: Any = {"use_running_average": not train, "momentum": cell.momentum}
+    match cell.method:
+        case "batch_norm" | "frozen":
+            return bnjax.BatchNorm(**running)(x)
+        case "cross_replica":
+            return bnjax.BatchNorm(**running, axis_name=AXIS)(x)
+        case "ghost":
+            size = cell.size
+            return bnjax.linen.GhostBatchNorm(**running, virtual_batch_size=size)(x)
+        case "decorrelated":
+            whiten = {"group_size": 4, "method": "newton_schulz"}
+            return bnjax.linen.DecorrelatedBatchNorm(**running, **whiten)(x)
+        case "renorm":
+            # As in the paper, of whose 130,000 steps the first 5,000 are plain.
+            plain, r_steps, d_steps = (k * cell.steps // 130 for k in (5, 35, 20))
+            r_max = optax.linear_schedule(1.0, 3.0, max(r_steps, 1), plain)
+            d_max = optax.linear_schedule(0.0, 5.0, max(d_steps, 1), plain)
+            norm = bnjax.linen.BatchRenorm(**running, r_max=r_max, d_max=d_max)
+            return norm(x, step=step)
+        case "group_norm":
+            return nn.GroupNorm(num_groups=4)(x)
+        case "layer_norm":
+            # Over height, width and channels, with a scale per channel: Wu & He 2018.
+            return nn.GroupNorm(num_groups=1)(x)
+
+
+class Network:
+    """The network of a cell, and of all that differ in seed or order alone.
+
+    It is called on each group of a batch by itself (vmap, with the axis name AXIS). The
+    gradient is that of the mean loss over the whole batch. The running statistics are
+    averaged over the groups at each step, the variances too, as in Flax's ImageNet
+    example.
+    """
+
+    def __init__(self, cell: Cell):
+        task = convnet.TASKS[cell.data]
+        self.model = convnet.ConvNet(task, functools.partial(normalize, cell))
+        rate = optax.warmup_cosine_decay_schedule(
+            0, cell.rate, cell.steps // 10, cell.steps
+        )
+        self.optimizer = optax.sgd(rate, momentum=0.9, nesterov=True)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def init(self, seed: int, images: jax.Array) -> TrainState:
+        """The state before training."""
+        variables: Any = self.model.init(jax.random.key(seed), images, train=False)
+        variables = {"batch_stats": {}, **variables}  # some methods have none
+        return TrainState.create(
+            apply_fn=self.model.apply, tx=self.optimizer, **variables
+        )
+
+    @functools.partial(jax.jit, static_argnums=(0, 4))
+    def step(self, state: TrainState, images, labels, train: bool) -> TrainState:
+        """The state after one batch: images (group, example, ...), and labels."""
+
+        def loss(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updates = self.apply(variables, images, state.step, train)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updates
+
+        grads, updates = jax.grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, **updates)
+
+    def apply(self, variables, images, step, train: bool):
+        """Logits (group, example, class), and the mean of the running statistics."""
+
+        def one(images):
+            settings: Any = {"train": train, "step": step, "mutable": ["batch_stats"]}
+            return self.model.apply(variables, images, **settings)
+
+        logits, updates = jax.vmap(one, axis_name=AXIS)(images)
+        return logits, jax.tree.map(lambda value: value.mean(0), updates)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def classify(self, variables, images: jax.Array) -> jax.Array:
+        """The classes (group, example), by the statistics of each group."""
+        logits, _ = self.apply(variables, images, 0, train=True)
+        return logits.argmax(-1)
+
+    def collect(self, variables, images: jax.Array):
+        """What `bnjax.population.pooled` asks of a model."""
+        collections = ["batch_stats", "batch_moments"]
+        return self.model.apply(variables, images, train=True, mutable=collections)
+
+
+# Training and evaluation
+
+
 def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
     """The errors of each network."""
-    data = load_images(config.data, config.data_dir)
+    data = convnet.load(config.data, config.data_dir)
 
     def kind(cell: Cell) -> tuple[str, int, float]:
         return cell.method, cell.size, cell.rate
@@ -189,76 +340,183 @@ def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
     for _, alike in itertools.groupby(cells, kind):
         network = None
         for cell in alike:
-            network = network or make_network(cell)  # compiled once for all alike
+            network = network or Network(cell)  # compiled once for all alike
             errors = evaluate(cell, network, data)
             shown = f"{cell.method} {cell.size}: {errors['running']:.1%}"
             yield Trained(cell, errors, shown)
 
 
+def evaluate(cell: Cell, network: Network, data: convnet.Dataset) -> Errors:
+    """Trains a network, and counts its errors."""
+    images, labels = data.train
+    drawn = convnet.draw_batches(cell.seed, len(labels), cell.steps, cell.batch_size)
+    groups = split(drawn, labels, cell)
+    state = fit(cell, network, data.train, groups)
+    test: Split = getattr(data, cell.measured)
+
+    def error(variables: Any) -> float:
+        return 1 - convnet.accuracy(network.model, variables, test)
+
+    errors = {"running": error(state.variables)}
+    if cell.method == "batch_norm":
+        mixed = drawn[: ESTIMATED // cell.batch_size]
+        as_trained = groups[: len(mixed)].reshape(-1, cell.size)
+        for kind, batches in (("pooled", mixed), ("pooled_groups", as_trained)):
+            examples = (images[batch] for batch in batches)
+            stats = bnjax.population.pooled(network.collect, state.variables, examples)
+            errors[kind] = error({"params": state.params, "batch_stats": stats})
+        errors["batch"] = error_by_group(cell, network, state, test)
+    return errors
+
+
+def split(batches: np.ndarray, labels: np.ndarray, cell: Cell) -> np.ndarray:
+    """(batch, example) -> (batch, group, example), each batch as it is or by class."""
+    if cell.order == "by class":
+        sort = np.argsort(labels[batches], axis=1, kind="stable")
+        batches = np.take_along_axis(batches, sort, axis=1)
+    size = cell.batch_size if cell.method in WHOLE else cell.size
+    return batches.reshape(len(batches), -1, size)
+
+
+def fit(cell: Cell, network: Network, data: Split, batches: np.ndarray) -> TrainState:
+    """The state after a step on each of `batches`, (step, group, example)."""
+    state = network.init(cell.seed, data.images[:2])
+    frozen = cell.steps // 5 if cell.method == "frozen" else 0
+    for step, batch in enumerate(batches):
+        train = step < cell.steps - frozen  # else by the running statistics
+        state = network.step(state, data.images[batch], data.labels[batch], train)
+    return state
+
+
+def error_by_group(
+    cell: Cell, network: Network, state: TrainState, test: Split
+) -> float:
+    """By the statistics of each test group; groups are put together as in training."""
+    count, size = len(test.labels), cell.batch_size
+    # The last batch is filled up from the start, by images that are not counted.
+    places = np.arange(-(-count // size) * size)
+    labels, wrong = test.labels[places % count], 0
+    for groups in split(places.reshape(-1, size), labels, cell):
+        classes = network.classify(state.variables, test.images[groups % count])
+        wrong += int(((classes != labels[groups]) & (groups < count)).sum())
+    return wrong / count
+
+
+# Tables and pictures
+
+Curves = dict[Order, dict[str, np.ndarray]]
+"""Errors (seed, size), by order and name of the row; NaN where there is none."""
+
+
+class Row(NamedTuple):
+    """A line of the table: a method, evaluated in one way; and how it is drawn."""
+
+    method: Method
+    kind: str
+    colour: str
+    dashes: str = "-"
+    width: float = 1.4
+
+
+ORANGE = "#d55e00"
+ROWS = {
+    "BN, running average": Row("batch_norm", "running", ORANGE, width=2.2),
+    "BN, pooled, groups of 128": Row("batch_norm", "pooled", ORANGE, "--"),
+    "BN, pooled, as trained": Row("batch_norm", "pooled_groups", ORANGE, ":"),
+    "BN, by the test group": Row("batch_norm", "batch", "#e69f00"),
+    "ghost BN": Row("ghost", "running", "#56b4e9"),
+    "BN, frozen at the end": Row("frozen", "running", "#cc79a7"),
+    "batch renorm": Row("renorm", "running", "#009e73"),
+    "decorrelated BN": Row("decorrelated", "running", "#6a3d9a"),
+    "cross-replica BN": Row("cross_replica", "running", "#0072b2", width=2.2),
+    "group norm": Row("group_norm", "running", "0.3", "--"),
+    "layer norm": Row("layer_norm", "running", "0.6", "--"),
+}
+
+
 def report(config: Config, found: dict[Cell, Errors]) -> list[Any]:
     """A table for each order, or that of the learning rates."""
     if config.tune:
-        return [tuning(config, found)]
+        known = ByRate.grouped((c.method, c.rate, e) for c, e in found.items())
+
+        def error(method: str, rate: float) -> str:
+            return percent(known.of(method, rate, "running"))
+
+        return [known.table("error (%) at rate", TRIED, error)]
     printed: list[Any] = []
     for order, rows in curves(config, found).items():
-        printed.append(f"Test error (%), {grid.ORDERS[order]}, by their size")
-        printed.append(grid.table(rows, config.sizes))
+        table = Table(box=box.MARKDOWN)
+        table.add_column("method", no_wrap=True)
+        for size in config.sizes:
+            table.add_column(f"{size}", justify="right", no_wrap=True)
+        for name, errors in rows.items():
+            table.add_row(name, *map(percent, errors.T))
+        printed += [f"Test error (%), {ORDERS[order]}, by their size", table]
     return printed
 
 
-def draw(config: Config, found: dict[Cell, Errors], folder: Path) -> list[Path]:
-    """A panel for each order."""
-    if config.tune:
-        return []
-    picture = folder / f"small_batch_{config.data}.png"
-    grid.draw(curves(config, found), config.sizes, caption(config), picture)
-    return [picture]
-
-
-def curves(config: Config, found: dict[Cell, Errors]) -> grid.Curves:
+def curves(config: Config, found: dict[Cell, Errors]) -> Curves:
     """What there is of the cells of `config`, in the rows of the table."""
-    rows: grid.Curves = {}
-    for order, row in itertools.product(grid.ORDERS, grid.ROWS):
+    rows: Curves = {}
+    for order, (name, row) in itertools.product(ORDERS, ROWS.items()):
         errors = np.full((len(config.seeds), len(config.sizes)), np.nan)
         for i, seed in enumerate(config.seeds):
             for j, size in enumerate(config.sizes):
                 cell = make_cell(config, row.method, size, order, seed)
                 errors[i, j] = found.get(cell, {}).get(row.kind, np.nan)
         if np.isfinite(errors).any():
-            rows.setdefault(order, {})[row.name] = errors
+            rows.setdefault(order, {})[name] = errors
     return rows
 
 
-def tuning(config: Config, found: dict[Cell, Errors]) -> Table:
-    """Errors on the images held out of training, by method and learning rate."""
-    rows = Table("method", *map(str, RATES), box=box.MARKDOWN)
-    every = itertools.groupby(cells(config), lambda cell: cell.method)
-    for method, alike in every:
-        errors = [found.get(cell, {}).get("running", np.nan) for cell in alike]
-        by_rate = np.reshape(errors, (len(RATES), -1))
-        rows.add_row(method, *map(grid.with_spread, by_rate))
-    return rows
-
-
-def caption(config: Config) -> str:
-    """The picture's title."""
-    task = TASKS[config.data]
-    seeds = len(config.seeds)
-    return (
+def draw(config: Config, found: dict[Cell, Errors], folder: Path) -> list[Path]:
+    """A panel for each order, with a line for each row of the table."""
+    if config.tune:
+        return []
+    known = curves(config, found)
+    task, seeds = convnet.TASKS[config.data], len(config.seeds)
+    figure = Figure((9.4, 4.4), dpi=panels.DPI, layout="constrained")
+    figure.suptitle(
         f"{panels.DATA[config.data]}, {len(task.widths)} convolutions, "
-        f"{config.steps or task.steps:,} steps of {config.batch_size} images; "
-        f"mean of {seeds} seed{'s' * (seeds > 1)}"
+        f"{config.steps or STEPS[config.data]:,} steps of {config.batch_size} images; "
+        f"mean of {seeds} seed{'s' * (seeds > 1)}",
+        fontsize=10,
     )
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, (order, title) in zip((left, right), ORDERS.items(), strict=True):
+        for name, errors in known[order].items():
+            _, _, colour, dashes, width = ROWS[name]
+            style = {"color": colour, "ls": dashes, "lw": width, "marker": "o", "ms": 3}
+            axes.plot(config.sizes, 100 * errors.mean(0), label=name, **style)
+        axes.set_title(title, fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(config.sizes, map(str, config.sizes))
+        axes.set_yticks(PERCENTS, map(str, PERCENTS))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("images per normalized group, of 128 per step", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    drawn = [100 * e for order in ORDERS for e in known[order].values()]
+    left.set_ylim(0.9 * np.nanmin(drawn), 1.1 * np.nanmax(drawn))
+    left.set_ylabel("test error (%)", fontsize=9)
+    place = {"loc": "outside right center", "fontsize": 8, "frameon": False}
+    figure.legend(*left.get_legend_handles_labels(), **place)
+    path = folder / f"small_batch_{config.data}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return [path]
 
 
-STUDY = Study(
-    "small_batch",
-    cells=cells,
-    train=train,
-    report=report,
-    draw=draw,
-    smoke={**SMOKE, "methods": METHODS[:1]},
-)
+SMOKE = {
+    "data": "digits",
+    "sizes": (4,),
+    "steps": 20,
+    "seeds": (0,),
+    "methods": METHODS[:1],
+}
+STUDY = Study("small_batch", cells, train, report, draw, SMOKE)
 
 if __name__ == "__main__":
     sys.exit(study.main(STUDY, tyro.cli(Config, description=__doc__)))

@@ -42,7 +42,6 @@ does not prevent it. And before training, without BN, the gradient is so small h
 no step up to 10 changes the loss by more than 4 %; with BN one of 0.5 to 1 takes off a
 quarter, and one of 10 adds three quarters.
 
-
 The network: 3x3 convolutions with He's initial weights, rectified, some of stride 2
 (the digits eight, CIFAR-10 eight), the mean over positions and a matrix. Noise: after
 each normalization, or in its place, each value is scaled and shifted at random, by
@@ -58,64 +57,62 @@ all along:
   step, and with all earlier layers as after it; the cosine of the two, and the length
   of their difference over that of the first.
 
-A run that was stopped goes on where it was: what is in the file is not trained again.
+To change the data, see `convnet.TASKS`; the network, `WIDTHS` and `normalize`; the
+optimizer or schedule, `run`. A run that was stopped goes on where it was: what is in
+the file is not trained again.
 
 References: Santurkar et al. 2018, definition 2.1, figures 1, 2 and 4; Bjorck et al.
 2018, sections 2 and 3.
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.typing import ArrayLike
+from matplotlib.axes import Axes
+from rich import box
 from rich.table import Table
 
-from experiments.bench.timing import keep_memory
-from experiments.common import study
-from experiments.common.data.batches import draw as draw_batches
-from experiments.common.data.splits import Dataset
-from experiments.common.models.layers import make_network
+import bnjax
+from experiments.common import convnet, panels, study
+from experiments.common.rates import ByRate, percent
 from experiments.common.results import Record, plain
-from experiments.common.settings import Settings
-from experiments.common.studies import landscape, why_plot, why_tables
-from experiments.common.studies.cells import TASKS, load_images
-from experiments.common.studies.rated import Rated
-from experiments.common.studies.why_plot import FIRST, NETS, SMOOTHED, Net
 from experiments.common.study import Study, Trained
-from experiments.common.training.classifier import Classifier, State
-from experiments.common.training.descent import Descent
 
+Net = Literal["plain", "bn", "noisy bn", "noisy plain"]
+NAMES = {
+    "plain": "without BN",
+    "bn": "with BN",
+    "noisy bn": "BN and noise",
+    "noisy plain": "noise alone",
+}
+COLOURS = {**panels.COLOURS, "noisy bn": "#009e73", "noisy plain": "#cc79a7"}
+WIDTHS = {
+    "digits": (8, 8, 16, 16, 32, 32, 32, 32),
+    "cifar10": (12, 12, 24, 24, 48, 48, 48, 48),
+}
+STRIDES = {"digits": (1, 1, 2, 1, 2, 1, 1, 1), "cifar10": (2, 1, 2, 1, 2, 1, 1, 1)}
+SEEDS = {"digits": (0, 1), "cifar10": (0,)}
 BATCH = 128
 FACTORS = 0.5, 1.0, 2.0, 4.0  # of the learning rate: steps along the gradient
-
-
-class Size(NamedTuple):
-    """What depends on the data."""
-
-    widths: tuple[int, ...]
-    strides: tuple[int, ...]
-    steps: int
-    seeds: tuple[int, ...]
-
-
-SIZES = {
-    "digits": Size(
-        (8, 8, 16, 16, 32, 32, 32, 32), (1, 1, 2, 1, 2, 1, 1, 1), 300, (0, 1)
-    ),
-    "cifar10": Size(
-        (12, 12, 24, 24, 48, 48, 48, 48), (2, 1, 2, 1, 2, 1, 1, 1), 300, (0,)
-    ),
-}
+FIRST = tuple(float(f"{10 ** (k / 4):.2g}") for k in range(-8, 5))
+"""Step sizes along the gradient before training, 0.01 to 10."""
+SMOOTHED = 10  # steps whose losses are averaged
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(study.Settings):
     """The settings of a run; each is an option of the command line."""
 
     data: Literal["digits", "cifar10"] = "digits"
@@ -126,8 +123,8 @@ class Config(Settings):
     """Learning rates, the same for all networks."""
     seeds: tuple[int, ...] | None = None
     """Each gives the weights and the batches of one run; None: as suits the data."""
-    steps: int | None = None
-    """Training steps; None: as suits the data."""
+    steps: int = 300
+    """Training steps."""
     depth: int = 8
     """Convolutions: the first of eight."""
     every: int = 50
@@ -149,107 +146,403 @@ class Cell:
 
 def cells(config: Config) -> list[Cell]:
     """Every training of a run, those of one network side by side."""
-    size = SIZES[config.data]
-    every = itertools.product(config.nets, config.rates, config.seeds or size.seeds)
-    more = config.steps or size.steps, config.depth, config.every
+    seeds = config.seeds or SEEDS[config.data]
+    every = itertools.product(config.nets, config.rates, seeds)
+    more = config.steps, config.depth, config.every
     return [Cell(config.data, *which, *more) for which in every]
+
+
+# Model
+
+
+class Noise(nn.Module):
+    """The noise of Santurkar et al. 2018: no distribution stays as it was for a step.
+
+        y = s x + m,   m ~ U(shift - 0.1, shift + 0.1),   s ~ N(scale, 0.1)
+
+    m and s are drawn for each value; shift ~ U(-0.5, 0.5) and scale ~ U(1, 1.25) for
+    the layer, anew at each step. At test the means stand for them: y = 1.125 x.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train:
+            return 1.125 * x
+        keys = jax.random.split(self.make_rng("dropout"), 4)
+        shift = jax.random.uniform(keys[0], (), x.dtype, -0.5, 0.5)
+        scale = jax.random.uniform(keys[1], (), x.dtype, 1.0, 1.25)
+        m = shift + 0.1 * jax.random.uniform(keys[2], x.shape, x.dtype, -1, 1)
+        s = scale + 0.1 * jax.random.normal(keys[3], x.shape, x.dtype)
+        return s * x + m
+
+
+def normalize(net: Net, x: jax.Array, train: bool, step: ArrayLike) -> jax.Array:
+    """Adds what follows each convolution of a network; the step is not used."""
+    if net in ("bn", "noisy bn"):
+        x = bnjax.BatchNorm(not train, momentum=0.9)(x)
+    return Noise()(x, train) if net in ("noisy plain", "noisy bn") else x
+
+
+@functools.cache  # of the same model, a step is compiled once
+def make_model(data: str, net: Net, depth: int) -> convnet.ConvNet:
+    """The network with He's initial weights; with a bias if it has no BN."""
+    sizes = {"widths": WIDTHS[data][:depth], "strides": STRIDES[data][:depth]}
+    conv = functools.partial(
+        nn.Conv,
+        kernel_init=nn.initializers.he_normal(),
+        use_bias=net in ("plain", "noisy plain"),
+    )
+    task = convnet.TASKS[data]._replace(**sizes)
+    return convnet.ConvNet(task, functools.partial(normalize, net), conv)
+
+
+# The loss around the weights
+
+Gradient = Callable[[Any], tuple[Any, ...]]
+"""Parameters -> the loss, its gradient, and possibly more, of one batch and noise."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradient(
+    model: nn.Module,
+    variables: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array,
+    noise: jax.Array,
+    params: Any,
+) -> tuple[jax.Array, Any, Any]:
+    """The loss of a batch in training, its gradient, and new running statistics.
+
+    `params` stands in the place of the parameters in `variables`; `noise` is the key of
+    what is drawn.
+    """
+
+    def loss(params):
+        logits, updates = model.apply(
+            {**variables, "params": params},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": noise},
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), updates
+
+    (value, updates), slope = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, slope, updates
+
+
+class Line(NamedTuple):
+    """A loss L along its gradient g, at w - a g for each step size a.
+
+    Attributes:
+        start: L(w).
+        losses: (step,), L(w - a g).
+        changes: (step,), |grad L(w - a g) - g|, whose range is the (lack of)
+            predictiveness of the gradient.
+        smoothness: the effective beta, the largest of the changes over |a g|.
+    """
+
+    start: jax.Array
+    losses: np.ndarray
+    changes: np.ndarray
+    smoothness: np.ndarray
+
+
+def along_gradient(
+    gradient: Gradient, params: Any, sizes: Sequence[float] | np.ndarray
+) -> Line:
+    """The loss along the gradient at `params`, by each of the step sizes."""
+    start, slope, *_ = gradient(params)
+    found = []
+    for size in sizes:
+        loss, other, *_ = gradient(descend(params, slope, size))
+        found.append((loss, compare(slope, other)[0]))
+    losses, changes = np.array(found).T
+    distances = np.array(sizes) * float(compare(slope, slope)[1])
+    return Line(start, losses, changes, (changes / distances).max())
+
+
+def covariate_shift(
+    gradient: Gradient,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    layers: Sequence[Sequence[str]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """How much the gradient of each layer changes because those below it moved.
+
+    Args:
+        gradient: of the loss; the same before and after, with the same mini-batch.
+        before: parameters before a step.
+        after: parameters after it.
+        layers: from the first to the last, the names of each one's parameters.
+
+    Returns:
+        |G - G'| / |G| and the cosine of G and G', (layer,), with G the gradient before
+        the step and G' the one with all earlier layers moved; of the first layer, which
+        has none below, 0 and 1.
+    """
+    _, old, *_ = gradient(before)
+    moved, new, rows = before, old, []
+    for names in layers:
+        rows.append(compare({n: old[n] for n in names}, {n: new[n] for n in names}))
+        moved = moved | {name: after[name] for name in names}
+        if len(rows) < len(layers):
+            _, new, *_ = gradient(moved)
+    distance, length, cosine = np.array(rows).T
+    with np.errstate(invalid="ignore"):  # a layer may be dead: 0/0
+        return distance / length, cosine
+
+
+@jax.jit
+def descend(params: Any, slope: Any, size: ArrayLike) -> Any:
+    """A step against the gradient."""
+    return jax.tree.map(lambda p, g: p - size * g, params, slope)
+
+
+@jax.jit
+def compare(first: Any, second: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """|first - second|, |first|, and the cosine between them."""
+
+    def dot(x, y):
+        return sum(map(jnp.vdot, jax.tree.leaves(x), jax.tree.leaves(y)))
+
+    difference = jax.tree.map(jnp.subtract, first, second)
+    length = jnp.sqrt(dot(first, first))
+    cosine = dot(first, second) / (length * jnp.sqrt(dot(second, second)))
+    return jnp.sqrt(dot(difference, difference)), length, cosine
+
+
+# Training
 
 
 def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
     """Each cell's result, as it comes."""
-    data = load_images(config.data, config.data_dir)
-    for net, alike in itertools.groupby(cells, lambda cell: cell.net):
-        descent = make_descent(config, net, data)  # compiled once for all alike
-        for cell in alike:
-            result = run(cell, descent, data)
-            yield Trained(cell, result, f"{net} {cell.rate:g}: {result['test']:.1%}")
+    data = convnet.load(config.data, config.data_dir)
+    for cell in cells:
+        result = run(cell, data)
+        yield Trained(cell, result, f"{cell.net} {cell.rate:g}: {result['test']:.1%}")
 
 
-def make_descent(config: Config, net: str, data: Dataset) -> Descent:
-    """How a network is trained."""
-    size, task = SIZES[config.data], TASKS[config.data]
-    sizes = size.widths[: config.depth], size.strides[: config.depth]
-    model = make_network(
-        NETS[net].layers, *sizes, center=task.center, spread=task.spread
-    )
-    return Descent(Classifier(model, optax.sgd(1.0)), data.train)
+@functools.partial(jax.jit, static_argnums=0)
+def init(model: nn.Module, seed: int, images: jax.Array) -> tuple[Any, jax.Array]:
+    """The variables before training, and the key of all noise."""
+    weights, noise = jax.random.split(jax.random.key(seed))
+    return model.init(weights, images, train=False), noise
 
 
-def run(cell: Cell, descent: Descent, data: Dataset) -> Record:
+def run(cell: Cell, data: convnet.Dataset) -> Record:
     """Trains a network, and measures on the way until its loss is not finite."""
-    batches = draw_batches(cell.seed, len(data.train.labels), cell.steps, BATCH)
-    measured = range(0, cell.steps, cell.every)
-    state = descent.init(cell.seed)
-    first = landscape.along_gradient(
-        descent.at(state, batches[0]), state.variables["params"], FIRST
-    )
-    losses, rows = np.full(cell.steps, np.nan), []
+    model = make_model(cell.data, cell.net, cell.depth)
+    images, labels = data.train
+    variables, key = init(model, cell.seed, images[:2])
+    losses, first, rows = np.full(cell.steps, np.nan), None, []
+    batches = convnet.draw_batches(cell.seed, len(labels), cell.steps, BATCH)
     for step, batch in enumerate(batches):
-        after, losses[step] = descent.step(state, batch, cell.rate)
-        if step in measured and np.isfinite(losses[step]):
-            rows.append(measure(descent, state, after, batch, cell.rate))
-        elif step in measured:
-            break
-        state = after
-    unknown = {name: np.full(np.shape(v), np.nan) for name, v in rows[0].items()}
-    rows += [unknown] * (len(measured) - len(rows))
-    smooth = losses[: cell.steps // SMOOTHED * SMOOTHED].reshape(-1, SMOOTHED).mean(1)
+        _, noise = jax.random.split(jax.random.fold_in(key, step))
+        gradient = functools.partial(
+            loss_and_gradient, model, variables, images[batch], labels[batch], noise
+        )
+        params = variables["params"]
+        losses[step], slope, updates = gradient(params)
+        after = descend(params, slope, cell.rate)
+        if step == 0:
+            line = along_gradient(gradient, params, FIRST)
+            first = line.losses / float(line.start)
+        if step % cell.every == 0:
+            if not np.isfinite(losses[step]):
+                break
+            rows.append(measure(gradient, params, after, cell.rate))
+        variables = {**variables, **updates, "params": after}
+    unknown = jax.tree.map(lambda value: np.nan * value, rows[0])
+    rows += [unknown] * (-(-cell.steps // cell.every) - len(rows))
+    whole = cell.steps // SMOOTHED * SMOOTHED
     result = {
-        "loss": smooth,
-        "first": first.losses / first.start,
-        "validation": descent.classifier.accuracy(state.variables, data.validation),
-        "test": descent.classifier.accuracy(state.variables, data.test),
+        "loss": losses[:whole].reshape(-1, SMOOTHED).mean(1),
+        "first": first,
+        "validation": convnet.accuracy(model, variables, data.validation),
+        "test": convnet.accuracy(model, variables, data.test),
         **{name: [row[name] for row in rows] for name in rows[0]},
     }
     return plain(result, 4)
 
 
-def measure(
-    descent: Descent, before: State, after: State, batch: np.ndarray, rate: float
-) -> Record:
+def measure(gradient: Gradient, before: Any, after: Any, rate: float) -> Record:
     """Along the gradient of one step, and what the step shifts."""
-    gradient = descent.at(before, batch)
-    old, new = (state.variables["params"] for state in (before, after))
-    line = landscape.along_gradient(gradient, old, rate * np.array(FACTORS))
-    shift = landscape.covariate_shift(gradient, old, new, layers_of(old))
-    with np.errstate(invalid="ignore"):  # a layer may be dead: 0/0
-        relative = shift.distance / shift.length
+    line = along_gradient(gradient, before, rate * np.array(FACTORS))
+    depth = sum(name.startswith("Conv") for name in before)
+    layers = [(f"Conv_{i}", f"BatchNorm_{i}") for i in range(depth)]
+    present = [[name for name in layer if name in before] for layer in layers]
+    shift, cosine = covariate_shift(gradient, before, after, [*present, ["Dense_0"]])
     return {
         "losses": [line.losses.min(), line.losses.max()],
         "changes": [line.changes.min(), line.changes.max()],
-        "smoothness": line.smoothness(),
-        "shift": relative,
-        "cosine": shift.cosine,
+        "smoothness": line.smoothness,
+        "shift": shift,
+        "cosine": cosine,
     }
 
 
-def layers_of(params: Record) -> list[list[str]]:
-    """The names of each layer's parameters; a normalization is with its convolution."""
-    numbers = sorted(
-        {int(name.split("_")[1]) for name in params if "Dense" not in name}
-    )
-    convolutions = [
-        [name for name in params if name in (f"Conv_{i}", f"BatchNorm_{i}")]
-        for i in numbers
-    ]
-    return [*convolutions, ["Dense_0"]]
+# Tables
 
 
-def rated(found: dict[Cell, Record]) -> Rated:
-    """What there is, by network and rate."""
-    return Rated.grouped((c.net, c.rate, r) for c, r in found.items())
+def by_rate(found: dict[Cell, Record]) -> ByRate:
+    """The results by network and rate."""
+    return ByRate.grouped((c.net, c.rate, r) for c, r in found.items())
+
+
+def shared_rate(known: ByRate) -> float:
+    """The rate at which networks are compared: the best of the plain one."""
+    return known.best("plain" if "plain" in known.names() else known.names()[0])
 
 
 def report(config: Config, found: dict[Cell, Record]) -> list[Table | str]:
     """By learning rate; and what was measured on the way, at a shared one."""
-    return why_tables.report(rated(found), config.rates)
+    known = by_rate(found)
+
+    def accuracy(net: str, rate: float) -> str:
+        return percent(known.of(net, rate, "test"))
+
+    def loss(net: str, rate: float) -> str:
+        return f"{known.of(net, rate, 'loss')[..., -1].mean():.3g}"
+
+    name = NAMES.__getitem__
+    return [
+        known.table("test accuracy (%) at rate", config.rates, accuracy, name),
+        known.table("training loss at the end", config.rates, loss, name),
+        medians(known),
+        conclusion(known),
+    ]
+
+
+def medians(known: ByRate) -> Table:
+    """Over steps, seeds and layers, of what is measured on the way."""
+    table = Table(
+        *("medians over training", "rate", "range of loss", "change of gradient"),
+        *("smoothness", "|G - G'| / |G|", "cosine of G, G'"),
+        box=box.MARKDOWN,
+    )
+    for net in known.names():
+        for rate in dict.fromkeys((shared_rate(known), known.best(net))):
+            if (net, rate) in known.records:
+                measured = (
+                    np.ptp(known.of(net, rate, "losses"), axis=-1),
+                    known.of(net, rate, "changes")[..., 1],
+                    known.of(net, rate, "smoothness"),
+                    known.of(net, rate, "shift")[..., 1:],
+                    known.of(net, rate, "cosine")[..., 1:],
+                )
+                shown = (f"{np.nanmedian(values):.3g}" for values in measured)
+                table.add_row(NAMES[net], f"{rate:g}", *shown)
+    return table
+
+
+def conclusion(known: ByRate) -> str:
+    """What BN gains at the plain network's best rate, and at its own."""
+    if not {"plain", "bn"} <= set(known.names()):
+        return ""
+    low, high = known.best("plain"), known.best("bn")
+    plain, slow, fast = (
+        100 * known.of(net, rate, "test").mean()
+        for net, rate in (("plain", low), ("bn", low), ("bn", high))
+    )
+    return (
+        f"At {low:g}, the best rate without BN, BN gains {slow - plain:+.1f} points "
+        f"over {plain:.1f} %; at {high:g}, its own best, {fast - plain:+.1f}."
+    )
+
+
+# Picture
 
 
 def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
-    """Six panels."""
+    """Six panels: training, learning rates, and what is around the weights."""
+    known = by_rate(found)
+    seeds, rate = max(map(len, known.records.values())), shared_rate(known)
+    title = (
+        f"{panels.DATA[config.data]}, {config.depth} convolutions, {seeds} "
+        f"seed{'s' * (seeds > 1)}; second row: at the learning rate {rate:g}, the best "
+        "without BN"
+    )
+    figure, axes = panels.make(title, (9.6, 5.6), 2, 3)
+    draw_training(axes[0], known)
+    draw_rates(axes[1], known)
+    draw_first(axes[2], known)
+    draw_ranges(axes[3], known, config.every)
+    draw_measured(axes[4], known, config.every, "smoothness")
+    title, y = "Smoothness along the gradient", "most change of gradient per distance"
+    panels.label(axes[4], title, "training steps", y, log="y")
+    draw_measured(axes[5], known, config.every, "cosine")
+    title = "Covariate shift: a cosine of 1 is none"
+    panels.label(axes[5], title, "training steps", "cosine of G and G', mean of layers")
+    handles, names = axes[1].get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": len(names)}
+    figure.legend(handles, names, fontsize=8, frameon=False, **place)
     path = folder / f"why_it_works_{config.data}.png"
-    why_plot.draw(rated(found), config.data, config.every, path)
+    panels.save(figure, path)
     return [path]
+
+
+def style(net: str) -> dict[str, Any]:
+    """How the lines of a network are drawn."""
+    return {"color": COLOURS[net], "label": NAMES[net]}
+
+
+def draw_training(axes: Axes, known: ByRate) -> None:
+    """The loss of each network at its best rate, and with BN at the plain one's."""
+    lines = [(net, known.best(net), "-") for net in known.names()]
+    if "bn" in known.names() and shared_rate(known) != known.best("bn"):
+        lines.append(("bn", shared_rate(known), "--"))
+    for net, rate, dashes in lines:
+        loss = known.of(net, rate, "loss")
+        steps = SMOOTHED * (np.arange(loss.shape[1]) + 0.5)
+        named = style(net) | {"label": f"{NAMES[net]}, {rate:g}"}
+        panels.line(axes, steps, loss, ls=dashes, **named)
+    title = "Training, at each one's best rate"
+    panels.label(axes, title, "training steps", "training loss", log="y")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def draw_rates(axes: Axes, known: ByRate) -> None:
+    """The accuracy at the end against the learning rate."""
+    for net in known.names():
+        rates = known.rates(net)
+        test = np.stack([known.of(net, rate, "test") for rate in rates], 1)
+        panels.line(axes, rates, 100 * test, marker="o", ms=3, **style(net))
+    title = "At the end of training"
+    panels.label(axes, title, "learning rate", "test accuracy (%)", log="x")
+
+
+def draw_first(axes: Axes, known: ByRate) -> None:
+    """The loss along the first gradient, which is the same at all learning rates."""
+    for net in ("plain", "bn"):
+        if net in known.names():
+            first = known.of(net, known.rates(net)[0], "first")
+            panels.line(axes, FIRST, first, **style(net))
+    axes.axhline(1, color="0.5", lw=0.8, ls=":")
+    title = "Along the gradient before training"
+    panels.label(axes, title, "step size", "loss after over loss before", log="x")
+
+
+def draw_ranges(axes: Axes, known: ByRate, every: int) -> None:
+    """Of the first seed: a band from the least to the largest loss."""
+    for net in ("plain", "bn"):
+        if (net, shared_rate(known)) in known.records:
+            low, high = known.of(net, shared_rate(known), "losses")[0].T
+            steps = every * np.arange(len(low))
+            axes.fill_between(steps, low, high, alpha=0.4, **style(net))
+    title, y = "Range of the loss along the gradient", "loss, 1/2 to 4 steps ahead"
+    panels.label(axes, title, "training steps", y, log="y")
+
+
+def draw_measured(axes: Axes, known: ByRate, every: int, field: str) -> None:
+    """A line for each network; of layers the mean, without the first."""
+    for net in known.names():
+        if net != "noisy plain" and (net, shared_rate(known)) in known.records:
+            values = known.of(net, shared_rate(known), field)
+            values = values[..., 1:].mean(-1) if values.ndim == 3 else values
+            steps = every * np.arange(values.shape[1])
+            panels.line(axes, steps, values, marker="o", ms=3, **style(net))
 
 
 SMOKE = {
@@ -263,9 +556,5 @@ SMOKE = {
 }
 STUDY = Study("why_it_works", cells, train, report, draw, SMOKE)
 
-
 if __name__ == "__main__":
-    settings = tyro.cli(Config, description=__doc__)
-    if not settings.smoke:
-        keep_memory("experiments.why_it_works")
-    sys.exit(study.main(STUDY, settings))
+    sys.exit(study.main(STUDY, tyro.cli(Config, description=__doc__)))

@@ -1,0 +1,127 @@
+"""A small convolutional network, and the images and batches that it is trained on."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from experiments.common import images
+from experiments.common.images import Split
+
+TESTED = 500  # images at once
+
+
+class Task(NamedTuple):
+    """A data set, and the network that suits it.
+
+    Attributes:
+        widths: the channels of each convolution.
+        strides: of each convolution.
+        center: what the network subtracts from pixels.
+        spread: what it then divides them by.
+        held_out: how many training images, the last ones, are for validation.
+    """
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    center: float
+    spread: float
+    held_out: int
+
+
+TASKS = {
+    "digits": Task((16, 32, 64), (2, 2, 2), center=0, spread=1, held_out=300),
+    "cifar10": Task(
+        *((12, 24, 24, 48, 48, 48), (2, 2, 1, 2, 1, 1)),
+        **{"center": 120, "spread": 64, "held_out": 5_000},
+    ),
+}
+
+
+class Dataset(NamedTuple):
+    """Three disjoint splits; `validation` is a part of the training images."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
+def load(name: str, data_dir: Path | None = None) -> Dataset:
+    """The images of a task; the digits' pixels are rounded to 0 or 1.
+
+    Args:
+        name: of `TASKS`.
+        data_dir: see `images.load`.
+    """
+    train, test = images.load(name, data_dir)
+    if name == "digits":
+        train, test = (
+            Split((pixels >= 8).astype(np.uint8), labels)  # of 0 to 16
+            for pixels, labels in (train, test)
+        )
+    kept = len(train.labels) - TASKS[name].held_out
+    first = Split(train.images[:kept], train.labels[:kept])
+    return Dataset(first, Split(train.images[kept:], train.labels[kept:]), test)
+
+
+def draw_batches(seed: int, examples: int, steps: int, size: int) -> np.ndarray:
+    """Which examples are in each batch: (step, size).
+
+    Every epoch has a new order; the last examples, which fill no batch, are left out.
+    """
+    random = np.random.default_rng(seed)
+    whole = examples // size * size
+    epochs = -(-steps * size // whole)
+    drawn = [random.permutation(examples)[:whole] for _ in range(epochs)]
+    return np.concatenate(drawn).reshape(-1, size)[:steps]
+
+
+class ConvNet(nn.Module):
+    """Convolutions of 3x3, each normalized and rectified, then the mean and a matrix.
+
+    Attributes:
+        task: sizes, and how pixels are scaled.
+        normalize: (x, train, step) -> y; it may add a layer.
+        conv: (channels, size, strides=...) -> the layer.
+    """
+
+    task: Task
+    normalize: Callable[[jax.Array, bool, ArrayLike], jax.Array]
+    conv: Callable[..., nn.Module] = functools.partial(nn.Conv, use_bias=False)
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, *, train: bool, step: ArrayLike = 0) -> jax.Array:
+        """The logits of 10 classes.
+
+        Args:
+            x: (batch, height, width, colour), uint8.
+            train: whether to normalize by the batch and update the running statistics.
+            step: of the training.
+        """
+        y = (jnp.asarray(x, jnp.float32) - self.task.center) / self.task.spread
+        for width, stride in zip(self.task.widths, self.task.strides, strict=True):
+            y = self.conv(width, (3, 3), strides=stride)(y)
+            y = nn.relu(self.normalize(y, train, step))
+        return nn.Dense(10)(y.mean((1, 2)))
+
+
+def accuracy(model: nn.Module, variables: Any, data: Split) -> float:
+    """The share of right answers, by the running statistics."""
+    right = 0
+    for start in range(0, len(data.labels), TESTED):
+        part = slice(start, start + TESTED)
+        classes = _classify(model, variables, data.images[part])
+        right += int((classes == data.labels[part]).sum())
+    return right / len(data.labels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _classify(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+    logits: Any = model.apply(variables, images, train=False)
+    return logits.argmax(-1)
