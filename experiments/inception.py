@@ -52,7 +52,7 @@ paper 1.9, of six, with many crops of each image).
 
 The network has six of the paper's ten modules, at an eighth of its widths; for
 ImageNet, with the options above, it is that of figure 5, with 11.2e6 parameters (the
-paper says 13.6e6). To change the data, see `Small` and `Photos`; the model,
+paper says 13.6e6). To change the data, see `in_memory` and `photos`; the model,
 `Inception`; the optimizer or schedule, `optimizer`; how models are trained, `Recipe`.
 
 References: Ioffe & Szegedy 2015, sections 4.2.1 to 4.2.3, figures 2 to 5; Szegedy et
@@ -70,7 +70,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import grain
@@ -98,10 +98,7 @@ from experiments.common.study import Settings, Study, Trained
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a network is trained; the original Inception, unless told otherwise.
-
-    All from `rate` to `less_distortion` are the changes of section 4.2.1.
-    """
+    """How a network is trained; the original Inception, unless told otherwise."""
 
     normalize: bool = False
     activation: Literal["relu", "sigmoid"] = "relu"
@@ -118,16 +115,7 @@ class Recipe:
 ORIGINAL = Recipe()
 X5 = Recipe(True, "relu", 5.0, True, True, True, True, True, True)
 X30 = dataclasses.replace(X5, rate=30.0)
-Model = Literal[
-    "inception",
-    "bn_baseline",
-    "bn_x5",
-    "bn_x30",
-    "bn_x5_sigmoid",
-    "inception_x5",
-    "sigmoid",
-]
-MODELS: dict[str, Recipe] = {
+MODELS = {
     "inception": ORIGINAL,
     "bn_baseline": Recipe(normalize=True),
     "bn_x5": X5,
@@ -136,15 +124,16 @@ MODELS: dict[str, Recipe] = {
     "inception_x5": Recipe(rate=5.0),
     "sigmoid": Recipe(activation="sigmoid"),
 }
-NAMES = {
-    "inception": "Inception",
-    "bn_baseline": "BN-Baseline",
-    "bn_x5": "BN-x5",
-    "bn_x30": "BN-x30",
-    "bn_x5_sigmoid": "BN-x5-Sigmoid",
-    "inception_x5": "Inception, x5",
-    "sigmoid": "Inception, sigmoid",
+PAPER = {
+    "inception": ("Inception", "31.0e6", "1.00", "72.2"),
+    "bn_baseline": ("BN-Baseline", "13.3e6", "0.43", "72.7"),
+    "bn_x5": ("BN-x5", "2.1e6", "0.07", "73.0"),
+    "bn_x30": ("BN-x30", "2.7e6", "0.09", "74.8"),
+    "bn_x5_sigmoid": ("BN-x5-Sigmoid", "-", "-", "69.8"),
+    "inception_x5": ("Inception, x5", "-", "-", "diverged"),
+    "sigmoid": ("Inception, sigmoid", "-", "-", "0.1"),
 }
+"""The name, the steps to Inception's best accuracy, their share, and the best in %."""
 CHANGES = {
     "rate": "higher rate",
     "no_dropout": "no dropout",
@@ -154,17 +143,8 @@ CHANGES = {
     "shuffle": "shuffling in shards",
     "less_distortion": "less distortion",
 }
-"""What --ablate takes back, one at a time."""
-PAPER = {
-    "inception": ("31.0e6", "1.00", "72.2"),
-    "bn_baseline": ("13.3e6", "0.43", "72.7"),
-    "bn_x5": ("2.1e6", "0.07", "73.0"),
-    "bn_x30": ("2.7e6", "0.09", "74.8"),
-    "bn_x5_sigmoid": ("-", "-", "69.8"),
-    "inception_x5": ("-", "-", "diverged"),
-    "sigmoid": ("-", "-", "0.1"),
-}
-"""Steps to Inception's best accuracy, their share, and the best accuracy in percent."""
+"""Those of section 4.2.1; --ablate takes one back at a time."""
+COLOURS = "#000000 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)  # tried by --tune
 
 
@@ -199,8 +179,8 @@ class Training:
 class Config(Training, Settings):
     """The settings of a run; each is an option of the command line."""
 
-    models: tuple[Model, ...] = get_args(Model)
-    """Which ones are trained."""
+    models: tuple[str, ...] = tuple(MODELS)
+    """Which ones of these are trained."""
     seeds: tuple[int, ...] = (0,)
     """Of the weights and the order of the images: one training of each model."""
     ablate: bool = False
@@ -246,129 +226,121 @@ def cells(config: Config) -> Sequence[Cell | Ensemble]:
             recipe = dataclasses.replace(X30, no_dropout=False, weights=weights)
             members.append(cell_of(config, "bn_x30", recipe, seed=i, dropout=dropout))
         return [Ensemble(tuple(members))]
-    models = {name: MODELS[name] for name in config.models}
     if config.ablate:
-        models = {name: MODELS[name] for name in ("inception", "bn_x5")}
+        recipes = {"inception": ORIGINAL, "bn_x5": X5}
         for change in CHANGES:
             without = {change: getattr(ORIGINAL, change)}
-            models[change] = dataclasses.replace(X5, **without)
+            recipes[change] = dataclasses.replace(X5, **without)
+    elif unknown := set(config.models) - MODELS.keys():
+        raise ValueError(f"received the models {unknown}: expected some of {[*MODELS]}")
+    else:
+        recipes = {name: MODELS[name] for name in config.models}
     return [
         cell_of(config, name, recipe, seed=seed)
         for seed in config.seeds
-        for name, recipe in models.items()
+        for name, recipe in recipes.items()
     ]
 
 
 # Data
 
 
-class Small(NamedTuple):
-    """Images of one size, in memory."""
+class Data(NamedTuple):
+    """Training and test examples by their numbers, and what they have in common."""
 
-    train: Split
-    test: Split
-    padding: int  # of the borders that crops are taken from
-    flip: bool  # whether half of the images are mirrored
+    counts: tuple[int, int]
+    shape: tuple[int, ...]
+    classes: int
+    training: Callable[[int, np.random.Generator, float], Split]
+    """(number, rng, how much colours are changed) -> a training example, augmented."""
+    testing: Callable[[int], Split]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.train.images.shape[1:]
 
-    @property
-    def classes(self) -> int:
-        return 1 + max(self.train.labels.max(), self.test.labels.max())
+def load(config: Config) -> Data:
+    """The data of a run; to tune, the last tenth of the training images is the test."""
+    if config.data == "imagenet":
+        return photos(config.data_dir)
+    train, test = images.load(config.data, config.data_dir)
+    if config.tune:
+        cut = len(train.labels) - len(train.labels) // 10
+        test = Split(train.images[cut:], train.labels[cut:])
+        train = Split(train.images[:cut], train.labels[:cut])
+    if config.data == "digits":  # pixels from 0 to 16
+        train, test = (Split(15 * part.images, part.labels) for part in (train, test))
+        return in_memory(train, test, padding=1, flip=False)
+    return in_memory(train, test, padding=4, flip=True)
 
-    def training(self, index: int, rng: np.random.Generator, amount: float) -> Split:
-        """A crop of an image, mirrored or not, its colours changed."""
-        p = self.padding
-        top, left, mirrored = rng.integers((2 * p + 1, 2 * p + 1, 2))
-        height, width, channels = self.shape
-        image = np.pad(self.train.images[index], ((p, p), (p, p), (0, 0)))
+
+def in_memory(train: Split, test: Split, padding: int, flip: bool) -> Data:
+    """Images of one size; those of training are moved by up to `padding` pixels."""
+    shape = height, width, channels = train.images.shape[1:]
+    border = (padding, padding)
+
+    def training(number: int, rng: np.random.Generator, amount: float) -> Split:
+        moves = 2 * padding + 1
+        top, left, mirrored = rng.integers((moves, moves, 2))
+        image = np.pad(train.images[number], (border, border, (0, 0)))
         image = image[top : top + height, left : left + width]
-        image = image[:, ::-1] if self.flip and mirrored else image
+        image = image[:, ::-1] if flip and mirrored else image
         pixels = Image.fromarray(image.squeeze(2) if channels == 1 else image)
-        image = np.asarray(change_colours(pixels, rng, amount)).reshape(self.shape)
-        return Split(image, self.train.labels[index])
+        image = np.asarray(change_colours(pixels, rng, amount)).reshape(shape)
+        return Split(image, train.labels[number])
 
-    def testing(self, index: int) -> Split:
-        """An image as it is."""
-        return Split(self.test.images[index], self.test.labels[index])
+    def testing(number: int) -> Split:
+        return Split(test.images[number], test.labels[number])
+
+    counts = len(train.labels), len(test.labels)
+    return Data(counts, shape, 1 + int(train.labels.max()), training, testing)
 
 
-class Photos(NamedTuple):
-    """Images of any size on disk, which are decoded when they are needed.
+def photos(data_dir: Path | None, size: int = 224) -> Data:
+    """Photographs of any size on disk, decoded when they are needed.
 
     A damaged training image is replaced by the next one, so that the batch of a step
     follows from the seed; a damaged test image has the label -1, and does not count.
     """
-
-    train: Any  # of Hugging Face `datasets`
-    test: Any
-    shape: tuple[int, ...] = (224, 224, 3)
-
-    @property
-    def classes(self) -> int:
-        return self.train.features["label"].num_classes
-
-    def training(self, index: int, rng: np.random.Generator, amount: float) -> Split:
-        """A crop of a photograph, mirrored or not, its colours changed."""
-        for number in range(index, index + len(self.train)):
-            row = self.train[number % len(self.train)]
-            if (image := opened(row)) is not None:
-                image = image.resize(
-                    self.shape[:2], Image.Resampling.BILINEAR, crop(*image.size, rng)
-                )
-                if rng.integers(2):
-                    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-                image = np.asarray(change_colours(image, rng, amount))
-                return Split(image, np.int32(row["label"]))
-        raise DataError("no training image can be decoded: expected JPEG or PNG files.")
-
-    def testing(self, index: int) -> Split:
-        """The middle of a photograph, whose shorter side was resized to 256."""
-        row = self.test[index]
-        if (image := opened(row)) is None:
-            return Split(np.zeros(self.shape, np.uint8), np.int32(-1))
-        scale = 256 / min(image.size)
-        width, height = (round(scale * side) for side in image.size)
-        left, top = (width - self.shape[1]) // 2, (height - self.shape[0]) // 2
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        image = image.crop((left, top, left + self.shape[1], top + self.shape[0]))
-        return Split(np.asarray(image), np.int32(row["label"]))
-
-
-def load(name: str, data_dir: Path | None, held_out: bool = False) -> Small | Photos:
-    """The data; if `held_out`, the last tenth of the training images is the test."""
-    if name == "imagenet":
-        return load_photos(data_dir)
-    train, test = images.load(name, data_dir)
-    if held_out:
-        cut = len(train.labels) - len(train.labels) // 10
-        test = Split(train.images[cut:], train.labels[cut:])
-        train = Split(train.images[:cut], train.labels[:cut])
-    if name == "digits":  # pixels from 0 to 16
-        train, test = (Split(15 * part.images, part.labels) for part in (train, test))
-        return Small(train, test, padding=1, flip=False)
-    return Small(train, test, padding=4, flip=True)
-
-
-def load_photos(data_dir: Path | None) -> Photos:
-    """The photographs in a folder that `datasets` can read; nothing is downloaded."""
     import datasets  # slow to import, and not needed for the digits
 
+    datasets.disable_progress_bars()
     try:
+        if data_dir is None or not data_dir.is_dir():
+            raise FileNotFoundError("it is no folder")
         found = datasets.load_dataset(str(data_dir))
         train, test = (
             found[split].cast_column("image", datasets.Image(decode=False))
             for split in ("train", "validation")
         )
+        classes = train.features["label"].num_classes
     except Exception as error:  # of many packages: files, folders, Parquet
         raise DataError(
             f"ImageNet cannot be read from {data_dir}: {type(error).__name__}: {error}."
             " Expected images in train/class/ and val/class/, or Parquet files; name "
             "their folder by --data-dir."
         ) from error
-    return Photos(train, test)
+
+    def training(number: int, rng: np.random.Generator, amount: float) -> Split:
+        for row in (train[n % len(train)] for n in range(number, number + len(train))):
+            if (image := opened(row)) is not None:
+                box = crop(*image.size, rng)
+                image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+                if rng.integers(2):
+                    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                image = np.asarray(change_colours(image, rng, amount))
+                return Split(image, np.int32(row["label"]))
+        raise DataError("no training image can be decoded: expected JPEG or PNG files.")
+
+    def testing(number: int) -> Split:
+        row = test[number]
+        if (image := opened(row)) is None:
+            return Split(np.zeros((size, size, 3), np.uint8), np.int32(-1))
+        side = min(image.size) * size / 256  # of the square in the middle
+        left, top = ((whole - side) / 2 for whole in image.size)
+        middle = left, top, left + side, top + side
+        image = image.resize((size, size), Image.Resampling.BILINEAR, middle)
+        return Split(np.asarray(image), np.int32(row["label"]))
+
+    counts = len(train), len(test)
+    return Data(counts, (size, size, 3), classes, training, testing)
 
 
 def opened(row: dict) -> Image.Image | None:
@@ -377,8 +349,8 @@ def opened(row: dict) -> Image.Image | None:
     try:
         image = Image.open(io.BytesIO(content or Path(path).read_bytes()))
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises
-        warnings.warn(f"left out {path}: {error}", stacklevel=2)
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises
+        warnings.warn(f"left out {path}, which cannot be decoded", stacklevel=2)
         return None
 
 
@@ -422,32 +394,18 @@ def epoch_order(seed: int, count: int, within: bool, epoch: int) -> np.ndarray:
     return np.concatenate([random.permutation(s) if within else s for s in turn])
 
 
-def training_batches(data: Small | Photos, cell: Cell) -> grain.MapDataset:
+def training_batches(data: Data, cell: Cell) -> grain.MapDataset:
     """Item k is the batch of step k, and follows from the seed and k alone."""
-    count = len(data.train) if isinstance(data, Photos) else len(data.train.labels)
+    count = data.counts[0]
+    amount = 0.2 if cell.recipe.less_distortion else 0.5
 
-    def example(position: int) -> int:
+    def at(position: int) -> int:
         epoch, place = divmod(position, count)
         return int(epoch_order(cell.seed, count, cell.recipe.shuffle, epoch)[place])
 
-    amount = 0.2 if cell.recipe.less_distortion else 0.5
-    positions = grain.MapDataset.range(count * 10**6).seed(cell.seed)
-    augmented = positions.map(example).random_map(
-        lambda index, rng: data.training(index, rng, amount)
-    )
+    examples = grain.MapDataset.range(count * 10**6).seed(cell.seed).map(at)
+    augmented = examples.random_map(lambda n, rng: data.training(n, rng, amount))
     return augmented.batch(cell.batch_size)
-
-
-def test_batches(data: Small | Photos) -> grain.MapDataset:
-    """Batches of 200; the last is filled with images of the label -1."""
-    count = len(data.test) if isinstance(data, Photos) else len(data.test.labels)
-
-    def example(index: int) -> Split:
-        if index < count:
-            return data.testing(index)
-        return Split(np.zeros(data.shape, np.uint8), np.int32(-1))
-
-    return grain.MapDataset.range(-(-count // 200) * 200).map(example).batch(200)
 
 
 def read(batches: grain.MapDataset, step: int = 0) -> Iterator[Split]:
@@ -656,19 +614,16 @@ def evaluate(model: Inception, state: State, images: jax.Array) -> jax.Array:
     return model.apply(variables, images, train=False)
 
 
-Predict = Callable[[], tuple[np.ndarray, np.ndarray]]
-"""() -> the logits (image, class) of all test images, and their labels."""
+def train_cell(cell: Cell, data: Data, folder: Path):
+    """Trains a network, and saves each measurement with the state in `folder`.
 
+    It goes on from the last one. A batch is split over the devices; all else is copied.
 
-def train_cell(
-    cell: Cell, data: Small | Photos, folder: Path
-) -> tuple[Record, Predict | None]:
-    """The curve of a training and the trained network, which is None if it diverged.
-
-    Each measurement is saved in `folder` with the state; training goes on from the
-    last one. A batch is split over all devices, each of which has the whole state.
+    Returns:
+        The curve of the training, and a function that returns the logits and the labels
+        of the test images; None instead if the loss is no longer finite.
     """
-    devices = jax.devices()[: math.gcd(cell.batch_size, 200, jax.device_count())]
+    devices = jax.devices()[: math.gcd(cell.batch_size, jax.device_count())]
     mesh = Mesh(np.array(devices), ("data",))
     split, copied = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     model = Inception(cell, data.classes)
@@ -679,12 +634,13 @@ def train_cell(
 
     advance, apply = compiled(train_step, donate_argnums=0), compiled(evaluate)
     state = compiled(init)(np.zeros((1, *data.shape), np.uint8))
-    batches, tests = training_batches(data, cell), test_batches(data)
+    batches = training_batches(data, cell)
+    tests = grain.MapDataset.range(data.counts[1]).map(data.testing).batch(200)
 
     def predict():
         found = []
         for batch in read(tests):
-            logits = apply(state, jax.device_put(batch.images, split))
+            logits = apply(state, jax.device_put(batch.images, copied))
             found.append((np.asarray(logits), batch.labels))
         logits, labels = map(np.concatenate, zip(*found))
         return logits[labels >= 0], labels[labels >= 0]
@@ -722,7 +678,7 @@ def train_cell(
     return curve, predict
 
 
-def vote(ensemble: Ensemble, data: Small | Photos, folder: Path) -> Record:
+def vote(ensemble: Ensemble, data: Data, folder: Path) -> Record:
     """The last accuracies of the members, and that of their mean probabilities."""
     seconds, accuracies, probabilities, labels = 0.0, [], [], np.array([])
     for member in ensemble.members:
@@ -745,7 +701,7 @@ def vote(ensemble: Ensemble, data: Small | Photos, folder: Path) -> Record:
 
 def train(config: Config, missing: Sequence[Any]) -> Iterator[Trained]:
     """The result of each training, whose checkpoints are removed after it."""
-    data = load(config.data, config.data_dir, held_out=config.tune)
+    data = load(config)
     for cell in missing:
         name = hashlib.sha256(study.key(cell).encode()).hexdigest()[:12]
         folder = config.out / "inception" / name
@@ -763,42 +719,37 @@ def train(config: Config, missing: Sequence[Any]) -> Iterator[Trained]:
 
 
 class Curve(NamedTuple):
-    """Accuracies on the test images, and the mean of what else is recorded of seeds."""
+    """The mean of the seeds of a model."""
 
-    steps: np.ndarray
+    name: str
+    steps: np.ndarray  # as far as all seeds were measured
     accuracy: np.ndarray
-    diverged: int
-    seconds: float
-
-    def best(self) -> float:
-        """The highest accuracy; NaN if none was measured."""
-        return float(self.accuracy.max()) if len(self.accuracy) else math.nan
+    minutes: float
+    best: float  # NaN if nothing was measured
 
     def steps_to(self, accuracy: float) -> float:
-        """The first measured step with that accuracy, or infinity."""
+        """The first measured step with that accuracy, or NaN."""
         reached = self.accuracy >= accuracy
-        return float(self.steps[reached.argmax()]) if reached.any() else math.inf
+        return float(self.steps[reached.argmax()]) if reached.any() else math.nan
 
 
 def curves(found: dict[Any, Record]) -> dict[str, Curve]:
-    """The mean of all seeds by model, as far as all of them were measured."""
+    """By model."""
     every = {}
     for model in dict.fromkeys(cell.model for cell in found):
         seeds = [result for cell, result in found.items() if cell.model == model]
+        name = PAPER[model][0] if model in PAPER else f"BN-x5, not: {CHANGES[model]}"
+        name += " (diverged)" if any(result["diverged"] for result in seeds) else ""
         length = min(len(result["steps"]) for result in seeds)
+        accuracy = np.mean([result["accuracy"][:length] for result in seeds], 0)
         every[model] = Curve(
+            name,
             np.array(seeds[0]["steps"][:length]),
-            np.mean([result["accuracy"][:length] for result in seeds], 0),
-            sum(result["diverged"] for result in seeds),
-            float(np.mean([result["seconds"] for result in seeds])),
+            accuracy,
+            float(np.mean([result["seconds"] for result in seeds])) / 60,
+            float(accuracy.max()) if length else math.nan,
         )
     return every
-
-
-def labels(config: Config) -> dict[str, str]:
-    """What models are called."""
-    without = {change: f"BN-x5, not: {name}" for change, name in CHANGES.items()}
-    return NAMES | without if config.ablate else NAMES
 
 
 def report(config: Config, found: dict[Any, Record]) -> Sequence[Any]:
@@ -828,18 +779,14 @@ def report(config: Config, found: dict[Any, Record]) -> Sequence[Any]:
     for name in ("steps", "share", "best %"):
         table.add_column(f"paper's\n{name}", justify="right")
     every = curves(found)
-    target = every["inception"].best() if "inception" in every else math.nan
+    target = every["inception"].best if "inception" in every else math.nan
     for model, curve in every.items():
         steps = curve.steps_to(target)
-        share = steps / every["inception"].steps_to(target) if steps < math.inf else 0
-        table.add_row(
-            labels(config)[model],
-            f"{steps:,.0f}" if share else "-",
-            f"{share:.2f}" if share else "-",
-            f"{100 * curve.best():.2f}" + (" (diverged)" if curve.diverged else ""),
-            f"{curve.seconds / 60:.1f}",
-            *PAPER.get(model, ("", "", "")),
-        )
+        share = steps / every.get("inception", curve).steps_to(target)
+        numbers = f"{steps:,.0f}", f"{share:.2f}", f"{100 * curve.best:.2f}"
+        shown = ("-" if number == "nan" else number for number in numbers)
+        minutes, paper = f"{curve.minutes:.1f}", PAPER.get(model, ("", "", "", ""))
+        table.add_row(curve.name, *shown, minutes, *paper[1:])
     return [table]
 
 
@@ -850,15 +797,14 @@ def draw(config: Config, found: dict[Any, Record], folder: Path) -> Sequence[Pat
     title = f"{panels.DATA[config.data]}, batches of {config.batch_size}"
     figure, (axes,) = panels.make(title, (8.0, 4.4), 1, 1)
     every = curves(found)
-    target = every["inception"].best() if "inception" in every else math.nan
-    for index, (model, curve) in enumerate(every.items()):
+    target = every["inception"].best if "inception" in every else math.nan
+    for index, curve in enumerate(every.values()):
         # Dashes in the gaps of the line before, which may be at the same height.
-        style: Any = "-" if index < 5 else (4 * (index % 2), (4, 4))
-        label = labels(config)[model] + (" (diverged)" if curve.diverged else "")
-        colour = "black" if model == "inception" else f"C{index}"
+        dashed: Any = "-" if index < 5 else (4 * (index % 2), (4, 4))
+        style = {"color": COLOURS[index % 7]}
         percent = 100 * curve.accuracy
-        axes.plot(curve.steps, percent, ls=style, color=colour, lw=1.5, label=label)
-        axes.plot(curve.steps_to(target), 100 * target, "D", color=colour, mec="white")
+        axes.plot(curve.steps, percent, ls=dashed, lw=1.5, label=curve.name, **style)
+        axes.plot(curve.steps_to(target), 100 * target, "D", mec="white", **style)
     axes.axhline(100 * target, color="black", lw=0.8, ls=":")
     panels.label(axes, "", "training steps", "test accuracy (%)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
