@@ -259,6 +259,8 @@ class Data(NamedTuple):
 def load(config: Config) -> Data:
     """The data of a run; to tune, the last tenth of the training images is the test."""
     if config.data == "imagenet":
+        if config.tune:
+            raise ValueError("received --tune --data imagenet: expected other data")
         return photos(config.data_dir)
     train, test = images.load(config.data, config.data_dir)
     if config.tune:
@@ -355,18 +357,13 @@ def opened(row: dict) -> Image.Image | None:
 
 
 def crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """A random part of an image: 8 to 100 % of its area, sides of 3:4 to 4:3.
-
-    If none fits in ten attempts, it is all of the image.
-    """
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1)
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers((width - w + 1, height - h + 1)).tolist()
-            return left, top, left + w, top + h
-    return 0, 0, width, height
+    """A random part of an image: 8 to 100 % of its area, sides of 3:4 to 4:3."""
+    area = width * height * rng.uniform(0.08, 1)
+    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    w = min(width, round(math.sqrt(area * aspect)))
+    h = min(height, round(math.sqrt(area / aspect)))
+    left, top = rng.integers((width - w + 1, height - h + 1)).tolist()
+    return left, top, left + w, top + h
 
 
 def change_colours(
@@ -478,35 +475,27 @@ class Convolution(nn.Module):
         )(x)
 
 
-class Widths(NamedTuple):
-    """Of one module: the features of four branches, put side by side."""
-
-    one: int  # of a 1x1 convolution; 0: there is none
-    three: tuple[int, int]  # of a 1x1 and the 3x3 convolution after it
-    double: tuple[int, int]  # of a 1x1 and the two 3x3 convolutions after it
-    pool: str  # what is taken of windows of 3x3
-    projection: int  # of a 1x1 convolution after that; 0: none, and stride 2
-
-
 MODULES = {
-    "3a": Widths(64, (64, 64), (64, 96), "mean", 32),
-    "3b": Widths(64, (64, 96), (64, 96), "mean", 64),
-    "3c": Widths(0, (128, 160), (64, 96), "max", 0),
-    "4a": Widths(224, (64, 96), (96, 128), "mean", 128),
-    "4b": Widths(192, (96, 128), (96, 128), "mean", 128),
-    "4c": Widths(160, (128, 160), (128, 160), "mean", 96),
-    "4d": Widths(96, (128, 192), (160, 192), "mean", 96),
-    "4e": Widths(0, (128, 192), (192, 256), "max", 0),
-    "5a": Widths(352, (192, 320), (160, 224), "mean", 128),
-    "5b": Widths(352, (192, 320), (192, 224), "max", 128),
+    "3a": (64, (64, 64), (64, 96), "mean", 32),
+    "3b": (64, (64, 96), (64, 96), "mean", 64),
+    "3c": (0, (128, 160), (64, 96), "max", 0),
+    "4a": (224, (64, 96), (96, 128), "mean", 128),
+    "4b": (192, (96, 128), (96, 128), "mean", 128),
+    "4c": (160, (128, 160), (128, 160), "mean", 96),
+    "4d": (96, (128, 192), (160, 192), "mean", 96),
+    "4e": (0, (128, 192), (192, 256), "max", 0),
+    "5a": (352, (192, 320), (160, 224), "mean", 128),
+    "5b": (352, (192, 320), (192, 224), "max", 128),
 }
-"""Figure 5."""
+"""Figure 5: the features of a 1x1 convolution; of a 1x1 and a 3x3; of a 1x1 and two
+3x3; what is taken of windows of 3x3, and the features of a 1x1 after it. Instead of 0
+features there is no convolution; a module without the last one has stride 2."""
 
 
 class Module(nn.Module):
-    """One Inception module."""
+    """One Inception module: four branches, whose outputs are put side by side."""
 
-    widths: Widths
+    widths: tuple
     cell: Cell
 
     @nn.compact
@@ -725,12 +714,14 @@ class Curve(NamedTuple):
     steps: np.ndarray  # as far as all seeds were measured
     accuracy: np.ndarray
     minutes: float
-    best: float  # NaN if nothing was measured
+
+    def best(self) -> float:
+        """The highest accuracy, or NaN."""
+        return float(self.accuracy.max()) if len(self.steps) else math.nan
 
     def steps_to(self, accuracy: float) -> float:
         """The first measured step with that accuracy, or NaN."""
-        reached = self.accuracy >= accuracy
-        return float(self.steps[reached.argmax()]) if reached.any() else math.nan
+        return float(min(self.steps[self.accuracy >= accuracy], default=math.nan))
 
 
 def curves(found: dict[Any, Record]) -> dict[str, Curve]:
@@ -742,13 +733,9 @@ def curves(found: dict[Any, Record]) -> dict[str, Curve]:
         name += " (diverged)" if any(result["diverged"] for result in seeds) else ""
         length = min(len(result["steps"]) for result in seeds)
         accuracy = np.mean([result["accuracy"][:length] for result in seeds], 0)
-        every[model] = Curve(
-            name,
-            np.array(seeds[0]["steps"][:length]),
-            accuracy,
-            float(np.mean([result["seconds"] for result in seeds])) / 60,
-            float(accuracy.max()) if length else math.nan,
-        )
+        minutes = np.mean([result["seconds"] for result in seeds]) / 60
+        steps = np.array(seeds[0]["steps"][:length])
+        every[model] = Curve(name, steps, accuracy, float(minutes))
     return every
 
 
@@ -779,11 +766,11 @@ def report(config: Config, found: dict[Any, Record]) -> Sequence[Any]:
     for name in ("steps", "share", "best %"):
         table.add_column(f"paper's\n{name}", justify="right")
     every = curves(found)
-    target = every["inception"].best if "inception" in every else math.nan
+    target = every["inception"].best() if "inception" in every else math.nan
     for model, curve in every.items():
         steps = curve.steps_to(target)
         share = steps / every.get("inception", curve).steps_to(target)
-        numbers = f"{steps:,.0f}", f"{share:.2f}", f"{100 * curve.best:.2f}"
+        numbers = f"{steps:,.0f}", f"{share:.2f}", f"{100 * curve.best():.2f}"
         shown = ("-" if number == "nan" else number for number in numbers)
         minutes, paper = f"{curve.minutes:.1f}", PAPER.get(model, ("", "", "", ""))
         table.add_row(curve.name, *shown, minutes, *paper[1:])
@@ -797,7 +784,7 @@ def draw(config: Config, found: dict[Any, Record], folder: Path) -> Sequence[Pat
     title = f"{panels.DATA[config.data]}, batches of {config.batch_size}"
     figure, (axes,) = panels.make(title, (8.0, 4.4), 1, 1)
     every = curves(found)
-    target = every["inception"].best if "inception" in every else math.nan
+    target = every["inception"].best() if "inception" in every else math.nan
     for index, curve in enumerate(every.values()):
         # Dashes in the gaps of the line before, which may be at the same height.
         dashed: Any = "-" if index < 5 else (4 * (index % 2), (4, 4))
