@@ -328,18 +328,18 @@ def photos(data_dir: Path | None, size: int = 224) -> Data:
                 if rng.integers(2):
                     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 image = np.asarray(change_colours(image, rng, amount))
-                return Split(image, np.int32(row["label"]))
+                return Split(image, np.array(row["label"], np.int32))
         raise DataError("no training image can be decoded: expected JPEG or PNG files.")
 
     def testing(number: int) -> Split:
         row = test[number]
         if (image := opened(row)) is None:
-            return Split(np.zeros((size, size, 3), np.uint8), np.int32(-1))
+            return Split(np.zeros((size, size, 3), np.uint8), np.array(-1, np.int32))
         side = min(image.size) * size / 256  # of the square in the middle
         left, top = ((whole - side) / 2 for whole in image.size)
         middle = left, top, left + side, top + side
         image = image.resize((size, size), Image.Resampling.BILINEAR, middle)
-        return Split(np.asarray(image), np.int32(row["label"]))
+        return Split(np.asarray(image), np.array(row["label"], np.int32))
 
     counts = len(train), len(test)
     return Data(counts, (size, size, 3), classes, training, testing)
@@ -356,12 +356,12 @@ def opened(row: dict) -> Image.Image | None:
         return None
 
 
-def crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """A random part of an image: 8 to 100 % of its area, sides of 3:4 to 4:3."""
+def crop(width: int, height: int, rng: np.random.Generator) -> Any:
+    """The edges of a part of an image: 8 to 100 % of it, with sides of 3:4 to 4:3."""
     area = width * height * rng.uniform(0.08, 1)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    w = min(width, round(math.sqrt(area * aspect)))
-    h = min(height, round(math.sqrt(area / aspect)))
+    w = max(1, min(width, round(math.sqrt(area * aspect))))
+    h = max(1, min(height, round(math.sqrt(area / aspect))))
     left, top = rng.integers((width - w + 1, height - h + 1)).tolist()
     return left, top, left + w, top + h
 
@@ -560,7 +560,7 @@ class State(NamedTuple):
 def optimizer(cell: Cell) -> optax.GradientTransformation:
     """Momentum, a rate that decays exponentially, and L2 on kernels."""
     rate = cell.learning_rate * cell.recipe.rate
-    steps = cell.steps / (6 if cell.recipe.faster_decay else 1)
+    steps: Any = cell.steps / (6 if cell.recipe.faster_decay else 1)
     l2 = cell.l2 / (5 if cell.recipe.less_l2 else 1)
     return optax.chain(
         optax.add_decayed_weights(l2, bnjax.training.weight_decay_mask),
@@ -597,7 +597,7 @@ def train_step(model: Inception, state: State, batch: Split):
     return State(optax.apply_updates(state.params, change), stats, after), loss
 
 
-def evaluate(model: Inception, state: State, images: jax.Array) -> jax.Array:
+def evaluate(model: Inception, state: State, images: jax.Array) -> Any:
     """The logits, by the running statistics."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return model.apply(variables, images, train=False)
@@ -639,31 +639,32 @@ def train_cell(cell: Cell, data: Data, folder: Path):
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         done = manager.latest_step() or 0
         if done:
-            wanted = {
-                "state": ocp.args.StandardRestore(state),
-                "curve": ocp.args.JsonRestore(),
-            }
-            saved = manager.restore(done, args=ocp.args.Composite(**wanted))
+            wanted = ocp.args.Composite(
+                state=ocp.args.StandardRestore(state), curve=ocp.args.JsonRestore()
+            )
+            saved = manager.restore(done, args=wanted)
             state, curve = saved["state"], saved["curve"]
         begin = time.perf_counter() - curve["seconds"]
         steps = range(done + 1, cell.steps + 1)
         for step, batch in zip(steps, read(batches, done)):
             state, loss = advance(state, jax.device_put(batch, split))
-            curve["diverged"] = not math.isfinite(loss)
-            curve["seconds"] = time.perf_counter() - begin
-            if curve["diverged"]:
-                return curve, None
+            if not math.isfinite(loss):
+                seconds = time.perf_counter() - begin
+                return {**curve, "diverged": True, "seconds": seconds}, None
             if step % cell.evaluate_every == 0 or step == cell.steps:
                 logits, labels = predict()
                 accuracy = float((logits.argmax(-1) == labels).mean())
                 print(f"{cell.model}, step {step:,}: {accuracy:.2%} are right")
-                curve["steps"].append(step)
-                curve["accuracy"].append(accuracy)
-                parts = {
-                    "state": ocp.args.StandardSave(state),
-                    "curve": ocp.args.JsonSave(curve),
+                curve = {
+                    "steps": [*curve["steps"], step],
+                    "accuracy": [*curve["accuracy"], accuracy],
+                    "diverged": False,
+                    "seconds": time.perf_counter() - begin,
                 }
-                manager.save(step, args=ocp.args.Composite(**parts), force=True)
+                both = ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), curve=ocp.args.JsonSave(curve)
+                )
+                manager.save(step, args=both, force=True)
     return curve, predict
 
 
@@ -788,10 +789,10 @@ def draw(config: Config, found: dict[Any, Record], folder: Path) -> Sequence[Pat
     for index, curve in enumerate(every.values()):
         # Dashes in the gaps of the line before, which may be at the same height.
         dashed: Any = "-" if index < 5 else (4 * (index % 2), (4, 4))
-        style = {"color": COLOURS[index % 7]}
+        colour = COLOURS[index % 7]
         percent = 100 * curve.accuracy
-        axes.plot(curve.steps, percent, ls=dashed, lw=1.5, label=curve.name, **style)
-        axes.plot(curve.steps_to(target), 100 * target, "D", mec="white", **style)
+        axes.plot(curve.steps, percent, ls=dashed, label=curve.name, color=colour)
+        axes.plot(curve.steps_to(target), 100 * target, "D", color=colour, mec="white")
     axes.axhline(100 * target, color="black", lw=0.8, ls=":")
     panels.label(axes, "", "training steps", "test accuracy (%)")
     axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -258,7 +258,7 @@ def batches(cell: Cell) -> np.ndarray:
     return np.concatenate(epochs).reshape(-1, cell.batch_size)[: cell.steps]
 
 
-def augment(cell: Cell, key: jax.Array, images: jax.Array) -> jax.Array:
+def augment(cell: Cell, key: jax.Array, images: Any) -> jax.Array:
     """Images of the same shape, each changed by itself."""
     task = TASKS[cell.data]
     if cell.augmentation == "none":
@@ -391,7 +391,7 @@ def train_step(cell: Cell, variables, optimizer, key, data: Split, batch, rate, 
 @functools.partial(jax.jit, static_argnums=0)
 def evaluate(cell: Cell, variables: Any, data: Split) -> jax.Array:
     """How many answers are right, by the running statistics."""
-    logits = Network(cell).apply(variables, data.images, train=False)
+    logits: Any = Network(cell).apply(variables, data.images, train=False)
     return (logits.argmax(-1) == data.labels).sum()
 
 
