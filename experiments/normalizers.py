@@ -76,7 +76,7 @@ from rich.table import Table
 
 import bnjax
 from experiments.common import convnet, panels, study
-from experiments.common.images import Split
+from experiments.common.images import Dataset, Split, draw_batches
 from experiments.common.rates import ByRate, percent
 from experiments.common.results import Record
 from experiments.common.study import Study, Trained
@@ -258,11 +258,11 @@ def train(config: Config, cells: Sequence[Cell | Timing]) -> Iterator[Trained]:
             yield Trained(cell, result, shown)
 
 
-def run(cell: Cell, data: convnet.Dataset) -> Record:
+def run(cell: Cell, data: Dataset) -> Record:
     """Trains a network; its accuracies."""
     model = make_model(cell.data, cell.method)
     images, labels = data.train
-    batches = convnet.draw_batches(cell.seed, len(labels), cell.steps, BATCH)
+    batches = draw_batches(cell.seed, len(labels), cell.steps, BATCH)
     schedule = optax.warmup_cosine_decay_schedule(
         0, cell.rate, cell.steps // 10, cell.steps
     )

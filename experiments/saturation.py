@@ -101,7 +101,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ from rich.table import Table
 
 import bnjax
 from experiments.common import images, panels, results, study
-from experiments.common.images import Split
+from experiments.common.images import Dataset, Split, draw_batches
 from experiments.common.results import Record
 from experiments.common.study import Settings, Study, Trained
 
@@ -182,16 +182,8 @@ def cells(config: Config) -> list[Cell]:
 # Data
 
 
-class Data(NamedTuple):
-    """Images (n, pixels), uint8, each 0 or 1, and labels."""
-
-    train: Split
-    validation: Split
-    test: Split
-
-
-def load(name: str, data_dir: Path | None = None) -> Data:
-    """Binary images; those for validation are the last of the training set."""
+def load(name: str, data_dir: Path | None = None) -> Dataset:
+    """Rows of binary pixels; those for validation are the last training images."""
     train, test = images.load(name, data_dir)
     half = train.images.max() / 2
     kept = len(train.labels) - (300 if name == "digits" else 10_000)
@@ -200,22 +192,11 @@ def load(name: str, data_dir: Path | None = None) -> Data:
         pixels = split.images[rows].reshape(-1, split.images[0].size)
         return Split((pixels >= half).astype(np.uint8), split.labels[rows])
 
-    return Data(
+    return Dataset(
         part(train, slice(kept)),
         part(train, slice(kept, None)),
         part(test, slice(None)),
     )
-
-
-def draw_batches(seed: int, examples: int, steps: int, size: int) -> np.ndarray:
-    """Batches of examples, (step, size), without replacement within an epoch."""
-    random = np.random.default_rng(seed)
-    per_epoch = examples // size
-    epochs = [
-        random.permutation(examples)[: per_epoch * size]
-        for _ in range(math.ceil(steps / per_epoch))
-    ]
-    return np.concatenate(epochs).reshape(-1, size)[:steps]
 
 
 # Model
@@ -308,7 +289,7 @@ def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
         yield Trained(cell, accuracies, f"{name}: {share:.0%} train")
 
 
-def train_grid(cell: Cell, data: Data) -> dict[str, np.ndarray]:
+def train_grid(cell: Cell, data: Dataset) -> dict[str, np.ndarray]:
     """Trains a network for each rate and scale at once, split over the devices."""
     network = Network(cell.depth, cell.width, cell.activation, cell.normalize)
     size = len(data.train.labels)
@@ -351,7 +332,7 @@ def fit(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def evaluate(network: Network, params: Params, data: Data) -> dict[str, jax.Array]:
+def evaluate(network: Network, params: Params, data: Dataset) -> dict[str, jax.Array]:
     """Accuracies, by the statistics of (at most 4,096) training images."""
     known = jnp.asarray(data.train.images[:4_096], jnp.float32)
     _, statistics = network.apply(params, known)

@@ -84,15 +84,13 @@ from rich.table import Table
 
 import bnjax
 from experiments.common import panels, study
-from experiments.common.images import Split
+from experiments.common.images import Dataset, Split, draw_batches
 from experiments.common.results import Record, plain
 from experiments.common.study import Settings, Study, Trained
 from experiments.saturation import (
     ACTIVATIONS,
-    Data,
     Network,
     Params,
-    draw_batches,
     evaluate,
     load,
 )
@@ -207,7 +205,7 @@ def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
         yield Trained(cell, result, f"{cell.kind}: {result['test']:.1%}")
 
 
-def run(cell: Cell, data: Data) -> Record:
+def run(cell: Cell, data: Dataset) -> Record:
     """Trains a network, and measures on the way."""
     kind = KINDS[cell.kind]
     network = Network(cell.depth, cell.width, "tanh", kind.normalize)

@@ -100,7 +100,7 @@ from rich.table import Table
 import bnjax
 from bnjax.training import TrainState
 from experiments.common import convnet, panels, study
-from experiments.common.images import Split
+from experiments.common.images import Dataset, Split, draw_batches
 from experiments.common.rates import ByRate, percent
 from experiments.common.study import Study, Trained
 
@@ -346,10 +346,10 @@ def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
             yield Trained(cell, errors, shown)
 
 
-def evaluate(cell: Cell, network: Network, data: convnet.Dataset) -> Errors:
+def evaluate(cell: Cell, network: Network, data: Dataset) -> Errors:
     """Trains a network, and counts its errors."""
     images, labels = data.train
-    drawn = convnet.draw_batches(cell.seed, len(labels), cell.steps, cell.batch_size)
+    drawn = draw_batches(cell.seed, len(labels), cell.steps, cell.batch_size)
     groups = split(drawn, labels, cell)
     state = fit(cell, network, data.train, groups)
     test: Split = getattr(data, cell.measured)

@@ -86,6 +86,7 @@ from rich.table import Table
 
 import bnjax
 from experiments.common import convnet, panels, study
+from experiments.common.images import Dataset, draw_batches
 from experiments.common.rates import ByRate, percent
 from experiments.common.results import Record, plain
 from experiments.common.study import Study, Trained
@@ -331,13 +332,13 @@ def init(model: nn.Module, seed: int, images: jax.Array) -> tuple[Any, jax.Array
     return model.init(weights, images, train=False), noise
 
 
-def run(cell: Cell, data: convnet.Dataset) -> Record:
+def run(cell: Cell, data: Dataset) -> Record:
     """Trains a network, and measures on the way until its loss is not finite."""
     model = make_model(cell.data, cell.net, cell.depth)
     images, labels = data.train
     variables, key = init(model, cell.seed, images[:2])
     losses, first, rows = np.full(cell.steps, np.nan), None, []
-    batches = convnet.draw_batches(cell.seed, len(labels), cell.steps, BATCH)
+    batches = draw_batches(cell.seed, len(labels), cell.steps, BATCH)
     for step, batch in enumerate(batches):
         _, noise = jax.random.split(jax.random.fold_in(key, step))
         gradient = functools.partial(

@@ -129,21 +129,22 @@ def test_signatures_of_the_design():
     assert signature["batch_norm"][: len(batch_norm)] == batch_norm
 
 
-def test_the_rooms_of_the_experiments():
-    """What they share: records below data and models, then training, then studies."""
-    below = {"data": {"data"}, "models": {"models"}}
-    below["training"] = {"data", "models", "training"}
-    below["studies"] = {*below["training"], "studies"}
-    common = ROOT.parent / "experiments" / "common"
-    assert {path.name for path in common.iterdir() if path.is_dir()} - {
-        "__pycache__"
-    } == below.keys()
-    for path in common.rglob("*.py"):
-        text = path.read_text()
-        room = path.parent.name
-        used = {
-            name.split(".")[2]
-            for name in imported(ast.parse(text))
-            if name.startswith("experiments.common.")
-        }
-        assert not used & (below.keys() - below.get(room, below["data"])), path
+def test_an_experiment_is_one_file():
+    """It imports what at least three share, which is flat, and few of each other."""
+    folder = ROOT.parent / "experiments"
+    common = folder / "common"
+    assert [path for path in common.glob("*/*.py")] == []
+    for path in common.glob("*.py"):
+        assert {name for name in experiments_of(path) if name != "common"} == set()
+    others = {"population": {"mnist"}, "scale_invariance": {"saturation"}}
+    others["serve"] = {"bench"}  # its timing
+    for path in folder.glob("*.py"):
+        if path.stem != "figures":
+            used = experiments_of(path) - {"common"}
+            assert used <= others.get(path.stem, set()), path
+
+
+def experiments_of(path: pathlib.Path) -> set[str]:
+    """What of experiments/ a file imports, by the first name below."""
+    names = imported(ast.parse(path.read_text()))
+    return {n.split(".")[1] for n in names if n.startswith("experiments.")}

@@ -44,15 +44,7 @@ TASKS = {
 }
 
 
-class Dataset(NamedTuple):
-    """Three disjoint splits; `validation` is a part of the training images."""
-
-    train: Split
-    validation: Split
-    test: Split
-
-
-def load(name: str, data_dir: Path | None = None) -> Dataset:
+def load(name: str, data_dir: Path | None = None) -> images.Dataset:
     """The images of a task; the digits' pixels are rounded to 0 or 1.
 
     Args:
@@ -67,19 +59,7 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
         )
     kept = len(train.labels) - TASKS[name].held_out
     first = Split(train.images[:kept], train.labels[:kept])
-    return Dataset(first, Split(train.images[kept:], train.labels[kept:]), test)
-
-
-def draw_batches(seed: int, examples: int, steps: int, size: int) -> np.ndarray:
-    """Which examples are in each batch: (step, size).
-
-    Every epoch has a new order; the last examples, which fill no batch, are left out.
-    """
-    random = np.random.default_rng(seed)
-    whole = examples // size * size
-    epochs = -(-steps * size // whole)
-    drawn = [random.permutation(examples)[:whole] for _ in range(epochs)]
-    return np.concatenate(drawn).reshape(-1, size)[:steps]
+    return images.Dataset(first, Split(train.images[kept:], train.labels[kept:]), test)
 
 
 class ConvNet(nn.Module):

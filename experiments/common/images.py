@@ -30,6 +30,14 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
+class Dataset(NamedTuple):
+    """Three disjoint splits; `validation` is a part of the training images."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
 def load(name: str, data_dir: Path | None = None) -> tuple[Split, Split]:
     """The training and the test images of a data set.
 
@@ -57,6 +65,18 @@ def load(name: str, data_dir: Path | None = None) -> tuple[Split, Split]:
             "Expected the splits train and test, as Parquet files or folders of "
             "images; name their folder by --data-dir."
         ) from error
+
+
+def draw_batches(seed: int, examples: int, steps: int, size: int) -> np.ndarray:
+    """Which examples are in each batch: (step, size).
+
+    Every epoch has a new order; the last examples, which fill no batch, are left out.
+    """
+    random = np.random.default_rng(seed)
+    whole = examples // size * size
+    epochs = -(-steps * size // whole)
+    drawn = [random.permutation(examples)[:whole] for _ in range(epochs)]
+    return np.concatenate(drawn).reshape(-1, size)[:steps]
 
 
 def _read(rows) -> Split:

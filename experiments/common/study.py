@@ -36,10 +36,6 @@ COLUMNS = (
 )
 
 
-class SettingsError(Exception):
-    """Settings do not fit together; the message says how they would."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Output:
     """Where results go: the options of all that measures."""
@@ -101,34 +97,35 @@ def start(work: Callable[[Any], int], smoke: dict[str, Any], config: Any) -> int
     Args:
         work: (config) -> the exit status.
         smoke: the settings of a run of seconds.
-        config: with the fields `smoke`, `record` and `out` of `Settings`.
+        config: extends `Output`.
     """
-    if not config.smoke:
-        return work(config)
-    # So few steps take less time than their optimization.
-    jax.config.update("jax_disable_most_optimizations", True)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) if config.out == RUNS else config.out
-        changed = {"smoke": False, "record": False, "out": out, **smoke}
-        return work(dataclasses.replace(config, **changed))
-
-
-def _main(study: Study, config: Any) -> int:
     console = Console()
-    console.width = max(console.width, 120)  # tables whole, to be copied
-    path, folder = results.places(study.name, config.out, config.record)
     try:
-        if not config.plot_only:
-            complete(study, config, path, console)
-        found = load(study, config, path)
-        console.print(*study.report(config, found), sep="\n", highlight=False)
-        drawn = study.draw(config, found, folder)
+        if not config.smoke:
+            return work(config)
+        # So few steps take less time than their optimization.
+        jax.config.update("jax_disable_most_optimizations", True)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) if config.out == RUNS else config.out
+            changed = {"smoke": False, "record": False, "out": out, **smoke}
+            return work(dataclasses.replace(config, **changed))
     except EXPECTED as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on from here", soft_wrap=True)
         return 130
+
+
+def _main(study: Study, config: Any) -> int:
+    console = Console()
+    console.width = max(console.width, 120)  # tables whole, to be copied
+    path, folder = results.places(study.name, config.out, config.record)
+    if not config.plot_only:
+        complete(study, config, path, console)
+    found = load(study, config, path)
+    console.print(*study.report(config, found), sep="\n", highlight=False)
+    drawn = study.draw(config, found, folder)
     for file in (path, *drawn):
         console.print(str(file), highlight=False, markup=False, soft_wrap=True)
     return 0

@@ -11,9 +11,9 @@ from helpers import assert_close, assert_trees_close, plain_batch_norm
 
 from experiments import saturation
 from experiments.common import study
-from experiments.common.images import Split
+from experiments.common.images import Dataset, Split, draw_batches
 from experiments.common.results import read
-from experiments.saturation import Cell, Data, Network, draw_batches
+from experiments.saturation import Cell, Network
 
 pytestmark = pytest.mark.experiment
 
@@ -128,7 +128,7 @@ def images():
     noise = random.random((110, 20)) < 0.05
     every = Split((patterns[labels] ^ noise).astype(np.uint8), labels)
     cut = ((0, 60), (60, 80), (80, 110))
-    return Data(*(Split(*(part[a:b] for part in every)) for a, b in cut))
+    return Dataset(*(Split(*(part[a:b] for part in every)) for a, b in cut))
 
 
 @pytest.mark.parametrize(("activation", "normalize"), KINDS[1:3])

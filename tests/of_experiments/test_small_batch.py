@@ -15,7 +15,7 @@ from jax import lax
 
 from experiments import small_batch
 from experiments.common import convnet, results, study
-from experiments.common.images import Split
+from experiments.common.images import Split, draw_batches
 
 pytestmark = pytest.mark.experiment
 
@@ -121,7 +121,7 @@ def test_the_images_of_a_task():
 
 def test_batches_split_by_class():
     labels = np.random.default_rng(0).integers(0, 3, 50)
-    drawn = convnet.draw_batches(0, 50, 7, 12)
+    drawn = draw_batches(0, 50, 7, 12)
     assert drawn.shape == (7, 12)
     assert len(np.unique(drawn[:4])) == 48  # an epoch repeats none
     mixed = small_batch.split(drawn, labels, make_cell("renorm"))
