@@ -16,9 +16,9 @@ of batch normalization are then those of the whole batch, without an axis name.
 The same command begins a run and resumes it, from the newest checkpoint in --out, a
 folder that all processes share. A checkpoint holds the parameters, the statistics, the
 optimizer and the position of the input. After SIGTERM all processes save one and end.
-If a process is lost, JAX ends the others within --timeout; if one does not start, within
---start-timeout. The scheduler then starts all again. Exit status: 0 the end is reached;
-2 the settings, the data or a checkpoint are at fault; 143 SIGTERM; else, one was lost.
+If a process is lost, JAX ends the others within --timeout; if one does not start,
+within --start-timeout. The scheduler then starts all again. Exit status: 0 the end is
+reached; 2 settings, data or a checkpoint are at fault; 143 SIGTERM; else one was lost.
 
 Batch k holds the same images, augmented alike, however many processes there are: a run
 can be resumed by another number of them, and differs by rounding. An image that cannot
@@ -63,13 +63,7 @@ from PIL import Image, ImageOps
 import bnjax
 from bnjax.training import TrainState
 
-STAGES = {
-    8: (1, 1, 1),
-    20: (3, 3, 3),
-    56: (9, 9, 9),
-    18: (2, 2, 2, 2),
-    50: (3, 4, 6, 3),
-}
+STAGES = {8: (1, 1, 1), 20: (3, 3, 3), 18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 """Blocks of each stage, by the number of layers."""
 READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 """Threads that decode images, and the batches in memory."""
@@ -85,8 +79,8 @@ class Training:
     """The side of the crops of photographs; None: images have one size already."""
     mirror: bool = False
     """Mirror half of the training images."""
-    depth: Literal[8, 20, 56, 18, 50] = 8
-    """Layers; three stages as for CIFAR-10, or four (18, 50) as for ImageNet."""
+    depth: Literal[8, 20, 18, 50] = 8
+    """Layers: in three stages as for CIFAR-10, or in four (18, 50) as for ImageNet."""
     width: int = 16
     """Channels of the first stage."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -121,12 +115,8 @@ class Config(Training):
     """Steps between records of the loss."""
     distributed: bool = False
     """One of several processes; Slurm, MPI, Kubernetes or a TPU pod says which."""
-    coordinator: str | None = None
-    """Where nothing says so: host:port of process 0;"""
-    num_processes: int | None = None
-    """how many processes there are;"""
-    process_id: int | None = None
-    """and which one this is."""
+    cluster: tuple[str, int, int] | None = None
+    """Where nothing says so: host:port of process 0, how many, and which this is."""
     timeout: int = 100
     """Seconds that a process may be silent, or a step take, before all end."""
     start_timeout: int = 300
@@ -211,14 +201,14 @@ def augment(
         w = min(width, math.ceil(math.sqrt(area * aspect)))
         h = min(height, math.ceil(math.sqrt(area / aspect)))
         left, top = rng.integers((width - w + 1, height - h + 1))
-        box, size = (left, top, left + w, top + h), (config.image_size,) * 2
-        image = image.resize(size, Image.Resampling.BILINEAR, box)
+        size, box = config.image_size, (left, top, left + w, top + h)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box)
     else:  # moved by up to an eighth of its side
         left, top = rng.integers(-(width // 8), width // 8 + 1, 2)
         image = image.crop((left, top, left + width, top + height))
-    return ImageOps.mirror(
-        image
-    ) if config.mirror and rng.random() < 0.5 else image, label
+    if config.mirror and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return image, label
 
 
 def batches(config: Config, train, test) -> tuple[grain.MapDataset, grain.MapDataset]:
@@ -249,14 +239,7 @@ def batches(config: Config, train, test) -> tuple[grain.MapDataset, grain.MapDat
 
 
 class ResNet(nn.Module):
-    """A residual network; each block's last normalization adds the shortcut.
-
-    Attributes:
-        depth: layers; a key of `STAGES`.
-        width: channels of the first stage.
-        classes: the number of logits.
-        dtype: of the computation.
-    """
+    """A residual network; each block's last normalization adds the shortcut."""
 
     depth: int
     width: int
@@ -272,36 +255,31 @@ class ResNet(nn.Module):
             mask: (batch, 1, 1, 1), False where there is no image.
             train: whether to normalize by the batch, and update running statistics.
         """
-        init, relu, zeros = nn.initializers.he_normal(), nn.relu, nn.initializers.zeros
-        conv = functools.partial(
-            nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=init
-        )
-        norm = functools.partial(
-            bnjax.BatchNorm, not train, momentum=0.9, dtype=self.dtype
-        )
+        relu, zeros = nn.relu, nn.initializers.zeros
+        options = {"use_bias": False, "kernel_init": nn.initializers.he_normal()}
+        conv = functools.partial(nn.Conv, dtype=self.dtype, **options)
+        options = {"momentum": 0.9, "dtype": self.dtype}
+        norm = functools.partial(bnjax.BatchNorm, not train, **options)
+        large, bottleneck = len(STAGES[self.depth]) == 4, self.depth == 50
         x = (x.astype(self.dtype) - 127.5) / 64
-        stages = STAGES[self.depth]
-        kernel, stride = (7, 2) if len(stages) == 4 else (3, 1)
-        x = conv(self.width, (kernel, kernel), stride)(x)
+        x = conv(self.width, (7, 7) if large else (3, 3), 2 if large else 1)(x)
         x = norm(activation=relu)(x, mask=mask)
-        if len(stages) == 4:
+        if large:
             x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
-        for stage, block in [
-            (s, b) for s in range(len(stages)) for b in range(stages[s])
-        ]:
-            features, stride = self.width * 2**stage, 2 if stage and not block else 1
-            if self.depth == 50:  # a bottleneck
-                y = norm(activation=relu)(conv(features, (1, 1))(x), mask=mask)
+        for stage, blocks in enumerate(STAGES[self.depth]):
+            for block in range(blocks):
+                features = self.width * 2**stage
+                stride = 2 if stage and not block else 1
+                y = x
+                if bottleneck:
+                    y = norm(activation=relu)(conv(features, (1, 1))(y), mask=mask)
                 y = conv(features, (3, 3), stride)(y)
                 y = norm(activation=relu)(y, mask=mask)
-                y = conv(4 * features, (1, 1))(y)
-            else:
-                y = conv(features, (3, 3), stride)(x)
-                y = norm(activation=relu)(y, mask=mask)
-                y = conv(features, (3, 3))(y)
-            if x.shape != y.shape:
-                x = norm()(conv(y.shape[-1], (1, 1), stride)(x), mask=mask)
-            x = norm(activation=relu, scale_init=zeros)(y, residual=x, mask=mask)
+                last = (4 * features, (1, 1)) if bottleneck else (features, (3, 3))
+                y = conv(*last)(y)
+                if x.shape != y.shape:
+                    x = norm()(conv(y.shape[-1], (1, 1), stride)(x), mask=mask)
+                x = norm(activation=relu, scale_init=zeros)(y, residual=x, mask=mask)
         return nn.Dense(self.classes)(x.mean((1, 2), dtype=jnp.float32))
 
 
@@ -339,9 +317,13 @@ def test_step(state: TrainState, images: jax.Array, labels: jax.Array):
     return jnp.stack([(logits.argmax(-1) == labels).sum(), (labels >= 0).sum()])
 
 
-def restore(
-    manager, settings: dict, state: TrainState, stream
-) -> tuple[TrainState, int]:
+def evaluate(count, state: TrainState, tests) -> float:
+    """The share of the test images whose class is predicted."""
+    right, total = np.sum([np.asarray(count(state, *batch)) for batch in tests], axis=0)
+    return right / total
+
+
+def restore(manager, settings, state: TrainState, stream) -> tuple[TrainState, int]:
     """The newest state and its step, or the one given; `stream` is moved to there."""
     step = manager.latest_step()
     if step is None:
@@ -388,14 +370,17 @@ def train(config: Config, told: threading.Event) -> int:
 
     mesh = Mesh(np.array(jax.devices()), ("data",))
     split, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    place = functools.partial(jax.make_array_from_process_local_data, split)
     jit = functools.partial(jax.jit, out_shardings=everywhere)
     advance, count = jit(train_step, donate_argnums=0), jit(test_step)
     model = ResNet(config.depth, config.width, classes, config.dtype)
-    blank = np.zeros_like(tests[0][0][:1])
+    first_batch: Any = tests[0]
+
+    def place(batch) -> list[jax.Array]:
+        return [jax.make_array_from_process_local_data(split, part) for part in batch]
 
     def init() -> TrainState:
-        variables = model.init(jax.random.key(config.seed), blank, None, train=False)
+        key, blank = jax.random.key(config.seed), jnp.zeros_like(first_batch[0][:1])
+        variables = model.init(key, blank, None, train=False)
         tx = optimizer(config, steps, warmup)
         return TrainState.create(apply_fn=model.apply, tx=tx, **variables)
 
@@ -414,7 +399,7 @@ def train(config: Config, told: threading.Event) -> int:
     layout = {"processes": jax.process_count(), "devices": jax.device_count()}
     record("start", jax=jax.__version__, **layout, settings=settings)
     for step in range(first + 1, steps + 1):
-        state, loss = advance(state, *map(place, next(stream)))
+        state, loss = advance(state, *place(next(stream)))
         if step % config.log_every == 0:
             record("loss", loss=float(loss))
             if not math.isfinite(loss):
@@ -424,15 +409,10 @@ def train(config: Config, told: threading.Event) -> int:
         stop = manager.reached_preemption(step) or told.is_set()
         last = step == steps
         if last or (step % config.evaluate_every == 0 and not stop):
-            right, total = sum(
-                np.asarray(count(state, *map(place, batch)))
-                for batch in tests.to_iter_dataset(READ)
-            )
-            record("test", accuracy=right / total)
+            accuracy = evaluate(count, state, map(place, tests.to_iter_dataset(READ)))
+            record("test", accuracy=accuracy)
             if speaks:
-                print(
-                    f"step {step:,}: {right / total:.2%} of the test images are right"
-                )
+                print(f"step {step:,}: {accuracy:.2%} of the test images are right")
         if last or stop or step % config.checkpoint_every == 0:
             about = {"settings": settings, "input": stream.get_state()}
             args = ocp.args.Composite(
@@ -453,27 +433,30 @@ def watch(seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds, exit=True)
 
 
+def connect(config: Config, told: threading.Event) -> None:
+    """Looks whether --out can be written to, and meets the other processes."""
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.out).close()
+    except OSError as error:
+        raise Mistake(f"--out cannot be written to: {error}") from error
+    if config.distributed or config.cluster:
+        print(f"waiting up to {config.start_timeout} s for all processes to start")
+        jax.distributed.initialize(
+            *(config.cluster or (None, None, None)),
+            initialization_timeout=config.start_timeout,
+            heartbeat_timeout_seconds=config.timeout,
+            shutdown_timeout_seconds=config.timeout,
+        )
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: told.set())
+
+
 def main(config: Config) -> int:
-    """Meets the other processes and trains with them; returns the exit status."""
+    """Trains, with the other processes if there are any; returns the exit status."""
     told = threading.Event()
     try:
-        try:
-            config.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=config.out).close()
-        except OSError as error:
-            raise Mistake(f"--out cannot be written to: {error}") from error
-        if config.distributed or config.coordinator:
-            print(f"waiting up to {config.start_timeout} s for all processes to start")
-            jax.distributed.initialize(
-                config.coordinator,
-                config.num_processes,
-                config.process_id,
-                initialization_timeout=config.start_timeout,
-                heartbeat_timeout_seconds=config.timeout,
-                shutdown_timeout_seconds=config.timeout,
-            )
-        else:
-            signal.signal(signal.SIGTERM, lambda *_: told.set())
+        connect(config, told)
         watch(config.start_timeout)
         return train(config, told)
     except Mistake as mistake:

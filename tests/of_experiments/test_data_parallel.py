@@ -44,7 +44,7 @@ import sys, time, tyro
 from experiments import data_parallel
 augment = data_parallel.augment
 def hangs(example, rng, config):
-    time.sleep(1e9 if config.process_id == 1 and hangs.count > 200 else 0)
+    time.sleep(1e9 if config.cluster[2] == 1 and hangs.count > 200 else 0)
     hangs.count += 1
     return augment(example, rng, config)
 hangs.count = 0
@@ -80,11 +80,11 @@ class Run:
         out.parent.mkdir(parents=True, exist_ok=True)
         self.processes, self.paths = [], []
         for i in range(count) if start is None else start:
-            together = ["--coordinator", address, "--num-processes", str(count)]
+            cluster = ["--cluster", address, str(count), str(i)] if count > 1 else []
             path = out.with_name(f"{out.name}-{time.monotonic_ns()}-{i}.txt")
             with path.open("w") as output:
                 process = subprocess.Popen(
-                    [*words, *together, "--process-id", str(i)] if count > 1 else words,
+                    [*words, *cluster],
                     cwd=REPOSITORY,
                     env=environment,
                     stdout=output,
@@ -341,6 +341,7 @@ def test_folder_that_cannot_be_written_to(main, tmp_path, capsys):
     assert "--out cannot be written to: [Errno 20] Not a dir" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_truncated_checkpoint_and_other_settings(main, alone, tmp_path, capsys):
     out = tmp_path / "out"
     out.symlink_to(alone)
