@@ -1,6 +1,6 @@
 """Data-parallel training that may be killed at any time: a ResNet, on any machines.
 
-    python -m experiments.data_parallel                       # digits: ten seconds
+    python -m experiments.data_parallel                       # digits: half a minute
     python -m experiments.data_parallel --data uoft-cs/cifar10 --mirror --depth 20
     python -m experiments.data_parallel --data imagenet --data-dir /data/imagenet \
         --image-size 224 --mirror --depth 50 --width 64 --dtype bfloat16
@@ -27,7 +27,11 @@ be read is reported and left out of the loss and, by a mask, of the statistics.
 Expected: a run that is killed anywhere and resumed ends with the parameters and the
 statistics of one that was left alone, bit for bit.
 
-Measured (jax 0.10.2, two cores of an AMD EPYC): @@MEASURED@@
+Measured (jax 0.10.2, two cores of an AMD EPYC): killed at ten random steps, a single
+process or one of three, no bit differs. Three processes against one: losses differ by
+2e-7 at most in 21 steps. What ends how soon, and with what message, is in
+experiments/README.md. The digits end at 98.3 % of the test images. ImageNet was not
+trained on; its layout was tried with 200 synthetic photographs.
 
 References: He et al. 2016 (the network); Goyal et al. 2017 (the rate grows with the
 batch, after a warm-up; kernels alone decay).
@@ -118,9 +122,9 @@ class Config(Training):
     cluster: tuple[str, int, int] | None = None
     """Where nothing says so: host:port of process 0, how many, and which this is."""
     timeout: int = 100
-    """Seconds that a process may be silent, or a step take, before all end."""
+    """Seconds for a sign of life, a step, or a checkpoint; then all processes end."""
     start_timeout: int = 300
-    """Seconds in which all processes have to start, and then to compile."""
+    """Seconds for all processes to start, and then to read the data and compile."""
 
 
 class Mistake(Exception):
@@ -171,6 +175,7 @@ def load(config: Config) -> tuple[datasets.Dataset, datasets.Dataset, int]:
         found = rows.train_test_split(test_size=400, seed=0)
     else:
         source = config.data if config.data_dir is None else str(config.data_dir)
+        datasets.disable_progress_bars()
         try:
             found = datasets.load_dataset(source)
         except Exception as error:  # of the network, of files, of Parquet
@@ -317,10 +322,13 @@ def test_step(state: TrainState, images: jax.Array, labels: jax.Array):
     return jnp.stack([(logits.argmax(-1) == labels).sum(), (labels >= 0).sum()])
 
 
-def evaluate(count, state: TrainState, tests) -> float:
+def evaluate(config: Config, count, state: TrainState, tests) -> float:
     """The share of the test images whose class is predicted."""
-    right, total = np.sum([np.asarray(count(state, *batch)) for batch in tests], axis=0)
-    return right / total
+    counts = np.zeros(2)
+    for batch in tests:
+        counts += np.asarray(count(state, *batch))
+        watch(config.timeout)
+    return counts[0] / counts[1]
 
 
 def restore(manager, settings, state: TrainState, stream) -> tuple[TrainState, int]:
@@ -338,7 +346,7 @@ def restore(manager, settings, state: TrainState, stream) -> tuple[TrainState, i
     except Exception as error:  # whatever a damaged file leads to
         raise Mistake(
             f"the checkpoint {manager.directory / str(step)} is damaged: remove it, "
-            f"and the same command goes on from the one before. {error}"
+            f"and the same command goes on from the one before. {error!r:.300}"
         ) from error
     if different := dict(about["settings"].items() - settings.items()):
         raise Mistake(
@@ -398,6 +406,8 @@ def train(config: Config, told: threading.Event) -> int:
 
     layout = {"processes": jax.process_count(), "devices": jax.device_count()}
     record("start", jax=jax.__version__, **layout, settings=settings)
+    if speaks and first:
+        print(f"goes on after step {first:,} of {steps:,}")
     for step in range(first + 1, steps + 1):
         state, loss = advance(state, *place(next(stream)))
         if step % config.log_every == 0:
@@ -409,7 +419,8 @@ def train(config: Config, told: threading.Event) -> int:
         stop = manager.reached_preemption(step) or told.is_set()
         last = step == steps
         if last or (step % config.evaluate_every == 0 and not stop):
-            accuracy = evaluate(count, state, map(place, tests.to_iter_dataset(READ)))
+            each = map(place, tests.to_iter_dataset(READ))
+            accuracy = evaluate(config, count, state, each)
             record("test", accuracy=accuracy)
             if speaks:
                 print(f"step {step:,}: {accuracy:.2%} of the test images are right")
