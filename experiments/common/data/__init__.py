@@ -1,1 +1,0 @@
-"""Images: found, verified, read, decoded, varied, shuffled, and put into batches."""

@@ -1,1 +1,0 @@
-"""What belongs to single experiments: their cells, tables and pictures."""

@@ -1,1 +1,0 @@
-"""Training: grids in one jit, single networks, and processes that can be killed."""
