@@ -133,7 +133,7 @@ def test_an_experiment_is_one_file():
     """It imports what at least three share, which is flat, and few of each other."""
     folder = ROOT.parent / "experiments"
     common = folder / "common"
-    assert [path for path in common.glob("*/*.py")] == []
+    assert list(common.glob("*/*.py")) == []
     for path in common.glob("*.py"):
         assert {name for name in experiments_of(path) if name != "common"} == set()
     others = {"population": {"mnist"}, "scale_invariance": {"saturation"}}
