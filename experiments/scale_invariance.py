@@ -569,13 +569,12 @@ def report(config: Config, results: dict[Cell, Record]) -> list[Table]:
         )
     if config.tune:
         return [main]
-    changes = Table("factor a", *(f"{a:g}" for a in FACTORS), box=box.MARKDOWN)
+    title = "relative change, by factor a"
+    changes = Table(title, *(f"{a:g}" for a in FACTORS), box=box.MARKDOWN)
     for kind, values, _ in series(results, "deviations", "bn", "plain"):
         for quantity, row in zip(QUANTITIES, values.max(0), strict=True):
-            title = f"{KINDS[kind].label}: relative change of the {quantity}"
-            if quantity.startswith("a·"):
-                title = f"{KINDS[kind].label}: relative change of {quantity}"
-            changes.add_row(title, *(f"{v:.1e}" for v in row))
+            label = f"{KINDS[kind].label}: {quantity}"
+            changes.add_row(label, *(f"{v:.1e}" for v in row))
     title = "singular values, percentiles"
     singular = Table(title, *map(str, PERCENTILES), box=box.MARKDOWN)
     for kind, values, _ in series(results, "singular", *BY_SCALE):
