@@ -25,9 +25,10 @@ time of these steps without compilation:
     weight norm            0.3    6.4 ± 0.5        3.1           100     0.3
     none                   0.3    7.0 ± 0.7        2.9           180     0.5
 
-The table does not rank the methods. Their errors differ by less than the spread between
-seeds, and 300 validation images are too few to choose the rate: they chose 0.3 for the
-network without normalization (7.0 %), although 0.03 gives 5.8 %. At the rates with the
+The table does not rank the methods. The errors of the normalizations differ by 0.7
+points or less, and the standard deviations over seeds reach 1.2 points. 300 validation
+images are too few to choose the rate: they chose 0.3 for the network without
+normalization (7.0 %), although 0.03 gives 5.8 %. At the rates with the
 lowest test error the methods have errors between 5.0 and 5.8 %, which is no ranking
 either. The task, 8x8 pixels, is too easy for three convolutions.
 
