@@ -51,8 +51,8 @@ Time: about four minutes on two CPU cores (estimated from the processor time of 
 a busy machine); with --smoke some seconds.
 
 Expected: without batch normalization, sigmoid networks of more than a few layers do not
-train at any rate from any first weights, and tanh networks only from some; with it they
-train from all of them, at rates that are larger.
+train at any rate from any initial weights, and tanh networks only from some; with it
+they train from all of them, at rates that are larger.
 
 Measured (digits, 500 steps, 1 seed, 30 networks of each kind, jax 0.10.2, two cores of
 an AMD EPYC):
@@ -89,7 +89,7 @@ network are trained at once, from the same draws, on the same batches. To evalua
 networks normalize by the statistics of the training images, all in one batch.
 
 To change the data, see `load`; the model, `Network`; the optimizer or schedule, `fit`.
-A run that was stopped goes on from the kind of network it was at.
+If a run was stopped, repeat the command to continue with the kind of network it was at.
 
 References: Ioffe & Szegedy 2015, sections 1, 3.3, 3.4 and 4.2.2 (BN-x5-Sigmoid).
 """
@@ -137,19 +137,19 @@ class Config(Settings):
     depths: tuple[int, ...] = (3, 5, 10, 20, 50)
     """Numbers of hidden layers."""
     activations: tuple[Activation, ...] = ("sigmoid", "tanh")
-    """After each hidden layer."""
+    """Activation functions of the hidden layers."""
     rates: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0, 5.0, 20.0)
-    """Of learning."""
+    """Learning rates."""
     scales: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
-    """Of the first weights; 1 keeps the variance of a layer's input."""
+    """Factors of the initial weights; 1 keeps the variance of a layer's input."""
     width: int = 64
-    """Units of each hidden layer."""
+    """Number of units of each hidden layer."""
     steps: int = 500
-    """Of training."""
+    """Number of training steps."""
     batch_size: int = 60
-    """Images per step."""
+    """Number of images per step."""
     seeds: tuple[int, ...] = (0,)
-    """Each gives the first weights and the batches of all networks."""
+    """Random seeds of the initial weights and batches of all networks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,17 +185,17 @@ def cells(config: Config) -> list[Cell]:
 def load(name: str, data_dir: Path | None = None) -> Dataset:
     """Rows of binary pixels; those for validation are the last training images."""
     train, test = images.load(name, data_dir)
-    half = train.images.max() / 2
+    threshold = train.images.max() / 2
     kept = len(train.labels) - (300 if name == "digits" else 10_000)
 
-    def part(split: Split, rows: slice) -> Split:
+    def binary(split: Split, rows: slice) -> Split:
         pixels = split.images[rows].reshape(-1, split.images[0].size)
-        return Split((pixels >= half).astype(np.uint8), split.labels[rows])
+        return Split((pixels >= threshold).astype(np.uint8), split.labels[rows])
 
     return Dataset(
-        part(train, slice(kept)),
-        part(train, slice(kept, None)),
-        part(test, slice(None)),
+        binary(train, slice(kept)),
+        binary(train, slice(kept, None)),
+        binary(test, slice(None)),
     )
 
 
@@ -208,9 +208,9 @@ class Network:
 
     Attributes:
         depth: the number of hidden layers.
-        width: the units of each.
-        activation: after each.
-        normalize: whether each is batch-normalized before the activation.
+        width: the number of units of each hidden layer.
+        activation: the activation function of each hidden layer.
+        normalize: whether each hidden layer has BN before its activation.
     """
 
     depth: int
@@ -218,8 +218,8 @@ class Network:
     activation: Activation
     normalize: bool
 
-    def init(self, key: jax.Array, pixels: int, scale: jax.Array) -> Params:
-        """Parameters: the same Gaussian draws for every `scale`, with and without BN.
+    def init(self, key: jax.Array, pixels: int, init_scale: jax.Array) -> Params:
+        """Parameters: the same Gaussian draws for every `init_scale`, also with BN.
 
         The hidden layers after the first are stacked: their parameters lead with
         an axis of the layers.
@@ -231,34 +231,39 @@ class Network:
             "last": (self.width, 10),
         }
         keys = jax.random.split(key, len(shapes))
-        for (name, shape), own in zip(shapes.items(), keys, strict=True):
-            kernel = jax.random.normal(own, shape) / math.sqrt(shape[-2])
+        for (name, shape), layer_key in zip(shapes.items(), keys, strict=True):
+            kernel = jax.random.normal(layer_key, shape) / math.sqrt(shape[-2])
             bias = jnp.zeros((*shape[:-2], shape[-1]))
             params[name] = {"kernel": kernel, "bias": bias}
             if name != "last":
-                params[name]["kernel"] *= scale
+                params[name]["kernel"] *= init_scale
                 if self.normalize:
                     params[name]["scale"] = jnp.ones_like(bias)
         return params
 
-    def preactivation(self, x: jax.Array, own: Params) -> tuple[jax.Array, Params]:
+    def preactivation(
+        self, x: jax.Array, layer_params: Params, statistics: Params | None = None
+    ) -> tuple[jax.Array, Params]:
         """The input of one layer's activation, and the statistics of normalization.
 
-        Those are the layer's own "mean" and "var" if it has them, else of the batch.
+        Those are `statistics`, the layer's "mean" and "var", or else of the batch.
         """
-        z = x @ own["kernel"]
+        z = x @ layer_params["kernel"]
+        bias = layer_params["bias"]
         if not self.normalize:
-            return z + own["bias"][None], {}
-        if "mean" in own:
-            mean, var = own["mean"], own["var"]
-            z = bnjax.normalize(z, mean, var, own["scale"], own["bias"])
-            return z, {"mean": mean, "var": var}
-        z, moments = bnjax.batch_norm(z, own["scale"], own["bias"])
+            return z + bias[None], {}
+        scale = layer_params["scale"]
+        if statistics:
+            mean, var = statistics["mean"], statistics["var"]
+            return bnjax.normalize(z, mean, var, scale, bias), statistics
+        z, moments = bnjax.batch_norm(z, scale, bias)
         return z, {"mean": moments.mean, "var": moments.variance()}
 
-    def layer(self, x: jax.Array, own: Params) -> tuple[jax.Array, Params]:
+    def layer(
+        self, x: jax.Array, layer_params: Params, statistics: Params | None = None
+    ) -> tuple[jax.Array, Params]:
         """The output of one hidden layer, and the statistics; see `preactivation`."""
-        z, used = self.preactivation(x, own)
+        z, used = self.preactivation(x, layer_params, statistics)
         return ACTIVATIONS[self.activation](z), used
 
     def apply(
@@ -269,9 +274,13 @@ class Network:
         Those are `statistics`, returned by an earlier call, or else of the batch.
         """
         given = statistics or {"first": {}, "rest": {}}
-        x, first = self.layer(x, params["first"] | given["first"])
+
+        def layer(x, params_and_statistics):
+            return self.layer(x, *params_and_statistics)
+
+        x, first = self.layer(x, params["first"], given["first"])
         # A loop: 50 layers one by one would take a minute to compile.
-        x, rest = jax.lax.scan(self.layer, x, params["rest"] | given["rest"])
+        x, rest = jax.lax.scan(layer, x, (params["rest"], given["rest"]))
         logits = x @ params["last"]["kernel"] + params["last"]["bias"][None]
         return logits, {"first": first, "rest": rest}
 
@@ -324,8 +333,8 @@ def fit(
         labels = data.labels[batches[i]]
         return jax.vmap(descend, (0, 0, None, None))(params, rates, x, labels)
 
-    def init(scale):
-        return network.init(key, data.images.shape[1], scale)
+    def init(init_scale):
+        return network.init(key, data.images.shape[1], init_scale)
 
     params = jax.vmap(init)(scales)
     return jax.lax.fori_loop(0, len(batches), step, params)
@@ -334,8 +343,8 @@ def fit(
 @functools.partial(jax.jit, static_argnums=0)
 def evaluate(network: Network, params: Params, data: Dataset) -> dict[str, jax.Array]:
     """Accuracies, by the statistics of (at most 4,096) training images."""
-    known = jnp.asarray(data.train.images[:4_096], jnp.float32)
-    _, statistics = network.apply(params, known)
+    statistics_images = jnp.asarray(data.train.images[:4_096], jnp.float32)
+    _, statistics = network.apply(params, statistics_images)
 
     def accuracy(split: Split) -> jax.Array:
         x = jnp.asarray(split.images, jnp.float32)

@@ -1,4 +1,4 @@
-"""What the scale of weights is to batch normalization, and to the layers around it.
+"""The scale of the weights, with batch normalization (BN) and without.
 
     python -m experiments.scale_invariance
     python -m experiments.scale_invariance --data mnist
@@ -6,59 +6,80 @@
 
 Time: a minute on two CPU cores, two with --tune; with --smoke some seconds.
 
-Expected: BN((aW)u) = BN(Wu), with the same Jacobian in u and a gradient 1/a as large;
-so large weights learn slowly, and as no gradient shortens its weights they only grow,
-until L2 balances that. Singular values of layer Jacobians are closer to 1 with batch
-normalization (the paper's conjecture, which it leaves open).
+Expected: BN((a·W)u) = BN(Wu), the gradient to the input u is the same, and the gradient
+to a·W is 1/a times the gradient to W. So large weights learn slowly. With BN the
+gradient is orthogonal to the weights, so the weights only grow, until weight decay
+balances the growth. The paper conjectures, and leaves open, that singular values of
+layer Jacobians are closer to 1 with batch normalization.
 
 Measured (digits, 8 layers of 64, 3 seeds, jax 0.10.2, two cores of an AMD EPYC):
 
-    W of a hidden layer, after training, times       0.01    0.1      2    100
-    with BN, change of its output                    17 %  0.2 %   2e-5   2e-5
-                    of the Jacobian in u             19 %  0.3 %   2e-5   3e-5
-                    of the gradient, times a         20 %  0.3 %   2e-5   3e-5
-    without BN, of the same three                   99 %   90 %  100 %  99 x
+    after training, W of a hidden layer is replaced by a·W
 
-    singular values of layer Jacobians       before training       after
-    5, 50 and 95 %; weights first at  1/4    0.02  0.68  2.2       0.005  0.11   1.1
-    with BN                             1    0.02  0.68  2.2       0.02   0.46   1.6
+    factor a                                         0.01    0.1      2    100
+    relative change, with BN
+        of the output                                0.17  0.002   2e-5   2e-5
+        of the gradient to the input                 0.19  0.003   2e-5   3e-5
+        of a·gradient to W                           0.20  0.003   2e-5   3e-5
+    relative change, without BN, of each             0.99   0.90   1.00     99
+
+    singular values of layer Jacobians: percentiles 5, 50 and 95
+
+    factor of the initial weights            before training       after
+    with BN                           1/4    0.02  0.68  2.2       0.005  0.11   1.1
+                                        1    0.02  0.68  2.2       0.02   0.46   1.6
                                         4    0.02  0.68  2.2       0.02   0.63   2.1
     without BN                        1/4    0.02  0.20  0.44      0.02   0.20   0.44
                                         1    0.06  0.70  1.6       0.02   0.43   1.5
                                         4    7e-5  0.15  4.0       3e-6   0.01   3.1
 
-The identities hold but for epsilon, 1e-5 beside the variance: it is all of the 2e-5,
-and what is lost below a tenth of the weights. The lengths of the weights are what the
-gradients say within 2e-5; from a quarter of the usual ones they grow 2.7 times, and the
-rate over |w|^2 falls to a sixth. With L2 weights turn by 0.053 a step; sqrt(2 rate L2)
-is 0.055. From four times the weights, training is slower (91.6 % of the test images,
-not 94.4), at sixteen times the rate the same: to four digits of the loss for a hundred
-steps, until rounding has grown, and 93.8 % in the end. Without BN, a network of a
-quarter of the weights does not train (8 %).
+"The gradient to the input" is a vector-Jacobian product with one random cotangent, not
+the whole Jacobian. The identities hold except for epsilon, the 1e-5 that BN adds to the
+variance. Epsilon explains the 2e-5, and the large errors for a <= 0.1.
 
-The conjecture: singular values are not closer to 1 with batch normalization than
-without, from the first weights that suit the network without. What BN does is to make
-them independent of these: without it they are all below 0.5 from weights of a quarter,
-and spread over five orders of magnitude from four times the weights. Training lowers
-the median of both. Accuracies have standard deviations of up to 1.7.
+The formula below predicts the length of the weights from the gradients with a relative
+error of 2e-5. If the initial weights are a quarter of the usual ones, the weights grow
+2.7 times, and the effective rate, rate / |w|^2, falls to a sixth. With weight decay the
+weights turn by 0.053 radians per step; the prediction sqrt(2 · rate · decay) is 0.055.
 
-The network: equal hidden layers of tanh, each batch-normalized before it or not, binary
-images, plain gradient descent at a constant rate without momentum: then
+If the initial weights are four times the usual ones, training is slower: the test
+accuracy is 91.6 %, not 94.4 %. With the rate of these weights 16 times as large,
+training is the same again: the loss agrees in four digits for a hundred steps, then
+rounding errors have grown, and the final accuracy is 93.8 %. The network without BN
+does not train from a quarter of the usual weights (8 %). Accuracies have standard
+deviations of up to 1.7 points.
+
+The conjecture is not confirmed. If the initial weights suit the network without BN, its
+singular values are as close to 1 as with BN. But with BN the singular values before
+training do not depend on the scale of the initial weights. Without BN, the scale
+decides: from a quarter of the usual weights 95 % of the singular values are below 0.5,
+and from four times the weights they spread over five orders of magnitude. Training
+lowers the median of both networks, if the initial weights are the usual ones.
+
+The network has equal hidden layers of tanh, with or without BN before tanh, and its
+inputs are binary images. The optimizer is plain gradient descent at a constant rate,
+without momentum. The update of a weight vector w of a unit with the gradient g is
+
+    w - rate (g + decay w)
+
+Only the networks with weight decay have a decay other than 0, and only for the weights
+of hidden layers. With BN and without decay, except for rounding and epsilon,
 
     |w_T|^2 = |w_0|^2 + sum |rate g_t|^2
 
-for the weights w of a unit and their gradients g, to rounding and epsilon; the turn of
-w in a step is rate |g| / |w|, and with L2 it settles at sqrt(2 rate L2). Started from a
-times the weights, at a^2 times their rate, a network with BN computes the same function
-after every step.
+In one step w turns by the angle rate |g| / |w|. With BN and decay this angle settles at
+sqrt(2 · rate · decay). A network with BN that starts from weights a times as large, and
+trains them with a rate a^2 times as large, computes the same function after every step.
 
-Layer Jacobians are those of the paper's section 3.3, from one normalized vector to the
-next (without BN, from what one activation is given to what the next is), at single
-images, with the statistics of the training images held constant.
+The layer Jacobians are those of section 3.3 of the paper: from the normalized vector of
+one layer to the normalized vector of the next. Without BN they are from the input of
+one activation to the input of the next. They are taken at single images. The statistics
+are those of the training images, and are constants.
 
 The network and the data are those of `experiments.saturation`. To change them, see
-`Network` and `load` there; to add a network, `KINDS`; the optimizer, `descend`. A run
-that was stopped goes on where it was.
+`Network` and `load` there; to add a network, `KINDS`; the optimizer, `descend`. If a
+run was stopped, repeat the command to continue. Results are cached by `Cell`: after
+changing the code use a new --out.
 
 References: Ioffe & Szegedy 2015, section 3.3; van Laarhoven 2017, "L2 regularization
 versus batch and weight normalization" (the effective rate); Wan et al. 2021, "Spherical
@@ -95,33 +116,35 @@ from experiments.saturation import (
     load,
 )
 
-FACTORS = 1e-3, 1e-2, 1e-1, 0.5, 2.0, 1e1, 1e2, 1e3  # a in BN((aW)u)
-QUANTITIES = "output", "input's Jacobian", "gradient"  # compared between a W and W
+FACTORS = 1e-3, 1e-2, 1e-1, 0.5, 2.0, 1e1, 1e2, 1e3  # a in BN((a·W)u)
+QUANTITIES = "output", "gradient to the input", "a·gradient to W"
 PERCENTILES = 5, 25, 50, 75, 95  # of singular values
 EXAMPLES = 16  # images at which Jacobians are taken
-SMOOTHED = 50  # steps whose losses are averaged
+LOSS_STEPS = 50  # the mean loss of so many steps is recorded
 
 
 class Kind(NamedTuple):
-    """A network, relative to the usual one, and how it is shown."""
+    """A network: what differs from the usual one, and how it is shown."""
 
     label: str
     colour: str
     normalize: bool
-    scale: float = 1.0  # of the hidden layers' first weights
-    faster: float = 1.0  # a factor of their learning rate
-    decays: bool = False  # whether they have L2
+    init_scale: float = 1.0  # a factor of the hidden layers' initial weights
+    rate_factor: float = 1.0  # a factor of the hidden layers' learning rate
+    weight_decay: bool = False  # whether the hidden layers have weight decay
 
 
 KINDS = {
     "bn": Kind("with BN", "#0072b2", True),
-    "bn large": Kind("with BN, 4 W", "#1a1a6c", True, 4.0),
-    "bn small": Kind("with BN, W / 4", "#56b4e9", True, 0.25),
-    "bn large fast": Kind("with BN, 4 W, rate x 16", "#cc79a7", True, 4.0, 16.0),
-    "bn decay": Kind("with BN and L2", "#009e73", True, decays=True),
+    "bn large": Kind("with BN, 4·W", "#1a1a6c", True, init_scale=4.0),
+    "bn small": Kind("with BN, W/4", "#56b4e9", True, init_scale=0.25),
+    "bn large fast": Kind(
+        "with BN, 4·W, 16·rate", "#cc79a7", True, init_scale=4.0, rate_factor=16.0
+    ),
+    "bn decay": Kind("with BN, weight decay", "#009e73", True, weight_decay=True),
     "plain": Kind("without BN", "#d55e00", False),
-    "plain large": Kind("without BN, 4 W", "#d55e00", False, 4.0),
-    "plain small": Kind("without BN, W / 4", "#d55e00", False, 0.25),
+    "plain large": Kind("without BN, 4·W", "#d55e00", False, init_scale=4.0),
+    "plain small": Kind("without BN, W/4", "#d55e00", False, init_scale=0.25),
 }
 BY_SCALE = "bn small", "bn", "bn large", "plain small", "plain", "plain large"
 
@@ -133,40 +156,40 @@ class Config(Settings):
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
     """The images. The digits come with scikit-learn; the others are downloaded once."""
     kinds: tuple[str, ...] = tuple(KINDS)
-    """Which networks are trained: names of `KINDS`."""
+    """The networks to train: keys of `KINDS`."""
     rate: float = 0.3
-    """Of learning; the best of both networks, see --tune."""
-    decay: float = 0.005
-    """L2 of the hidden layers' weights, where there is any."""
+    """Learning rate, the best one for both networks."""
+    weight_decay: float = 0.005
+    """Weight decay of the hidden layers, in the networks that have it."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each gives the weights and the batches of one run."""
+    """Random seeds of the initial weights and batches, one run each."""
     steps: int = 2000
-    """Of training."""
-    every: int = 200
-    """Steps between two measurements."""
+    """Number of training steps."""
+    measure_every: int = 200
+    """Number of steps between two measurements."""
     depth: int = 8
-    """Hidden layers."""
+    """Number of hidden layers."""
     width: int = 64
-    """Units of each."""
+    """Number of units of each hidden layer."""
     batch_size: int = 64
-    """Images per step."""
+    """Number of images per step."""
     tune: bool = False
-    """Train the networks with BN and without at several rates instead."""
+    """Only train the networks bn and plain, at each of --rates."""
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    """Those."""
+    """Learning rates that --tune tries."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """All that decides what comes of a training."""
+    """The settings of one training; also the key of its result."""
 
     data: str
     kind: str
     rate: float
-    decay: float
+    weight_decay: float
     seed: int
     steps: int
-    every: int
+    measure_every: int
     depth: int
     width: int
     batch_size: int
@@ -174,10 +197,11 @@ class Cell:
 
 def cells(config: Config) -> list[Cell]:
     """Every training of a run."""
-    if config.steps % config.every or config.every % SMOOTHED:
+    if config.steps % config.measure_every or config.measure_every % LOSS_STEPS:
         raise ValueError(
-            f"received --steps {config.steps} and --every {config.every}: expected a "
-            f"multiple of --every, and of {SMOOTHED}"
+            f"received --steps {config.steps} and --measure-every "
+            f"{config.measure_every}: expected --steps as a multiple of "
+            f"--measure-every, and that as a multiple of {LOSS_STEPS}"
         )
     for kind in config.kinds:
         if kind not in KINDS:
@@ -186,12 +210,18 @@ def cells(config: Config) -> list[Cell]:
     shared = {name: v for name, v in vars(config).items() if name in fields}
     kinds = ("bn", "plain") if config.tune else config.kinds
     rates = config.rates if config.tune else (config.rate,)
-    made = []
+    trainings = []
     for kind, seed, rate in itertools.product(kinds, config.seeds, rates):
-        decay = config.decay if KINDS[kind].decays else 0.0
-        own = {"kind": kind, "seed": seed, "rate": rate, "decay": decay}
-        made.append(Cell(**(shared | own)))
-    return made
+        weight_decay = config.weight_decay if KINDS[kind].weight_decay else 0.0
+        settings = {
+            **shared,
+            "kind": kind,
+            "seed": seed,
+            "rate": rate,
+            "weight_decay": weight_decay,
+        }
+        trainings.append(Cell(**settings))
+    return trainings
 
 
 # Training
@@ -206,33 +236,45 @@ def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
 
 
 def run(cell: Cell, data: Dataset) -> Record:
-    """Trains a network, and measures on the way."""
+    """Trains a network, and measures before, during and after the training."""
     kind = KINDS[cell.kind]
     network = Network(cell.depth, cell.width, "tanh", kind.normalize)
-    known = jnp.asarray(data.train.images[:4_096], jnp.float32)
-    key, scale = jax.random.key(cell.seed), jnp.asarray(kind.scale)
-    params = network.init(key, known.shape[1], scale)
-    size, fast = len(data.train.labels), cell.rate * kind.faster
-    drawn = draw_batches(cell.seed, size, cell.steps, cell.batch_size)
-    parts, singular = [], [singular_values(network, params, known)]
-    for batches in drawn.reshape(-1, cell.every, cell.batch_size):
+    statistics_images = jnp.asarray(data.train.images[:4_096], jnp.float32)
+    pixels = statistics_images.shape[1]
+    key = jax.random.key(cell.seed)
+    params = network.init(key, pixels, jnp.asarray(kind.init_scale))
+    hidden_rate = cell.rate * kind.rate_factor
+    examples = len(data.train.labels)
+    all_batches = draw_batches(cell.seed, examples, cell.steps, cell.batch_size)
+    measurements = []
+    singular = [singular_values(network, params, statistics_images)]
+    for batches in all_batches.reshape(-1, cell.measure_every, cell.batch_size):
         params, measured = descend(
-            network, params, data.train, batches, cell.rate, fast, cell.decay
+            network,
+            params,
+            data.train,
+            batches,
+            cell.rate,
+            hidden_rate,
+            cell.weight_decay,
         )
-        parts.append(measured)
-        singular.append(singular_values(network, params, known))
-    steps = jax.tree.map(lambda *p: np.concatenate(p), *parts)
+        measurements.append(measured)
+        singular.append(singular_values(network, params, statistics_images))
+    by_step = jax.tree.map(lambda *arrays: np.concatenate(arrays), *measurements)
+    final_length = mean_lengths(params, cell.depth)
     with np.errstate(invalid="ignore", over="ignore"):  # a network may diverge
-        growth = np.abs(steps["length"][-1] / predicted_length(steps, fast) - 1).max()
-    turns = (steps["turn"] ** 2).reshape(-1, cell.every, cell.depth)
+        predicted = predicted_length(by_step, hidden_rate)
+        prediction_error = np.abs(final_length / predicted - 1).max()
+    squared_turns = (by_step["turn"] ** 2).reshape(-1, cell.measure_every, cell.depth)
+    predictable = kind.normalize and not kind.weight_decay
     result = {
-        "loss": steps["loss"].reshape(-1, SMOOTHED).mean(1),
+        "loss": by_step["loss"].reshape(-1, LOSS_STEPS).mean(1),
         **evaluate(network, params, data),
-        "length": steps["length"][:: cell.every],
-        "turn": np.sqrt(turns.mean(1)),
-        "along": steps["along"].max(),
-        "growth": growth if kind.normalize and not cell.decay else None,
-        "deviations": deviations(network, params, known[: cell.batch_size]),
+        "length": [*by_step["length"][:: cell.measure_every], final_length],
+        "turn": np.sqrt(squared_turns.mean(1)),
+        "cosine": by_step["cosine"].max(),
+        "prediction_error": prediction_error if predictable else None,
+        "deviations": deviations(network, params, statistics_images[: cell.batch_size]),
         "singular": singular,
     }
     return plain(result, 4)
@@ -240,206 +282,307 @@ def run(cell: Cell, data: Dataset) -> Record:
 
 @functools.partial(jax.jit, static_argnums=0)
 def descend(
-    network: Network, params: Params, data: Split, batches, rate, fast, decay
+    network: Network,
+    params: Params,
+    data: Split,
+    batches: jax.Array,
+    rate: jax.Array,
+    hidden_rate: jax.Array,
+    weight_decay: jax.Array,
 ) -> tuple[Params, dict[str, jax.Array]]:
     """The parameters after a step on each of `batches`, and what is measured.
 
-    The hidden layers' kernels have the rate `fast` and the L2 `decay`. Measured are the
-    loss of each batch, (step,), and what `measure` returns, (step, layer).
+    Every step is w - rate (g + decay w). The kernels of the hidden layers have
+    `hidden_rate` and `weight_decay`; all other parameters have `rate` and no decay.
+
+    Measured are the loss of each batch, (step,), and what `measure` returns,
+    (step, layer).
     """
 
     def loss(params, x, labels):
         logits, _ = network.apply(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def change(path, p, g):
-        if path[0].key != "last" and path[1].key == "kernel":
-            return p - fast * (g + decay * p)
-        return p - rate * g
+    def update(path, w, g):
+        layer, name = (entry.key for entry in path)
+        if layer != "last" and name == "kernel":
+            return w - hidden_rate * (g + weight_decay * w)
+        return w - rate * g
 
     def step(params, batch):
         x = data.images[batch].astype(jnp.float32)
-        value, gradient = jax.value_and_grad(loss)(params, x, data.labels[batch])
-        new = jax.tree.map_with_path(change, params, gradient)
-        layers = zip(hidden(params), hidden(gradient), hidden(new), strict=True)
-        rows = [measure(w["kernel"], g["kernel"], v["kernel"]) for w, g, v in layers]
-        measured = jax.tree.map(lambda *values: jnp.stack(values), *rows)
-        return new, {"loss": value, **measured}
+        batch_loss, gradients = jax.value_and_grad(loss)(params, x, data.labels[batch])
+        updated = jax.tree.map_with_path(update, params, gradients)
+        by_layer = [
+            measure(w["kernel"], g["kernel"], new["kernel"])
+            for w, g, new in zip(
+                hidden_layers(params, network.depth),
+                hidden_layers(gradients, network.depth),
+                hidden_layers(updated, network.depth),
+                strict=True,
+            )
+        ]
+        measured = jax.tree.map(lambda *values: jnp.stack(values), *by_layer)
+        return updated, {"loss": batch_loss, **measured}
 
     return jax.lax.scan(step, params, batches)
 
 
-def hidden(params: Params) -> list[Params]:
-    """The parameters of each hidden layer."""
-    depth = len(params["rest"]["kernel"])
-    rest = [jax.tree.map(lambda p, i=i: p[i], params["rest"]) for i in range(depth)]
-    return [params["first"], *rest]
+def hidden_layers(stacked: Params, depth: int) -> list[Params]:
+    """A dictionary for each of `depth` hidden layers.
+
+    Args:
+        stacked: parameters, gradients or statistics, as `Network` has them.
+        depth: the number of hidden layers.
+    """
+    layers = [stacked["first"]]
+    for i in range(depth - 1):
+        layers.append({name: values[i] for name, values in stacked["rest"].items()})
+    return layers
 
 
 def measure(w: jax.Array, g: jax.Array, new: jax.Array) -> dict[str, jax.Array]:
-    """Of the units of a layer: weights w, the columns; gradients g; weights after.
+    """Measures one step of a layer; every column is the weight vector of a unit.
 
-    The roots of the mean squares of lengths |w|, slopes |g| and turns, the angles in
-    radians between w before and after; and the largest |cosine| of w and g.
+    Args:
+        w: the weights before the step.
+        g: their gradients.
+        new: the weights after the step.
+
+    Returns:
+        Root mean squares over units of "length" |w|, "gradient_norm" |g| and "turn",
+        the angle in radians between w and new; and "cosine", the largest |cosine| of
+        the angle between w and g.
     """
 
     def directions(x):
         return x / jnp.maximum(jnp.linalg.norm(x, axis=0, keepdims=True), 1e-30)
 
-    # Of the chord: the cosine of a small angle is 1 in float32.
+    # The angle from the chord c, 2 arcsin(c/2), since arccos of a cosine near 1 loses
+    # small angles in float32.
     chord = jnp.linalg.norm(directions(new) - directions(w), axis=0)
     turn = 2 * jnp.arcsin(jnp.minimum(chord / 2, 1))
     return {
         "length": jnp.sqrt((w**2).sum(0).mean()),
-        "slope": jnp.sqrt((g**2).sum(0).mean()),
+        "gradient_norm": jnp.sqrt((g**2).sum(0).mean()),
         "turn": jnp.sqrt((turn**2).mean()),
-        "along": jnp.abs((directions(w) * directions(g)).sum(0)).max(),
+        "cosine": jnp.abs((directions(w) * directions(g)).sum(0)).max(),
     }
 
 
-def predicted_length(steps: dict[str, Any], rate: float) -> Any:
-    """(layer,): by Pythagoras, without L2, the length before the last step."""
-    start, taken = steps["length"][0], rate * steps["slope"][:-1]
-    return np.sqrt(start**2 + (taken**2).sum(0))
+def mean_lengths(params: Params, depth: int) -> np.ndarray:
+    """(layer,): the root mean square over units of the length of their weights."""
+    kernels = [np.asarray(layer["kernel"]) for layer in hidden_layers(params, depth)]
+    return np.array([np.sqrt((w**2).sum(0).mean()) for w in kernels])
+
+
+def predicted_length(by_step: dict[str, Any], hidden_rate: float) -> np.ndarray:
+    """(layer,): the length after the last step, by Pythagoras, without weight decay."""
+    initial_length = by_step["length"][0]
+    step_lengths = hidden_rate * by_step["gradient_norm"]
+    return np.sqrt(initial_length**2 + (step_lengths**2).sum(0))
 
 
 # Jacobians
 
 
-def singular_values(network: Network, params: Params, known: jax.Array) -> np.ndarray:
-    """Percentiles of layer Jacobians' singular values, (layer, percentile)."""
-    jacobians = np.asarray(layer_jacobians(network, params, known, known[:EXAMPLES]))
+def singular_values(
+    network: Network, params: Params, statistics_images: jax.Array
+) -> np.ndarray:
+    """Percentiles of the singular values of layer Jacobians, (layer, percentile)."""
+    examples = statistics_images[:EXAMPLES]
+    jacobians = np.asarray(
+        layer_jacobians(network, params, statistics_images, examples)
+    )
     if not np.isfinite(jacobians).all():  # the network diverged
         return np.full((len(jacobians), len(PERCENTILES)), np.nan)
     values = np.linalg.svd(jacobians, compute_uv=False)
     return np.percentile(values.reshape(len(values), -1), PERCENTILES, axis=1).T
 
 
+class Layer(NamedTuple):
+    """The parameters of a hidden layer, and its statistics: none without BN."""
+
+    params: Params
+    statistics: Params
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def layer_jacobians(
-    network: Network, params: Params, known: jax.Array, x: jax.Array
+    network: Network, params: Params, statistics_images: jax.Array, x: jax.Array
 ) -> jax.Array:
-    """The Jacobian of each hidden layer but the first, (layer, example, unit, unit).
+    """The Jacobians of `layer_map`, (layer, example, unit, unit).
 
-    With BN of the transformation from one normalized vector, before scale and bias, to
-    the next; without, from one activation's input to the next. The statistics are
-    constants, those of `known`; both it and `x` are (example, pixel).
+    There is one for every hidden layer but the first.
+
+    Args:
+        network: the network.
+        params: its parameters.
+        statistics_images: (example, pixel); their statistics are constants here.
+        x: (example, pixel), the images at which the Jacobians are taken.
     """
-    _, statistics = network.apply(params, known)
-    parts = {name: params[name] | used for name, used in statistics.items()}
-    first, *others = hidden(parts)
+    _, statistics = network.apply(params, statistics_images)
+    layers = [
+        Layer(layer_params, layer_statistics)
+        for layer_params, layer_statistics in zip(
+            hidden_layers(params, network.depth),
+            hidden_layers(statistics, network.depth),
+            strict=True,
+        )
+    ]
+    jacobians = []
+    normalized = normalize_input(network, layers[0], x)
+    for below, layer in itertools.pairwise(layers):
+        to_next = functools.partial(layer_map, network, below, layer)
+        jacobians.append(jax.vmap(jax.jacfwd(to_next))(normalized))
+        normalized = jax.vmap(to_next)(normalized)
+    return jnp.stack(jacobians)
 
-    def normalized(x, own):
-        if not network.normalize:
-            return network.preactivation(x, own)[0]
-        return bnjax.normalize(x @ own["kernel"], own["mean"], own["var"])
 
-    def activated(z, own):
-        y = z * own["scale"][None] + own["bias"][None] if network.normalize else z
-        return ACTIVATIONS[network.activation](y)
+def layer_map(
+    network: Network, below: Layer, layer: Layer, normalized: jax.Array
+) -> jax.Array:
+    """The normalized vector of a layer, (unit,), from that of the layer below.
 
-    z, below, found = normalized(x, first), first, []
-    for own in others:
+    Both belong to one example. They are normalized without scale and bias. Without BN,
+    they are the inputs of the activations.
+    """
+    z = normalized[None]
+    if network.normalize:
+        z = z * below.params["scale"][None] + below.params["bias"][None]
+    u = ACTIVATIONS[network.activation](z)
+    return normalize_input(network, layer, u)[0]
 
-        def between(one, below=below, own=own):  # of one example
-            return normalized(activated(one[None], below), own)[0]
 
-        found.append(jax.vmap(jax.jacfwd(between))(z))
-        z, below = normalized(activated(z, below), own), own
-    return jnp.stack(found)
+def normalize_input(network: Network, layer: Layer, u: jax.Array) -> jax.Array:
+    """The normalized vectors of a layer whose input is `u`, (example, unit)."""
+    if not network.normalize:
+        z, _ = network.preactivation(u, layer.params)
+        return z
+    z = u @ layer.params["kernel"]
+    return bnjax.normalize(z, layer.statistics["mean"], layer.statistics["var"])
 
 
 def deviations(
     network: Network, params: Params, x: jax.Array, factors: Sequence[float] = FACTORS
 ) -> np.ndarray:
-    """How far a W of a hidden layer is from W: (quantity, factor), the worst layer.
+    """Relative changes when W of a hidden layer is replaced by a·W.
 
-    Each is |of a W - of W| / |of W|: of the layer's normalized output; of its input's
-    cotangent, for a random one of the output; and of that of W, times a. They are those
-    of training: the batch's statistics are differentiated through.
+    The result is (quantity, factor), the largest of all layers. The quantities are
+    `QUANTITIES`: the output before the activation, and two gradients, which are
+    vector-Jacobian products with one random cotangent of this output. All are those of
+    training: the statistics are the batch's, and the gradients go through them.
     """
     random = np.random.default_rng(0)
     cotangent = jnp.asarray(random.normal(size=(len(x), network.width)), x.dtype)
-    rows, u = [], x
-    for own in hidden(params):
-        rows.append(layer_deviations(network, own, u, cotangent, jnp.asarray(factors)))
-        u, _ = network.layer(u, own)
-    return np.max(rows, axis=0)
+    by_layer = []
+    u = x  # the input of the layer
+    for layer_params in hidden_layers(params, network.depth):
+        by_layer.append(
+            layer_deviations(network, layer_params, u, cotangent, jnp.asarray(factors))
+        )
+        u, _ = network.layer(u, layer_params)
+    return np.max(by_layer, axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def layer_deviations(network: Network, own: Params, u, cotangent, factors):
-    """Of one layer, whose input is `u`: (quantity, factor)."""
+def layer_deviations(
+    network: Network,
+    layer_params: Params,
+    u: jax.Array,
+    cotangent: jax.Array,
+    factors: jax.Array,
+) -> jax.Array:
+    """The relative changes for one layer, whose input is `u`: (quantity, factor)."""
 
-    def scaled(a):
-        def preactivation(u, kernel):
-            return network.preactivation(u, own | {"kernel": kernel})[0]
+    def preactivation(u, kernel):
+        z, _ = network.preactivation(u, {**layer_params, "kernel": kernel})
+        return z
 
-        z, pullback = jax.vjp(preactivation, u, a * own["kernel"])
-        of_u, of_kernel = pullback(cotangent)
-        return z, of_u, a * of_kernel
+    def quantities(a):
+        output, pullback = jax.vjp(preactivation, u, a * layer_params["kernel"])
+        to_input, to_kernel = pullback(cotangent)
+        return output, to_input, a * to_kernel
 
-    def compare(a):
-        norm, pairs = jnp.linalg.norm, zip(scaled(a), scaled(1.0), strict=True)
-        return jnp.stack([norm(s - t) / norm(t) for s, t in pairs])
+    unscaled = quantities(1.0)
 
-    return jax.lax.map(compare, factors).T
+    def relative_changes(a):
+        norm = jnp.linalg.norm
+        pairs = zip(quantities(a), unscaled, strict=True)
+        return jnp.stack([norm(new - old) / norm(old) for new, old in pairs])
+
+    # lax.map, not vmap: each factor is computed with the operations of the unscaled
+    # reference. A batched matrix product may round differently.
+    return jax.lax.map(relative_changes, factors).T
 
 
 # Tables and picture
 
 
 def series(
-    found: dict[Cell, Record], field: str, *kinds: str
+    results: dict[Cell, Record], field: str, *kinds: str
 ) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
-    """Of each of `kinds` that there is: its name, (seed, ...), and a line's style."""
+    """The kind, its values (seed, ...) and a line's style, for kinds with results."""
     for kind in kinds:
-        rows = [r[field] for cell, r in found.items() if cell.kind == kind]
+        rows = [result[field] for cell, result in results.items() if cell.kind == kind]
         if rows:
             style = {"label": KINDS[kind].label, "color": KINDS[kind].colour}
             yield kind, np.array(rows, float), style
 
 
-def report(config: Config, found: dict[Cell, Record]) -> list[Table]:
+def report(config: Config, results: dict[Cell, Record]) -> list[Table]:
     """Accuracies and weights of each kind; the identities; the singular values."""
     main = Table(
-        *("network", "rate", "validation (%)", "test (%)", "loss at the end"),
-        *("weights grew", "prediction off by", "largest cosine of w and g"),
-        *("turn per step", "sqrt(2 rate L2)"),
+        "network",
+        "rate",
+        "validation (%)",
+        "test (%)",
+        "final loss",
+        "weights grew",
+        "prediction error",
+        "largest cosine of w and g",
+        "turn per step",
+        "sqrt(2 · rate · decay)",
         box=box.MARKDOWN,
     )
     groups: dict[tuple[str, float], list[Record]] = {}
-    for cell, result in found.items():
+    for cell, result in results.items():
         groups.setdefault((cell.kind, cell.rate), []).append(result)
-    for (kind, rate), rows in groups.items():
-        of = {name: np.array([r[name] for r in rows], float) for name in rows[0]}
-        grown = of["length"][:, -1] / of["length"][:, 0]
-        exact = KINDS[kind].normalize and not KINDS[kind].decays
+    for (name, rate), rows in groups.items():
+        kind = KINDS[name]
+        values = {field: np.array([r[field] for r in rows], float) for field in rows[0]}
+        growth = values["length"][:, -1] / values["length"][:, 0]
+        predictable = kind.normalize and not kind.weight_decay
+        error = f"{values['prediction_error'].max():.1e}" if predictable else "-"
+        turn = f"{equilibrium(rate, config.weight_decay):.3g}"
         main.add_row(
-            *(KINDS[kind].label, f"{rate:g}"),
-            *(percent(of[name]) for name in ("validation", "test")),
-            f"{of['loss'][:, -1].mean():.3g}",
-            f"{grown.mean():.3g} x",
-            f"{of['growth'].max():.1e}" if exact else "-",
-            f"{of['along'].max():.1e}",
-            f"{of['turn'][:, -1].mean():.3g}",
-            f"{equilibrium(rate, config.decay):.3g}" if KINDS[kind].decays else "-",
+            kind.label,
+            f"{rate:g}",
+            percent(values["validation"]),
+            percent(values["test"]),
+            f"{values['loss'][:, -1].mean():.3g}",
+            f"{growth.mean():.3g} x",
+            error,
+            f"{values['cosine'].max():.1e}",
+            f"{values['turn'][:, -1].mean():.3g}",
+            turn if kind.weight_decay else "-",
         )
     if config.tune:
         return [main]
-    title = "off by, if W is multiplied by"
-    changed = Table(title, *(f"{a:g}" for a in FACTORS), box=box.MARKDOWN)
-    for kind, values, _ in series(found, "deviations", "bn", "plain"):
+    title = "relative change, by factor a"
+    changes = Table(title, *(f"{a:g}" for a in FACTORS), box=box.MARKDOWN)
+    for kind, values, _ in series(results, "deviations", "bn", "plain"):
         for quantity, row in zip(QUANTITIES, values.max(0), strict=True):
-            name = f"{KINDS[kind].label}: {quantity}"
-            changed.add_row(name, *(f"{v:.1e}" for v in row))
+            label = f"{KINDS[kind].label}: {quantity}"
+            changes.add_row(label, *(f"{v:.1e}" for v in row))
     title = "singular values, percentiles"
     singular = Table(title, *map(str, PERCENTILES), box=box.MARKDOWN)
-    for kind, values, _ in series(found, "singular", *BY_SCALE):
+    for kind, values, _ in series(results, "singular", *BY_SCALE):
         for when, point in (("before", 0), ("after", -1)):
-            shown = (f"{v:.3g}" for v in values[:, point].mean((0, 1)))
-            singular.add_row(f"{KINDS[kind].label}, {when}", *shown)
-    return [main, changed, singular]
+            percentiles = values[:, point].mean((0, 1))
+            label = f"{KINDS[kind].label}, {when}"
+            singular.add_row(label, *(f"{v:.3g}" for v in percentiles))
+    return [main, changes, singular]
 
 
 def percent(shares: np.ndarray) -> str:
@@ -449,76 +592,77 @@ def percent(shares: np.ndarray) -> str:
 
 
 def equilibrium(rate: float, decay: float) -> float:
-    """The turn per step, in radians, once growth and L2 balance (Wan et al. 2021)."""
+    """The turn per step, in radians, when decay balances growth (Wan et al. 2021)."""
     return math.sqrt(2 * rate * decay)
 
 
-def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
+def draw(config: Config, results: dict[Cell, Record], folder: Path) -> list[Path]:
     """Six panels: the identities, the effective rate, and the Jacobians."""
     if config.tune:
         return []
-    count = len({cell.seed for cell in found})
+    count = len({cell.seed for cell in results})
     seeds = f"{count} seed{'s' * (count > 1)}"
     title = f"{panels.DATA[config.data]}, hidden layers of tanh, {seeds}"
     figure, axes = panels.make(title, (9.8, 5.8), 2, 3)
     identities, losses, rates, turns, over_time, by_scale = axes
     dots: dict[str, Any] = {"marker": "o", "ms": 3}
 
-    for kind, values, style in series(found, "deviations", "bn", "plain"):
-        shown = len(QUANTITIES) if kind == "bn" else 1  # without BN all are alike
-        for i, quantity in enumerate(QUANTITIES[:shown]):
+    for kind, values, style in series(results, "deviations", "bn", "plain"):
+        # Without BN all quantities change alike.
+        quantities = QUANTITIES if kind == "bn" else QUANTITIES[:1]
+        for i, quantity in enumerate(quantities):
             style |= {"ls": ("-", "--", ":")[i], "marker": "os^"[i], "ms": 3}
             style |= {"label": f"{KINDS[kind].label}: {quantity}"}
             panels.line(identities, FACTORS, values[:, i], **style)
-    title = "After training: a W instead of W"
-    panels.label(identities, title, "a", "relative difference", log="xy")
+    title = "After training: a·W instead of W"
+    panels.label(identities, title, "factor a", "relative change", log="xy")
 
-    shown = "bn small", "bn", "bn large", "bn large fast", "plain"
-    for kind, values, style in series(found, "loss", *shown):
-        steps = SMOOTHED * (np.arange(values.shape[1]) + 0.5)
+    kinds = "bn small", "bn", "bn large", "bn large fast", "plain"
+    for kind, values, style in series(results, "loss", *kinds):
+        steps = LOSS_STEPS * (np.arange(values.shape[1]) + 0.5)
         ls = "--" if kind == "bn large fast" else "-"
         panels.line(losses, steps, values, ls=ls, **style)
-    title = "First weights 1/4, 1 and 4 times as large"
+    title = "Initial weights 1/4, 1 and 4 times as large"
     panels.label(losses, title, "training steps", "training loss", log="y")
 
-    for _, values, style in series(found, "length", "bn small", "bn", "bn large"):
+    for _, values, style in series(results, "length", "bn small", "bn", "bn large"):
         effective = (config.rate / values**2).mean(-1)
-        steps = config.every * np.arange(effective.shape[1])
+        steps = config.measure_every * np.arange(effective.shape[1])
         panels.line(rates, steps, effective, **dots, **style)
     y = "rate / |w|², mean of layers"
     panels.label(rates, "The effective rate", "training steps", y, log="y")
 
-    for _, values, style in series(found, "turn", "bn", "bn decay"):
-        steps = config.every * (np.arange(values.shape[1]) + 0.5)
+    for _, values, style in series(results, "turn", "bn", "bn decay"):
+        steps = config.measure_every * (np.arange(values.shape[1]) + 0.5)
         panels.line(turns, steps, values.mean(-1), **dots, **style)
-    turn = equilibrium(config.rate, config.decay)
-    turns.axhline(turn, label="√(2 rate L2)", color="0.4", lw=1, ls=":")
+    turn = equilibrium(config.rate, config.weight_decay)
+    turns.axhline(turn, label="√(2 · rate · decay)", color="0.4", lw=1, ls=":")
     title = "How far weights turn in a step"
     panels.label(turns, title, "training steps", "radians, mean of layers", log="y")
 
     y = "singular values: median, 5 to 95 %"
-    for _, values, style in series(found, "singular", "plain", "bn"):
+    for _, values, style in series(results, "singular", "plain", "bn"):
         low, _, median, _, high = values.mean((0, 2)).T
-        steps = config.every * np.arange(len(median))
+        steps = config.measure_every * np.arange(len(median))
         over_time.plot(steps, median, **dots, **style)
         over_time.fill_between(steps, low, high, alpha=0.15, lw=0, color=style["color"])
     over_time.axhline(1, color="0.4", lw=0.8, ls=":")
     title = "Layer Jacobians over training"
     panels.label(over_time, title, "training steps", y, log="y")
 
-    for kind, values, _ in series(found, "singular", *BY_SCALE):
+    for kind, values, _ in series(results, "singular", *BY_SCALE):
         usual = "bn" if KINDS[kind].normalize else "plain"
         for point, when, shift in ((0, "before", 0), (-1, "after", 2)):
             low, _, median, _, high = values[:, point].mean((0, 1))
             style = {"color": KINDS[usual].colour, "marker": "o", "ms": 4}
             style |= {"mfc": "white"} if when == "before" else {}
             style |= {"label": f"{KINDS[kind].label}, {when}"} if kind == usual else {}
-            x = KINDS[kind].scale * 1.07 ** (shift + (1 if usual == "bn" else -3))
+            x = KINDS[kind].init_scale * 1.07 ** (shift + (1 if usual == "bn" else -3))
             bar = [[median - low], [high - median]]
             by_scale.errorbar(x, median, bar, lw=1.2, ls="", capsize=2, **style)
     by_scale.axhline(1, color="0.4", lw=0.8, ls=":")
     title = "Layer Jacobians before and after training"
-    panels.label(by_scale, title, "scale of the first weights", y, log="xy")
+    panels.label(by_scale, title, "factor of the initial weights", y, log="xy")
 
     for panel in axes:
         panel.legend(fontsize=6.5, frameon=False)
@@ -532,7 +676,7 @@ SMOKE = {
     "kinds": ("bn", "bn large", "plain"),
     "seeds": (0,),
     "steps": 100,
-    "every": 50,
+    "measure_every": 50,
     "depth": 3,
     "width": 10,
 }

@@ -14,18 +14,18 @@ from jax.typing import ArrayLike
 from experiments.common import images
 from experiments.common.images import Split
 
-TESTED = 500  # images at once
+EVALUATION_BATCH_SIZE = 500
 
 
 class Task(NamedTuple):
     """A data set, and the network that suits it.
 
     Attributes:
-        widths: the channels of each convolution.
-        strides: of each convolution.
-        center: what the network subtracts from pixels.
-        spread: what it then divides them by.
-        held_out: how many training images, the last ones, are for validation.
+        widths: the number of output channels of each convolution.
+        strides: the stride of each convolution.
+        center: the network subtracts this from the pixels.
+        spread: the network then divides the pixels by this.
+        held_out: the number of training images, the last ones, for validation.
     """
 
     widths: tuple[int, ...]
@@ -36,10 +36,15 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "digits": Task((16, 32, 64), (2, 2, 2), center=0, spread=1, held_out=300),
+    "digits": Task(
+        widths=(16, 32, 64), strides=(2, 2, 2), center=0, spread=1, held_out=300
+    ),
     "cifar10": Task(
-        *((12, 24, 24, 48, 48, 48), (2, 2, 1, 2, 1, 1)),
-        **{"center": 120, "spread": 64, "held_out": 5_000},
+        widths=(12, 24, 24, 48, 48, 48),
+        strides=(2, 2, 1, 2, 1, 1),
+        center=120,
+        spread=64,
+        held_out=5_000,
     ),
 }
 
@@ -48,7 +53,7 @@ def load(name: str, data_dir: Path | None = None) -> images.Dataset:
     """The images of a task; the digits' pixels are rounded to 0 or 1.
 
     Args:
-        name: of `TASKS`.
+        name: a key of `TASKS`.
         data_dir: see `images.load`.
     """
     train, test = images.load(name, data_dir)
@@ -58,17 +63,18 @@ def load(name: str, data_dir: Path | None = None) -> images.Dataset:
             for pixels, labels in (train, test)
         )
     kept = len(train.labels) - TASKS[name].held_out
-    first = Split(train.images[:kept], train.labels[:kept])
-    return images.Dataset(first, Split(train.images[kept:], train.labels[kept:]), test)
+    training = Split(train.images[:kept], train.labels[:kept])
+    validation = Split(train.images[kept:], train.labels[kept:])
+    return images.Dataset(training, validation, test)
 
 
 class ConvNet(nn.Module):
-    """Convolutions of 3x3, each normalized and rectified, then the mean and a matrix.
+    """Convolutions of 3x3, each with normalization and ReLU; mean; linear layer.
 
     Attributes:
         task: sizes, and how pixels are scaled.
         normalize: (x, train, step) -> y; it may add a layer.
-        conv: (channels, size, strides=...) -> the layer.
+        conv: (channels, size, strides=...) -> the convolution.
     """
 
     task: Task
@@ -82,7 +88,7 @@ class ConvNet(nn.Module):
         Args:
             x: (batch, height, width, colour), uint8.
             train: whether to normalize by the batch and update the running statistics.
-            step: of the training.
+            step: the number of the training step; only `normalize` uses it.
         """
         y = (jnp.asarray(x, jnp.float32) - self.task.center) / self.task.spread
         for width, stride in zip(self.task.widths, self.task.strides, strict=True):
@@ -92,12 +98,12 @@ class ConvNet(nn.Module):
 
 
 def accuracy(model: nn.Module, variables: Any, data: Split) -> float:
-    """The share of right answers, by the running statistics."""
+    """The share of correctly classified images, with the running statistics."""
     right = 0
-    for start in range(0, len(data.labels), TESTED):
-        part = slice(start, start + TESTED)
-        classes = _classify(model, variables, data.images[part])
-        right += int((classes == data.labels[part]).sum())
+    for start in range(0, len(data.labels), EVALUATION_BATCH_SIZE):
+        batch = slice(start, start + EVALUATION_BATCH_SIZE)
+        classes = _classify(model, variables, data.images[batch])
+        right += int((classes == data.labels[batch]).sum())
     return right / len(data.labels)
 
 

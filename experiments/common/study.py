@@ -2,7 +2,8 @@
 
 What decides the result of one training is a cell, a frozen dataclass. Each result is
 one line in the experiment's file, with its cell; a cell whose line is there is not
-trained again, so that a run that was stopped anywhere goes on where it was.
+trained again. If a run was stopped, repeat the command to continue. Results are cached
+by `Cell`, not by code: after changing the code use a new --out.
 """
 
 import dataclasses

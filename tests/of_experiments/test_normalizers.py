@@ -104,7 +104,7 @@ LABELS = np.random.default_rng(1).integers(0, 3, 13).astype(np.int32)
 def small(monkeypatch):
     task = convnet.Task((4, 16), (2, 1), center=0, spread=1, held_out=0)
     monkeypatch.setitem(convnet.TASKS, "tiny", task)
-    monkeypatch.setitem(normalizers.WHITENED, "tiny", 4)
+    monkeypatch.setitem(normalizers.WHITENING_GROUP_SIZE, "tiny", 4)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,7 @@ from experiments import scale_invariance
 from experiments.common import results, study
 from experiments.common.images import Split
 from experiments.saturation import Network, load
-from experiments.scale_invariance import descend, hidden
+from experiments.scale_invariance import descend, hidden_layers
 
 pytestmark = pytest.mark.experiment
 
@@ -49,7 +49,7 @@ def test_the_jacobians_of_layers_against_numpy(net):
     found = scale_invariance.layer_jacobians(net, params, *arrays)
     assert found.shape == (DEPTH - 1, 4, WIDTH, WIDTH)
 
-    own = [jax.tree.map(np.asarray, layer) for layer in hidden(params)]
+    own = [jax.tree.map(np.asarray, layer) for layer in hidden_layers(params, DEPTH)]
     slope = None
     for i, layer in enumerate(own):
         all_z, z = known @ layer["kernel"], x @ layer["kernel"]
@@ -92,7 +92,7 @@ def test_deviations_are_those_of_epsilon_or_of_the_scale(net):
         return
     # The output of each layer is off by sqrt((v + e) / (v + e / a^2)) - 1 of that unit.
     u, worst = jnp.asarray(x), np.zeros(4)
-    for own in hidden(params):
+    for own in hidden_layers(params, DEPTH):
         z = np.asarray(u @ own["kernel"])
         v, y = z.var(0), (z - z.mean(0)) * np.asarray(own["scale"])
         for i, a in enumerate(factors):
@@ -143,17 +143,20 @@ def test_descent_and_what_is_measured(net, data):
                 new[part]["kernel"] = w - 0.7 * (gradient[part]["kernel"] + 0.03 * w)
         for layer in range(DEPTH):
             w, g, v = (
-                np.asarray(hidden(p)[layer]["kernel"]) for p in (params, gradient, new)
+                np.asarray(hidden_layers(p, DEPTH)[layer]["kernel"])
+                for p in (params, gradient, new)
             )
             assert_close(steps["length"][step, layer], np.sqrt((w**2).sum(0).mean()))
-            assert_close(steps["slope"][step, layer], np.sqrt((g**2).sum(0).mean()))
+            assert_close(
+                steps["gradient_norm"][step, layer], np.sqrt((g**2).sum(0).mean())
+            )
             norms = [np.linalg.norm(x, axis=0) for x in (w, g, v)]
             turns = np.arccos((w * v).sum(0) / norms[0] / norms[2])
             assert_close(
                 steps["turn"][step, layer], np.sqrt((turns**2).mean()), tol=1e-6
             )
             cosines = np.abs((w * g).sum(0) / norms[0] / norms[1])
-            assert_close(steps["along"][step, layer], cosines.max(), tol=1e-6)
+            assert_close(steps["cosine"][step, layer], cosines.max(), tol=1e-6)
         params = new
     assert_close(last["rest"]["kernel"], np.asarray(params["rest"]["kernel"]))
     assert_close(last["last"]["bias"], np.asarray(params["last"]["bias"]))
@@ -162,23 +165,24 @@ def test_descent_and_what_is_measured(net, data):
 @pytest.mark.usefixtures("x64")
 def test_with_bn_weights_grow_as_pythagoras_has_it(net, data):
     start = random_params(net)
-    _, steps = descend(net, start, data, batches(9), 0.1, 3.0, 0.0)
-    error = np.abs(
-        scale_invariance.predicted_length(steps, 3.0) / steps["length"][-1] - 1
-    )
-    assert (steps["length"][-1] > 1.05 * steps["length"][0]).all() or not net.normalize
+    end, steps = descend(net, start, data, batches(9), 0.1, 3.0, 0.0)
+    length = scale_invariance.mean_lengths(end, DEPTH)
+    error = np.abs(scale_invariance.predicted_length(steps, 3.0) / length - 1)
+    assert (length > 1.05 * steps["length"][0]).all() or not net.normalize
     assert error.max() < 1e-3 if net.normalize else error.max() > 0.01
-    assert steps["along"].max() < 0.01 if net.normalize else steps["along"].max() > 0.1
+    assert (
+        steps["cosine"].max() < 0.01 if net.normalize else steps["cosine"].max() > 0.1
+    )
 
 
 @pytest.mark.usefixtures("x64")
 def test_larger_weights_at_the_square_of_the_rate_are_the_same_network(net, data):
-    def losses(a, faster):
+    def losses(a, rate_factor):
         params = random_params(net)
         for part in ("first", "rest"):
             params[part]["kernel"] = a * params[part]["kernel"]
-        fast = 0.2 * faster
-        _, steps = descend(net, params, data, batches(9), 0.2, fast, 0.0)
+        hidden_rate = 0.2 * rate_factor
+        _, steps = descend(net, params, data, batches(9), 0.2, hidden_rate, 0.0)
         return np.asarray(steps["loss"])
 
     one = losses(1.0, 1.0)
@@ -204,10 +208,11 @@ def test_smoke_and_again(tmp_path, capsys):
     assert list(cells) == ["bn", "bn large", "plain"]
     for kind, result in cells.items():
         assert np.shape(result["singular"]) == (3, 2, 5)
-        assert np.shape(result["turn"]) == np.shape(result["length"]) == (2, 3)
-        assert (result["along"] < 1e-3) == (kind != "plain")
-    assert cells["bn"]["growth"] < 1e-3
-    assert cells["plain"]["growth"] is None
+        assert np.shape(result["turn"]) == (2, 3)
+        assert np.shape(result["length"]) == (3, 3)
+        assert (result["cosine"] < 1e-3) == (kind != "plain")
+    assert cells["bn"]["prediction_error"] < 1e-3
+    assert cells["plain"]["prediction_error"] is None
     first = [cells[kind]["singular"][0] for kind in ("bn", "bn large", "plain")]
     np.testing.assert_allclose(first[0], first[1], rtol=2e-3)
     assert np.max(first[2]) < 0.8 * np.max(first[0])
@@ -244,9 +249,9 @@ def test_a_training_that_fails_is_recorded(tmp_path):
 
 
 def test_settings_that_do_not_fit(tmp_path, capsys):
-    config = scale_invariance.Config(steps=500, every=200, out=tmp_path)
+    config = scale_invariance.Config(steps=500, measure_every=200, out=tmp_path)
     assert study.main(scale_invariance.STUDY, config) == 1
-    assert "received --steps 500 and --every 200" in capsys.readouterr().out
+    assert "received --steps 500 and --measure-every 200" in capsys.readouterr().out
     config = scale_invariance.Config(kinds=("bn", "sn"), out=tmp_path)
     assert study.main(scale_invariance.STUDY, config) == 1
     assert "received --kinds sn: expected bn, bn large," in capsys.readouterr().out
