@@ -10,15 +10,18 @@ The file stands alone, to be copied. To change the data, see `load` and `augment
 model, `ResNet`; the optimizer or schedule, `optimizer`.
 
 Every process runs the same program. A mesh spans the devices of all processes; batches
-are split over it, and everything else is on each device. Under `jax.jit` the statistics
-of batch normalization are then those of the whole batch, without an axis name.
+are split over it, and everything else is replicated. Under `jax.jit` the statistics of
+batch normalization are then those of the whole batch, without an axis name.
 
 The same command begins a run and resumes it, from the newest checkpoint in --out, a
 folder that all processes share. A checkpoint holds the parameters, the statistics, the
-optimizer and the position of the input. After SIGTERM all processes save one and end.
-If a process is lost, JAX ends the others within --timeout; if one does not start,
-within --start-timeout. The scheduler then starts all again. Exit status: 0 the end is
-reached; 2 settings, data or a checkpoint are at fault; 143 SIGTERM; else one was lost.
+optimizer and the position of the input. After SIGTERM to any process, all save a
+checkpoint of the same step and end. If a process is lost, JAX ends the others within
+--timeout; if one hangs, `watch` ends it; if one does not start, the others end within
+--start-timeout. The scheduler has to start all of them again.
+
+Exit status: 0, training is finished; 2, a person has to correct settings, data or a
+checkpoint; 143, SIGTERM; any other, a process failed or was lost.
 
 Batch k holds the same images, augmented alike, however many processes there are: a run
 can be resumed by another number of them, and differs by rounding. An image that cannot
@@ -75,32 +78,32 @@ READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What is trained; a run is resumed with the same settings only."""
+    """Settings that a checkpoint stores; a run can be resumed only with the same."""
 
     data: str = "digits"
-    """The digits of scikit-learn, or a name on the Hugging Face hub."""
+    """The digits of scikit-learn, or a name on the Hugging Face hub (see data_dir)."""
     image_size: int | None = None
     """The side of the crops of photographs; None: images have one size already."""
     mirror: bool = False
     """Mirror half of the training images."""
     depth: Literal[8, 20, 18, 50] = 8
-    """Layers: in three stages as for CIFAR-10, or in four (18, 50) as for ImageNet."""
+    """Layers: 8, 20 are in 3 stages, as for CIFAR-10; 18, 50 in 4, as for ImageNet."""
     width: int = 16
     """Channels of the first stage."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters and statistics are float32."""
+    """The type of the computation; parameters and statistics are float32."""
     batch_size: int = 128
     """Images per step, on all devices together."""
     epochs: float = 20.0
     """How often each image is seen."""
     warmup_epochs: float = 2.0
-    """While the learning rate rises."""
+    """Epochs, part of `epochs`, in which the learning rate rises from 0 to its peak."""
     learning_rate: float = 0.1
-    """The highest, for each 128 images of a batch."""
+    """The peak for a batch of 128 images; multiplied by batch_size / 128."""
     weight_decay: float = 1e-4
-    """Of kernels."""
+    """L2 regularization of the kernels; not of biases, nor of normalization."""
     seed: int = 0
-    """Of the weights, the order of the images and their augmentation."""
+    """For the initial weights, the order of the images and their augmentation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Config(Training):
     """The settings of a run; each is an option of the command line."""
 
     data_dir: Path | None = None
-    """A local copy of the data: Parquet files, or images in train/class, val/class."""
+    """A local copy, read in place of the hub: Parquet, or train/class and val/class."""
     out: Path = Path("runs/data_parallel")
     """The folder of the checkpoints and the records; one for each run."""
     checkpoint_every: int = 100
@@ -118,17 +121,17 @@ class Config(Training):
     log_every: int = 10
     """Steps between records of the loss."""
     distributed: bool = False
-    """One of several processes; Slurm, MPI, Kubernetes or a TPU pod says which."""
+    """Find the other processes by means of Slurm, MPI, Kubernetes or a TPU pod."""
     cluster: tuple[str, int, int] | None = None
-    """Where nothing says so: host:port of process 0, how many, and which this is."""
+    """Without those: host:port of process 0, number of processes, index of this one."""
     timeout: int = 100
-    """Seconds for a sign of life, a step, or a checkpoint; then all processes end."""
+    """Seconds without a heartbeat, or for a step or a checkpoint, until all end."""
     start_timeout: int = 300
     """Seconds for all processes to start, and then to read the data and compile."""
 
 
 class Mistake(Exception):
-    """A person is needed: the same command would fail again."""
+    """An error that a person has to correct: the same command would fail again."""
 
 
 # Data
@@ -201,14 +204,14 @@ def augment(
     """A random part of a training image, perhaps mirrored, and the label."""
     image, label = example
     width, height = image.size
-    if config.image_size:  # 8 to 100 % of the area, about as wide as high
+    if config.image_size:  # random resized crop: area, aspect ratio, place
         area, aspect = width * height * rng.uniform(0.08, 1), rng.uniform(3 / 4, 4 / 3)
         w = min(width, math.ceil(math.sqrt(area * aspect)))
         h = min(height, math.ceil(math.sqrt(area / aspect)))
         left, top = rng.integers((width - w + 1, height - h + 1))
         size, box = config.image_size, (left, top, left + w, top + h)
         image = image.resize((size, size), Image.Resampling.BILINEAR, box)
-    else:  # moved by up to an eighth of its side
+    else:  # moved by up to an eighth of its side, black outside
         left, top = rng.integers(-(width // 8), width // 8 + 1, 2)
         image = image.crop((left, top, left + width, top + height))
     if config.mirror and rng.random() < 0.5:
@@ -217,7 +220,7 @@ def augment(
 
 
 def batches(config: Config, train, test) -> tuple[grain.MapDataset, grain.MapDataset]:
-    """This process's part of each batch: of training without end, of testing once."""
+    """This process's part of each batch: training repeats for ever, test is once."""
     side = config.image_size
     sizes = (image.size for image, label in Examples(train) if label >= 0)
     size = (side, side) if side else next(sizes)
@@ -232,6 +235,7 @@ def batches(config: Config, train, test) -> tuple[grain.MapDataset, grain.MapDat
     examples = grain.MapDataset.source(Examples(train)).seed(config.seed)
     examples = examples.shuffle().repeat().random_map(change).map(finish)
     tests = grain.MapDataset.source(Examples(test, config.batch_size)).map(finish)
+    # Of n processes, process i takes parts i, i + n, i + 2n, ...: one of each batch.
     process, processes = jax.process_index(), jax.process_count()
     examples, tests = (
         each.batch(config.batch_size // processes)[process::processes]
@@ -261,10 +265,11 @@ class ResNet(nn.Module):
             train: whether to normalize by the batch, and update running statistics.
         """
         relu, zeros = nn.relu, nn.initializers.zeros
-        options = {"use_bias": False, "kernel_init": nn.initializers.he_normal()}
-        conv = functools.partial(nn.Conv, dtype=self.dtype, **options)
-        options = {"momentum": 0.9, "dtype": self.dtype}
-        norm = functools.partial(bnjax.BatchNorm, not train, **options)
+        he, dtype = nn.initializers.he_normal(), self.dtype
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he, dtype=dtype)
+        norm = functools.partial(
+            bnjax.BatchNorm, use_running_average=not train, momentum=0.9, dtype=dtype
+        )
         large, bottleneck = len(STAGES[self.depth]) == 4, self.depth == 50
         x = (x.astype(self.dtype) - 127.5) / 64
         x = conv(self.width, (7, 7) if large else (3, 3), 2 if large else 1)(x)
@@ -332,7 +337,7 @@ def evaluate(config: Config, count, state: TrainState, tests) -> float:
 
 
 def restore(manager, settings, state: TrainState, stream) -> tuple[TrainState, int]:
-    """The newest state and its step, or the one given; `stream` is moved to there."""
+    """The newest checkpoint's state and step, or `state` and 0; sets `stream` to it."""
     step = manager.latest_step()
     if step is None:
         return state, 0
@@ -357,12 +362,13 @@ def restore(manager, settings, state: TrainState, stream) -> tuple[TrainState, i
     return state, step
 
 
-def train(config: Config, told: threading.Event) -> int:
+def train(config: Config, terminated: threading.Event) -> int:
     """Trains to the end, or until SIGTERM; returns the exit status.
 
     Args:
         config: the settings.
-        told: set by SIGTERM, if there is one process; JAX tells several.
+        terminated: set by SIGTERM if this is the only process; among several, JAX
+            catches it, and `reached_preemption` is true at the same step in all.
     """
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Training)}
     train_rows, test_rows, classes = load(config)
@@ -377,8 +383,8 @@ def train(config: Config, told: threading.Event) -> int:
     steps, warmup = round(config.epochs * epoch), round(config.warmup_epochs * epoch)
 
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    split, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    jit = functools.partial(jax.jit, out_shardings=everywhere)
+    split, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    jit = functools.partial(jax.jit, out_shardings=replicated)
     advance, count = jit(train_step, donate_argnums=0), jit(test_step)
     model = ResNet(config.depth, config.width, classes, config.dtype)
     first_batch: Any = tests[0]
@@ -397,16 +403,16 @@ def train(config: Config, told: threading.Event) -> int:
     manager = ocp.CheckpointManager(folder, options=options)
     state, first = restore(manager, settings, jit(init)(), stream)
 
-    speaks, step = jax.process_index() == 0, first
+    is_first, step = jax.process_index() == 0, first
 
-    def record(kind: str, **fields: Any) -> None:
-        if speaks:
+    def record(kind: str, **fields: Any) -> None:  # with the loop's current `step`
+        if is_first:
             with (config.out / "data_parallel.jsonl").open("a") as log:
                 log.write(json.dumps({"kind": kind, "step": step, **fields}) + "\n")
 
     layout = {"processes": jax.process_count(), "devices": jax.device_count()}
     record("start", jax=jax.__version__, **layout, settings=settings)
-    if speaks and first:
+    if is_first and first:
         print(f"goes on after step {first:,} of {steps:,}")
     for step in range(first + 1, steps + 1):
         state, loss = advance(state, *place(next(stream)))
@@ -414,15 +420,15 @@ def train(config: Config, told: threading.Event) -> int:
             record("loss", loss=float(loss))
             if not math.isfinite(loss):
                 raise Mistake(f"the loss is {loss} at step {step}: expected a number.")
-            if speaks:
+            if is_first:
                 print(f"step {step:,} of {steps:,}, loss {loss:.4f}", end="  \r")
-        stop = manager.reached_preemption(step) or told.is_set()
+        stop = manager.reached_preemption(step) or terminated.is_set()
         last = step == steps
         if last or (step % config.evaluate_every == 0 and not stop):
             each = map(place, tests.to_iter_dataset(READ))
             accuracy = evaluate(config, count, state, each)
             record("test", accuracy=accuracy)
-            if speaks:
+            if is_first:
                 print(f"step {step:,}: {accuracy:.2%} of the test images are right")
         if last or stop or step % config.checkpoint_every == 0:
             about = {"settings": settings, "input": stream.get_state()}
@@ -440,12 +446,12 @@ def train(config: Config, told: threading.Event) -> int:
 
 
 def watch(seconds: float) -> None:
-    """Ends the process after so long, unless called again; tells where it is then."""
+    """Starts a timer anew; if it runs out, prints all stacks and ends the process."""
     faulthandler.dump_traceback_later(seconds, exit=True)
 
 
-def connect(config: Config, told: threading.Event) -> None:
-    """Looks whether --out can be written to, and meets the other processes."""
+def connect(config: Config, terminated: threading.Event) -> None:
+    """Checks that --out can be written to, and connects to the other processes."""
     try:
         config.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=config.out).close()
@@ -460,16 +466,16 @@ def connect(config: Config, told: threading.Event) -> None:
             shutdown_timeout_seconds=config.timeout,
         )
     else:
-        signal.signal(signal.SIGTERM, lambda *_: told.set())
+        signal.signal(signal.SIGTERM, lambda *_: terminated.set())
 
 
 def main(config: Config) -> int:
     """Trains, with the other processes if there are any; returns the exit status."""
-    told = threading.Event()
+    terminated = threading.Event()
     try:
-        connect(config, told)
+        connect(config, terminated)
         watch(config.start_timeout)
-        return train(config, told)
+        return train(config, terminated)
     except Mistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
