@@ -121,7 +121,7 @@ class Config(Training):
     """One of several processes; Slurm, MPI, Kubernetes or a TPU pod says which."""
     cluster: tuple[str, int, int] | None = None
     """Where nothing says so: host:port of process 0, how many, and which this is."""
-    timeout: int = 100
+    timeout: int = 120
     """Seconds for a sign of life, a step, or a checkpoint; then all processes end."""
     start_timeout: int = 300
     """Seconds for all processes to start, and then to read the data and compile."""
@@ -415,7 +415,8 @@ def train(config: Config, told: threading.Event) -> int:
             if not math.isfinite(loss):
                 raise Mistake(f"the loss is {loss} at step {step}: expected a number.")
             if speaks:
-                print(f"step {step:,} of {steps:,}, loss {loss:.4f}", end="  \r")
+                text = f"step {step:,} of {steps:,}, loss {loss:.4f}"
+                print(text, end="  \r", flush=True)
         stop = manager.reached_preemption(step) or told.is_set()
         last = step == steps
         if last or (step % config.evaluate_every == 0 and not stop):
@@ -452,11 +453,12 @@ def connect(config: Config, told: threading.Event) -> None:
     except OSError as error:
         raise Mistake(f"--out cannot be written to: {error}") from error
     if config.distributed or config.cluster:
-        print(f"waiting up to {config.start_timeout} s for all processes to start")
+        limit = f"up to {config.start_timeout} s"
+        print(f"waiting {limit} for all processes to start", flush=True)
         jax.distributed.initialize(
             *(config.cluster or (None, None, None)),
             initialization_timeout=config.start_timeout,
-            heartbeat_timeout_seconds=config.timeout,
+            heartbeat_timeout_seconds=config.timeout // 2,  # before `watch`
             shutdown_timeout_seconds=config.timeout,
         )
     else:
