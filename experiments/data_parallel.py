@@ -124,8 +124,8 @@ class Config(Training):
     """Find the other processes by means of Slurm, MPI, Kubernetes or a TPU pod."""
     cluster: tuple[str, int, int] | None = None
     """Without those: host:port of process 0, number of processes, index of this one."""
-    timeout: int = 100
-    """Seconds without a heartbeat, or for a step or a checkpoint, until all end."""
+    timeout: int = 120
+    """Seconds for a step or a checkpoint, half of them for a heartbeat; then all end."""
     start_timeout: int = 300
     """Seconds for all processes to start, and then to read the data and compile."""
 
@@ -153,6 +153,8 @@ class Examples:
         return self._length
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index >= self._length:
+            raise IndexError(index)
         if index < len(self._rows):
             row = self._rows[index]
             content, path = row["image"]["bytes"], row["image"]["path"]
@@ -187,15 +189,18 @@ def load(config: Config) -> tuple[datasets.Dataset, datasets.Dataset, int]:
                 "the Hugging Face hub, or --data-dir with a local copy."
             ) from error
     kinds = found["train"].features
-    image, label = (
-        next(name for name, kind in kinds.items() if isinstance(kind, wanted))
-        for wanted in (datasets.Image, datasets.ClassLabel)
-    )
+    columns = {type(kind): name for name, kind in reversed(kinds.items())}
+    image, label = columns.get(datasets.Image), columns.get(datasets.ClassLabel)
+    evaluation = next((s for s in ("validation", "test") if s in found), None)
+    if None in (image, label, evaluation):
+        raise Mistake(
+            f"received the splits {[*found]} and the columns {kinds}: expected train "
+            "and validation or test, with an Image and a ClassLabel."
+        )
     found = found.select_columns([image, label])
     found = found.rename_columns({image: "image", label: "label"})
     found = found.cast_column("image", datasets.Image(decode=False))
-    test = found["test" if "test" in found else "validation"]
-    return found["train"], test, kinds[label].num_classes
+    return found["train"], found[evaluation], kinds[label].num_classes
 
 
 def augment(
@@ -223,7 +228,9 @@ def batches(config: Config, train, test) -> tuple[grain.MapDataset, grain.MapDat
     """This process's part of each batch: training repeats for ever, test is once."""
     side = config.image_size
     sizes = (image.size for image, label in Examples(train) if label >= 0)
-    size = (side, side) if side else next(sizes)
+    size = (side, side) if side else next(sizes, None)
+    if size is None:
+        raise Mistake("no training image can be read: expected JPEG or PNG files.")
 
     def finish(example: tuple[Image.Image, int]) -> tuple[np.ndarray, np.int32]:
         image, label = example
@@ -353,10 +360,10 @@ def restore(manager, settings, state: TrainState, stream) -> tuple[TrainState, i
             f"the checkpoint {manager.directory / str(step)} is damaged: remove it, "
             f"and the same command goes on from the one before. {error!r:.300}"
         ) from error
-    if different := dict(about["settings"].items() - settings.items()):
+    if about["settings"] != settings:
         raise Mistake(
-            f"{manager.directory} is of a run with {different}: expected the same "
-            "settings. Give them to go on with it, or another folder by --out."
+            f"{manager.directory} is of a run with {about['settings']}: expected "
+            f"{settings}. Give the same settings to go on with it, or another --out."
         )
     stream.set_state(about["input"])
     return state, step
@@ -421,7 +428,8 @@ def train(config: Config, terminated: threading.Event) -> int:
             if not math.isfinite(loss):
                 raise Mistake(f"the loss is {loss} at step {step}: expected a number.")
             if is_first:
-                print(f"step {step:,} of {steps:,}, loss {loss:.4f}", end="  \r")
+                text = f"step {step:,} of {steps:,}, loss {loss:.4f}"
+                print(text, end="  \r", flush=True)
         stop = manager.reached_preemption(step) or terminated.is_set()
         last = step == steps
         if last or (step % config.evaluate_every == 0 and not stop):
@@ -458,11 +466,12 @@ def connect(config: Config, terminated: threading.Event) -> None:
     except OSError as error:
         raise Mistake(f"--out cannot be written to: {error}") from error
     if config.distributed or config.cluster:
-        print(f"waiting up to {config.start_timeout} s for all processes to start")
+        limit = f"up to {config.start_timeout} s"
+        print(f"waiting {limit} for all processes to start", flush=True)
         jax.distributed.initialize(
             *(config.cluster or (None, None, None)),
             initialization_timeout=config.start_timeout,
-            heartbeat_timeout_seconds=config.timeout,
+            heartbeat_timeout_seconds=config.timeout // 2,  # before `watch`
             shutdown_timeout_seconds=config.timeout,
         )
     else:
@@ -479,6 +488,8 @@ def main(config: Config) -> int:
     except Mistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

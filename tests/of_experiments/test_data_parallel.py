@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -34,11 +35,12 @@ SETTINGS = {
     "warmup_epochs": 0.4,
     "checkpoint_every": 5,
     "log_every": 1,
-    "timeout": 10,
+    "timeout": 16,
     "start_timeout": 120,
 }
 LONGEST = 240  # seconds for anything, on a busy machine
 LATE = 5  # seconds beyond the configured time, on a busy machine
+SILENT = r"Task 1 heartbeat timeout|unhealthy \(stopped sending heartbeats\):\n1"
 HANGS = """
 import sys, time, tyro
 from experiments import data_parallel
@@ -261,9 +263,9 @@ def lost(run: Run, victim: int | None, limit: float, begin: float) -> str:
 @pytest.mark.parametrize(
     ("victim", "number", "message"),
     [
-        (1, signal.SIGKILL, "Task 1 heartbeat timeout"),
+        (1, signal.SIGKILL, SILENT),
         (0, signal.SIGKILL, "the leader task was preempted/died"),
-        (1, signal.SIGSTOP, "unhealthy (stopped sending heartbeats):\n1"),
+        (1, signal.SIGSTOP, SILENT),
         (0, signal.SIGSTOP, "CoordinationService/Heartbeat"),
     ],
 )
@@ -271,7 +273,8 @@ def test_one_is_lost(tmp_path, victim, number, message):
     run = Run(tmp_path / "out", 3)
     run.until(4)
     run.processes[victim].send_signal(number)
-    assert message in lost(run, victim, SETTINGS["timeout"], time.monotonic())
+    text = lost(run, victim, SETTINGS["timeout"], time.monotonic())
+    assert re.search(message, text)
 
 
 @pytest.mark.slow
@@ -280,16 +283,16 @@ def test_one_hangs(tmp_path):
     run = Run(tmp_path / "out", 3, program=("-c", HANGS))
     run.until(4)
     text = lost(run, None, 2 * SETTINGS["timeout"], time.monotonic())
-    assert "Timeout (0:00:10)!" in text
+    assert "Timeout (0:00:16)!" in text
     assert "in hangs" in text
 
 
 @pytest.mark.slow
 def test_one_never_starts(tmp_path):
-    begin = time.monotonic()
     run = Run(tmp_path / "out", 3, start=(0, 1), start_timeout=20)
-    text = lost(run, None, 20 + 10, begin)  # importing takes up to 10 s here
-    assert "waiting up to 20 s for all processes to start" in text
+    while run.text.count("waiting up to 20 s for all processes to start") < 2:
+        time.sleep(0.1)
+    text = lost(run, None, 20, time.monotonic())
     assert "CoordinationService/RegisterTask" in text
 
 
