@@ -125,7 +125,7 @@ class Config(Training):
     cluster: tuple[str, int, int] | None = None
     """Without those: host:port of process 0, number of processes, index of this one."""
     timeout: int = 120
-    """Seconds for a step or a checkpoint, half of them for a heartbeat; then all end."""
+    """Seconds for a step or a checkpoint, half for a heartbeat; then all end."""
     start_timeout: int = 300
     """Seconds for all processes to start, and then to read the data and compile."""
 
@@ -192,7 +192,7 @@ def load(config: Config) -> tuple[datasets.Dataset, datasets.Dataset, int]:
     columns = {type(kind): name for name, kind in reversed(kinds.items())}
     image, label = columns.get(datasets.Image), columns.get(datasets.ClassLabel)
     evaluation = next((s for s in ("validation", "test") if s in found), None)
-    if None in (image, label, evaluation):
+    if image is None or label is None or evaluation is None:
         raise Mistake(
             f"received the splits {[*found]} and the columns {kinds}: expected train "
             "and validation or test, with an Image and a ClassLabel."
