@@ -147,17 +147,19 @@ def cores() -> int:
 
 def _commit() -> str | None:
     """The commit of the source, marked if changed since; None without git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(HERE)]
+
+    def output(*command: str) -> str:
+        options = {"capture_output": True, "text": True, "check": True}
+        return subprocess.run([*git, *command], **options).stdout.strip()
+
     try:
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty=-changed", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        commit = output("describe", "--always", "--abbrev=12")
+        written = ":(exclude)results", ":(exclude)figures"  # by the runs before
+        changed = output("status", "--porcelain", "--", ":/", *written)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+    return f"{commit}-changed" if changed else commit
 
 
 def _cpu() -> str:
