@@ -3,8 +3,8 @@
     python -m experiments.small_batch
     python -m experiments.small_batch --data cifar10 --seeds 0
 
-Time: about six minutes on two CPU cores, CIFAR-10 about half an hour (both estimated
-from runs on a busy machine); with --smoke some seconds.
+Time: ten minutes on two CPU cores (twice that on a busy machine), CIFAR-10 about half
+an hour; with --smoke some seconds.
 
 Expected: of the same 128 images per step, normalized in groups of 2 to 128 (as devices
 would each by itself), the smaller the groups, the larger the error; larger still if the
@@ -15,26 +15,26 @@ nothing.
 Measured (digits, 3 seeds, jax 0.10.2, two cores of an AMD EPYC; test error in %):
 
     images per group      iid:      2    8   32  128   by class:    2    8   32
-    BN, running average          32.8  4.9  5.6  5.9             59.6 17.9 11.2
-    BN, pooled                   32.2  4.9  5.7  5.7             60.3 17.3 11.2
-    BN, by the test group        55.1  7.6  6.3  5.7             89.6 42.9  6.3
-    ghost BN                     33.8  4.8  5.5  5.9             57.9 17.8 11.2
-    BN, frozen at the end        26.4  4.5  5.6  5.5             32.1  6.9  6.8
-    batch renorm                 14.6  5.2  5.5  6.0             33.1 12.7  7.2
-    decorrelated BN               5.6  4.3  4.2  4.8             21.4 20.3 11.9
+    BN, running average          34.0  4.8  5.6  5.9             66.2 18.2 11.0
+    BN, pooled                   34.2  4.8  5.7  5.7             67.6 17.3 11.0
+    BN, by the test group        58.2  7.6  6.3  5.7             89.5 44.2  6.2
+    ghost BN                     32.8  4.7  5.5  5.9             65.0 17.3 10.9
+    BN, frozen at the end        29.3  4.5  5.6  5.5             38.1  6.9  6.8
+    batch renorm                 16.0  5.2  5.4  6.0             32.9 12.2  7.2
+    decorrelated BN               6.7  4.3  4.0  4.8             20.4 18.5 12.2
     cross-replica BN              5.9  5.9  5.9  5.9              5.9  5.9  5.9
     group norm                    6.2  6.2  6.2  6.2              6.2  6.2  6.2
     layer norm                    5.9  5.9  5.9  5.9              5.9  5.9  5.9
 
-(standard deviations up to 3; in groups of 2 or 4 up to 10). BN fails as expected: in
+(standard deviations up to 3, in groups of 2 up to 5). BN fails as expected: in
 groups of 2, and, if a group is of one class or few, at every size. The running average
 is not to blame, contrary to what was expected: pooled statistics are as bad, be they of
 mixed batches or of groups as in training. What a network learns by the statistics of
 such groups is of little use with any others. What helps is to train with what will be
 evaluated by: cross-replica statistics; or to freeze the statistics for the last fifth
-of the steps, which costs nothing and takes 17.9 to 6.9. Renorm takes back 43 to 76 % of
+of the steps, which costs nothing and takes 18.2 to 6.9. Renorm takes back 49 to 76 % of
 what these groups cost over 5.9, but is worse than BN in groups of 4 of one class (27.3
-against 20.8), perhaps because its gradient still loses the mean of the group. No
+against 22.5), perhaps because its gradient still loses the mean of the group. No
 limits, an average of momentum 0.99, or a third of the rate hardly changed that (one
 seed, groups of 2 and 8). Ghost batches are BN's training, and have its errors.
 Whitening channels by fours withstands groups of 2 if they are iid. Statistics of the

@@ -150,8 +150,9 @@ def _commit() -> str | None:
     git = ["git", "-C", str(HERE)]
 
     def output(*command: str) -> str:
-        options = {"capture_output": True, "text": True, "check": True}
-        return subprocess.run([*git, *command], **options).stdout.strip()
+        return subprocess.check_output(
+            [*git, *command], stderr=subprocess.DEVNULL, text=True
+        ).strip()
 
     try:
         commit = output("describe", "--always", "--abbrev=12")
