@@ -470,7 +470,7 @@ def connect(config: Config, terminated: threading.Event) -> None:
         print(f"waiting {limit} for all processes to start", flush=True)
         jax.distributed.initialize(
             *(config.cluster or (None, None, None)),
-            initialization_timeout=config.start_timeout,
+            initialization_timeout=config.start_timeout - 5,  # JAX adds 5 s
             heartbeat_timeout_seconds=config.timeout // 2,  # before `watch`
             shutdown_timeout_seconds=config.timeout,
         )
