@@ -47,8 +47,8 @@ whose gradient is a hundred times as large.
 
     python -m experiments.saturation
 
-Time: about four minutes on two CPU cores (estimated from the processor time of a run on
-a busy machine); with --smoke some seconds.
+Time: five minutes on two CPU cores, busy with other work too; with --smoke some
+seconds.
 
 Expected: without batch normalization, sigmoid networks of more than a few layers do not
 train at any rate from any initial weights, and tanh networks only from some; with it
@@ -59,13 +59,13 @@ an AMD EPYC):
 
     hidden layers                                      3     5    10    20    50
     networks that train (%)    sigmoid, without BN    33    17     7     0     0
-                               sigmoid, with BN      100   100    90    80    47
+                               sigmoid, with BN      100   100    93    80    47
                                tanh, without BN       53    33    17    10     3
-                               tanh, with BN          83    70    67    63    27
+                               tanh, with BN          83    70    67    57    23
     accuracy of the best (%)   sigmoid, without BN  94.8  91.8  81.8  37.0   9.5
-                               sigmoid, with BN     92.5  92.2  92.5  92.8  88.8
+                               sigmoid, with BN     92.8  92.2  92.5  92.8  90.5
                                tanh, without BN     93.8  93.0  92.0  91.8  75.5
-                               tanh, with BN        93.5  94.0  92.8  93.5  86.5
+                               tanh, with BN        93.5  94.0  92.8  93.2  83.2
     largest rate that trains   sigmoid, without BN     5     1     1     -     -
                                sigmoid, with BN       20    20    20     5     5
                                tanh, without BN        1     1   0.2   0.2  0.01
