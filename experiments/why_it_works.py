@@ -3,8 +3,8 @@
     python -m experiments.why_it_works
     python -m experiments.why_it_works --data cifar10
 
-Time: about four minutes on two CPU cores (estimated from a run on a busy machine;
-CIFAR-10 was not run in full); with --smoke some seconds.
+Time: about five minutes on two CPU cores (ten on a busy machine; CIFAR-10 was not run
+in full); with --smoke some seconds.
 
 Expected: along its gradient the loss with BN changes less, and its gradient too (by
 about two orders of magnitude in the paper, read off a plot); noise that makes
@@ -17,22 +17,22 @@ Measured (digits, 2 seeds, jax 0.10.2, two cores of an AMD EPYC; test accuracy i
 
     learning rate         0.01   0.03    0.1    0.3      1      3
     without BN            16.8   80.4   93.5   51.9    7.9    9.5
-    with BN               83.6   90.8   92.9   93.9   95.1   95.2
-    BN and noise          81.1   91.5   93.6   94.5   95.2   94.6
+    with BN               83.6   90.8   92.4   94.0   95.8   94.4
+    BN and noise          81.2   91.8   94.1   93.9   94.5   93.6
     noise alone           27.0   88.0   86.2   70.0    7.9    9.5
 
     at 0.1, medians    range of   change of   smooth-   |G - G'|   cosine of
     over training      the loss   gradient    ness      / |G|      G and G'
     without BN         2.55       17.7        22.7      0.22       0.98
-    with BN            0.029      0.70         6.4      0.32       0.96
-    BN and noise       0.078      1.25         7.6      0.40       0.92
+    with BN            0.029      0.69         6.5      0.30       0.96
+    BN and noise       0.068      1.31         7.5      0.39       0.93
 
-(standard deviations up to 1.6 where BN is and at 0.1; up to 60 at 0.3 without). Along
+(standard deviations up to 3.9 where BN is, up to 2.8 at 0.1; up to 60 at 0.3 without). Along
 the gradient the loss ranges over 90 times less with BN, and the gradient changes 25
-times less; per distance 3.6 times less, not a hundred times. At 0.1, the best rate
-without BN, BN gains nothing in accuracy (-0.6 points), though its training loss ends
-at 0.018 and not at 0.13; its gain, 1.6 points, is at ten times that rate. Noise takes
-nothing from BN. The covariate shift is larger with BN in the lower half of the layers
+times less; per distance 3.5 times less, not a hundred times. At 0.1, the best rate
+without BN, BN gains nothing in accuracy (-1.1 points), though its training loss ends
+at 0.018 and not at 0.13; its gain, 2.2 points, is at ten times that rate. Noise takes
+about a point from BN at the two largest rates, and nothing below. The covariate shift is larger with BN in the lower half of the layers
 and smaller in the upper half, where without BN, in the last two, G and G' are almost at
 right angles; by the median it is the largest with BN and noise. It does not tell which
 network trains.
