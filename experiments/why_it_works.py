@@ -27,15 +27,15 @@ Measured (digits, 2 seeds, jax 0.10.2, two cores of an AMD EPYC; test accuracy i
     with BN            0.029      0.69         6.5      0.30       0.96
     BN and noise       0.068      1.31         7.5      0.39       0.93
 
-(standard deviations up to 3.9 where BN is, up to 2.8 at 0.1; up to 60 at 0.3 without). Along
-the gradient the loss ranges over 90 times less with BN, and the gradient changes 25
-times less; per distance 3.5 times less, not a hundred times. At 0.1, the best rate
-without BN, BN gains nothing in accuracy (-1.1 points), though its training loss ends
-at 0.018 and not at 0.13; its gain, 2.2 points, is at ten times that rate. Noise takes
-about a point from BN at the two largest rates, and nothing below. The covariate shift is larger with BN in the lower half of the layers
-and smaller in the upper half, where without BN, in the last two, G and G' are almost at
-right angles; by the median it is the largest with BN and noise. It does not tell which
-network trains.
+(standard deviations up to 3.9 where BN is, up to 2.8 at 0.1; up to 60 at 0.3 without).
+Along the gradient the loss ranges over 90 times less with BN, and the gradient changes
+25 times less; per distance 3.5 times less, not a hundred times. At 0.1, the best rate
+without BN, BN gains nothing in accuracy (-1.1 points), though its training loss ends at
+0.018 and not at 0.13; its gain, 2.2 points, is at ten times that rate. Noise takes
+about a point from BN at the two largest rates, and nothing below. The covariate shift
+is larger with BN in the lower half of the layers and smaller in the upper half, where
+without BN, in the last two, G and G' are almost at right angles; by the median it is
+the largest with BN and noise. It does not tell which network trains.
 
 Not as in the paper: noise alone slows training, and costs five points or more, but
 does not prevent it. And before training, without BN, the gradient is so small here that
