@@ -360,10 +360,13 @@ def restore(manager, settings, state: TrainState, stream) -> tuple[TrainState, i
             f"the checkpoint {manager.directory / str(step)} is damaged: remove it, "
             f"and the same command goes on from the one before. {error!r:.300}"
         ) from error
-    if about["settings"] != settings:
+    saved = about["settings"]
+    changed = [n for n in saved | settings if saved.get(n) != settings.get(n)]
+    if changed:
+        was, now = ({n: each.get(n) for n in changed} for each in (saved, settings))
         raise Mistake(
-            f"{manager.directory} is of a run with {about['settings']}: expected "
-            f"{settings}. Give the same settings to go on with it, or another --out."
+            f"{manager.directory} is of a run with {was}: expected {now}. Give the same "
+            "settings to go on with it, or another folder by --out."
         )
     stream.set_state(about["input"])
     return state, step

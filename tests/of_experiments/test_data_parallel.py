@@ -223,7 +223,6 @@ def test_told_to_end_and_killed(alone, tmp_path):
     first, second, third = starts(out)
     assert (first, second) == (0, saved)
     assert third in (saved, *range(5, STEPS, 5))
-    assert third >= step - 9
     equal(out, alone)
 
 
@@ -349,7 +348,7 @@ def test_truncated_checkpoint_and_other_settings(main, alone, tmp_path, capsys):
     out = tmp_path / "out"
     out.symlink_to(alone)
     assert main(out, width=8) == 2
-    assert "is of a run with {'width': 4}: expected the same" in capsys.readouterr().err
+    assert "is of a run with {'width': 4}: expected {'width': 8}" in capsys.readouterr().err
     newest = alone / "checkpoints" / str(STEPS)
     (large,) = sorted(newest.glob("state/d/*"), key=lambda path: path.stat().st_size)[
         -1:
