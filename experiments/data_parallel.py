@@ -365,7 +365,7 @@ def restore(manager, settings, state: TrainState, stream) -> tuple[TrainState, i
     if changed:
         was, now = ({n: each.get(n) for n in changed} for each in (saved, settings))
         raise Mistake(
-            f"{manager.directory} is of a run with {was}: expected {now}. Give the same "
+            f"{manager.directory} is of a run with {was}: expected {now}. Give the "
             "settings to go on with it, or another folder by --out."
         )
     stream.set_state(about["input"])

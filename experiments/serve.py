@@ -15,10 +15,10 @@ Expected: the fresh process's logits equal those of the unfolded network within 
 the largest. Folding takes away 20 normalizations, their statistics and their reads of
 memory; it makes the network faster where the compiler had not fused them away.
 
-Measured (32x32 images, float32, jax 0.10.2, two cores of an AMD EPYC, two runs): the
-logits differ by 7e-7. Folding gains nothing in time there: the folded network runs at
-0.94 and 0.95 times the speed of the unfolded one for one image, and at 0.92 and 0.97
-times for 32. XLA puts each network but for its last layers into one fusion (of
+Measured (32x32 images, float32, jax 0.10.2, two cores of an AMD EPYC): the logits
+differ by 7e-7. Folding gains nothing in time there: the folded network runs at 0.96
+times the speed of the unfolded one for one image, and at 0.99 times for 32 (earlier
+runs: 0.92 to 0.97). XLA puts each network but for its last layers into one fusion (of
 YNNPACK's), batch normalization included; why the folded one is a little slower was not
 found out. Not measured on a GPU or TPU.
 

@@ -348,7 +348,8 @@ def test_truncated_checkpoint_and_other_settings(main, alone, tmp_path, capsys):
     out = tmp_path / "out"
     out.symlink_to(alone)
     assert main(out, width=8) == 2
-    assert "is of a run with {'width': 4}: expected {'width': 8}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "is of a run with {'width': 4}: expected {'width': 8}" in told
     newest = alone / "checkpoints" / str(STEPS)
     (large,) = sorted(newest.glob("state/d/*"), key=lambda path: path.stat().st_size)[
         -1:
