@@ -85,23 +85,13 @@ class Config:
 # Data and model
 
 
-def load_binary(
-    name: str, data_dir: Path | None = None
-) -> tuple[images.Split, images.Split, images.Split]:
+def load_binary(name: str, data_dir: Path | None = None) -> images.Dataset:
     """The training, validation and test images, as rows of pixels, 0 or 1."""
-    train, test = images.load(name, data_dir)
-    half = train.images.max() / 2
-
-    def part(split: images.Split, rows: slice) -> images.Split:
-        pixels = split.images[rows].reshape(-1, split.images[0].size)
-        return images.Split((pixels >= half).astype(np.uint8), split.labels[rows])
-
-    kept = len(train.labels) * 5 // 6
-    return (
-        part(train, slice(kept)),
-        part(train, slice(kept, None)),
-        part(test, slice(None)),
+    train, test = (
+        images.Split(pixels.reshape(len(pixels), -1), labels)
+        for pixels, labels in images.binary(*images.load(name, data_dir))
     )
+    return images.hold_out(train, test, math.ceil(len(train.labels) / 6))
 
 
 class Network(nn.Module):

@@ -227,16 +227,8 @@ def load(name: str, data_dir: Path | None) -> dict[str, Split]:
     """The images "train", "validation" and "test"; pixels of the digits are 0 or 1."""
     train, test = images.load(name, data_dir)
     if name == "digits":
-        train, test = (
-            Split((split.images >= 8).astype(np.uint8), split.labels)
-            for split in (train, test)
-        )
-    cut = len(train.labels) - TASKS[name].held_out
-    return {
-        "train": Split(train.images[:cut], train.labels[:cut]),
-        "validation": Split(train.images[cut:], train.labels[cut:]),
-        "test": test,
-    }
+        train, test = images.binary(train, test)
+    return images.hold_out(train, test, TASKS[name].held_out)._asdict()
 
 
 def batches(cell: Cell) -> np.ndarray:

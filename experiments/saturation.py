@@ -184,19 +184,11 @@ def cells(config: Config) -> list[Cell]:
 
 def load(name: str, data_dir: Path | None = None) -> Dataset:
     """Rows of binary pixels; those for validation are the last training images."""
-    train, test = images.load(name, data_dir)
-    threshold = train.images.max() / 2
-    kept = len(train.labels) - (300 if name == "digits" else 10_000)
-
-    def binary(split: Split, rows: slice) -> Split:
-        pixels = split.images[rows].reshape(-1, split.images[0].size)
-        return Split((pixels >= threshold).astype(np.uint8), split.labels[rows])
-
-    return Dataset(
-        binary(train, slice(kept)),
-        binary(train, slice(kept, None)),
-        binary(test, slice(None)),
+    train, test = (
+        Split(pixels.reshape(len(pixels), -1), labels)
+        for pixels, labels in images.binary(*images.load(name, data_dir))
     )
+    return images.hold_out(train, test, 300 if name == "digits" else 10_000)
 
 
 # Model

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from experiments.common import images
@@ -58,14 +57,8 @@ def load(name: str, data_dir: Path | None = None) -> images.Dataset:
     """
     train, test = images.load(name, data_dir)
     if name == "digits":
-        train, test = (
-            Split((pixels >= 8).astype(np.uint8), labels)  # of 0 to 16
-            for pixels, labels in (train, test)
-        )
-    kept = len(train.labels) - TASKS[name].held_out
-    training = Split(train.images[:kept], train.labels[:kept])
-    validation = Split(train.images[kept:], train.labels[kept:])
-    return images.Dataset(training, validation, test)
+        train, test = images.binary(train, test)
+    return images.hold_out(train, test, TASKS[name].held_out)
 
 
 class ConvNet(nn.Module):

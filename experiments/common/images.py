@@ -67,6 +67,24 @@ def load(name: str, data_dir: Path | None = None) -> tuple[Split, Split]:
         ) from error
 
 
+def binary(train: Split, test: Split) -> tuple[Split, Split]:
+    """Pixels 1 where they reach half of the largest training pixel, 0 elsewhere."""
+    half = train.images.max() / 2
+    first, last = (
+        Split((split.images >= half).astype(np.uint8), split.labels)
+        for split in (train, test)
+    )
+    return first, last
+
+
+def hold_out(train: Split, test: Split, count: int) -> Dataset:
+    """Takes the last `count` training images for validation."""
+    kept = len(train.labels) - count
+    training = Split(train.images[:kept], train.labels[:kept])
+    validation = Split(train.images[kept:], train.labels[kept:])
+    return Dataset(training, validation, test)
+
+
 def draw_batches(seed: int, examples: int, steps: int, size: int) -> np.ndarray:
     """Which examples are in each batch: (step, size).
 
