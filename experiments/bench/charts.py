@@ -1,9 +1,9 @@
 """What the benches show: tables of ratios, and pictures with bars of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from experiments.common import results
 from experiments.common.panels import DPI
+from experiments.common.study import Output
 
 COLOURS = {
     "flax": "#d55e00",
@@ -46,6 +47,26 @@ def last_run(path: Path) -> list[results.Record]:
     if not records:
         raise LookupError(f"{path} holds no run: expected one. Run the bench first.")
     return [record for record in records if record["run"] == records[-1]["run"]]
+
+
+def measured(
+    name: str, config: Output, run: Callable[[Any, Path], None]
+) -> tuple[results.Record, list[results.Record], Path]:
+    """Runs a bench, unless only to plot.
+
+    Args:
+        name: of its file of records and of its picture.
+        config: where they go.
+        run: (config, path) appends records to the file.
+
+    Returns:
+        What was run, the records of the newest run, and the path of the picture.
+    """
+    path, folder = results.places(name, config.out, config.record)
+    if not config.plot_only:
+        run(config, path)
+    start, *records = last_run(path)
+    return start, records, folder / f"{name}.png"
 
 
 def machine(start: results.Record) -> str:

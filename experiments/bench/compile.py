@@ -166,13 +166,10 @@ def draw(start: results.Record, records: list[results.Record], path: Path) -> No
 
 def main(config: Config) -> int:
     """Measures, records, prints the table and draws the picture."""
-    path, folder = results.places("bench_compile", config.out, config.record)
-    if not config.plot_only:
-        run(config, path)
-    start, *records = charts.last_run(path)
+    start, records, picture = charts.measured("bench_compile", config, run)
     title = "Over Flax (below 1: faster); in brackets medians"
     Console(width=120).print(charts.table(title, records, "input", MEASURES))
-    draw(start, records, folder / "bench_compile.png")
+    draw(start, records, picture)
     return 0
 
 

@@ -400,15 +400,12 @@ def draw(start: results.Record, records: list[results.Record], path: Path) -> No
 
 def main(config: Config) -> int:
     """Measures; prints the table and draws the picture, both from the records."""
-    path, folder = results.places("bench_layer", config.out, config.record)
-    if not config.plot_only:
-        run(config, path)
-    start, *records = charts.last_run(path)
+    start, records, picture = charts.measured("bench_layer", config, run)
     console = Console(width=130)
     console.print(table(records))
     for name, reason in start["left_out"].items():
         console.print(f"{name} is left out: {reason}", highlight=False)
-    draw(start, records, folder / "bench_layer.png")
+    draw(start, records, picture)
     return 0
 
 

@@ -165,16 +165,13 @@ def line(axes: Axes, x: list[float], points: list[results.Record], label: str) -
 
 def main(config: Config) -> int:
     """Measures, records, prints the tables and draws the picture."""
-    path, folder = results.places("bench_scaling", config.out, config.record)
-    if not config.plot_only:
-        run(config, path)
-    start, *records = charts.last_run(path)
+    start, records, picture = charts.measured("bench_scaling", config, run)
     console = Console(width=100)
     console.print(table(records))
     for axis, name in product(AXES[1:], collectives.LAYERS):
         value = slope(start, records, axis, name)
         console.print(f"slope by {axis}, {name}: {value:.2f}")
-    draw(start, records, folder / "bench_scaling.png")
+    draw(start, records, picture)
     return 0
 
 

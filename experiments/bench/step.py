@@ -359,13 +359,10 @@ def draw(start: results.Record, records: list[results.Record], path: Path) -> No
 
 def main(config: Config) -> int:
     """Measures, records, prints the table and draws the picture."""
-    path, folder = results.places("bench_step", config.out, config.record)
-    if not config.plot_only:
-        run(config, path)
-    start, *records = charts.last_run(path)
+    start, records, picture = charts.measured("bench_step", config, run)
     title = "Over Flax plain (below 1: faster, smaller); in brackets medians and sizes"
     Console(width=120).print(charts.table(title, records, "dtype", MEASURES))
-    draw(start, records, folder / "bench_step.png")
+    draw(start, records, picture)
     return 0
 
 

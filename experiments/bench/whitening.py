@@ -123,12 +123,9 @@ def draw(start: results.Record, records: list[results.Record], path: Path) -> No
 
 def main(config: Config) -> int:
     """Measures, records, prints the table and draws the picture."""
-    path, folder = results.places("bench_whitening", config.out, config.record)
-    if not config.plot_only:
-        run(config, path)
-    start, *records = charts.last_run(path)
+    start, records, picture = charts.measured("bench_whitening", config, run)
     Console(width=100).print(table(records))
-    draw(start, records, folder / "bench_whitening.png")
+    draw(start, records, picture)
     return 0
 
 
