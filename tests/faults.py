@@ -140,6 +140,13 @@ FAULTS = [
         "tests/test_moments.py",
     ),
     Fault(
+        "of the values that count, the least are the subsample",
+        SHIFTED,
+        "    chosen = blocks.argmax(axis + 1)",
+        "    chosen = blocks.argmin(axis + 1)",
+        "tests/test_moments.py",
+    ),
+    Fault(
         "the tangent of the mean is not summed over replicas",
         STATISTICS,
         "        sums = _replicas.all_sum(jnp.stack(sums), axis_name, groups)",

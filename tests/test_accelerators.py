@@ -423,6 +423,23 @@ def test_passes_and_memory_of_a_layer(target, shape, dtype, variant, direction):
 
 
 @pytest.mark.accelerator
+@pytest.mark.parametrize(
+    ("layer", "variant", "shape"),
+    [
+        ("split", "plain", SHAPES[1]),
+        ("split", "mask", (8192, 4096)),
+        ("bnjax", "mask", (8192, 4096)),
+    ],
+)
+@pytest.mark.parametrize("target", ["v5e", "h100"])
+def test_one_read_for_the_statistics(target, layer, variant, shape):
+    """Of groups too, which XLA:GPU may transpose; of values under a mask, too."""
+    found = counted(target, 1, "jit", layer, variant, "bfloat16", shape, "forward")
+    assert 2.9 < found["moved"] < 3.2
+    assert len(found["written"]) == 1
+
+
+@pytest.mark.accelerator
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("target", ["v5e", "h100"])
 def test_weights_move_no_more_than_a_mask(target, direction):

@@ -271,6 +271,51 @@ def test_one_value_in_thirty_two_is_enough():
     check(bnjax.moments(x), x, (0,), tol=1e-5)
 
 
+@pytest.mark.parametrize("every", [32, 1024])
+def test_one_valid_value_in_thirty_two_is_enough(every):
+    """The same under a mask, though the first valid value of many is an outlier."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4099, 3)).astype(np.float32)
+    first = np.arange(5, 4099, every)
+    mask = rng.random((4099, 1)) < 0.5
+    mask[np.arange(4099) % every < 5] = False
+    mask[first] = True
+    x[first] += 1e6
+    hidden = np.where(mask, x, 1e30)
+    m = batch_moments(hidden, mask, None, "subsample")
+    count, mean, m2 = oracle.moments(x, (0,), mask)
+    assert (np.abs(m.mean - mean) < 1e-5 * np.sqrt(m2 / count)).all()
+    assert_close(m.m2, m2, tol=1e-5)
+
+
+def test_the_subsample_takes_the_largest_weights():
+    x = np.random.default_rng(0).normal(size=(4099, 3)).astype(np.float32)
+    weights = np.random.default_rng(1).uniform(0.5, 1, (4099, 1)).astype(np.float32)
+    x[::32] += 1e6
+    weights[::32] = 1e-6
+    _, m = bnjax.batch_norm(x, weights=weights, implementation="subsample")
+    mean = np.average(np.float64(x), 0, weights[:, 0])
+    variance = np.average((x - mean) ** 2, 0, weights[:, 0])
+    assert (np.abs(m.mean - mean) < 1e-5 * np.sqrt(variance)).all()
+    assert_close(m.variance(), variance, tol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (33, 3), (4, 70, 3), (2, 3, 41, 3)], ids=str)
+def test_a_subsample_of_few_valid_values(shape):
+    """Along axes of any size, the masked among them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(np.float32) + np.float32(1e4)
+    for _ in range(20):
+        varies = rng.random(len(shape)) < 0.6
+        mask = rng.random(np.where(varies, shape, 1)) < rng.choice([0.05, 0.5])
+        axes = tuple(range(len(shape) - 1))
+        hidden = np.where(mask, x, np.nan)
+        m = batch_moments(hidden, mask, None, "subsample")
+        _, mean, m2 = oracle.moments(np.where(mask, x, 0), axes, mask)
+        assert_close(m.mean, mean, tol=1e-6)
+        assert_close(m.m2, m2, tol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_variance_is_never_negative(implementation):
     """Of constants, whose sums about a shift cancel, give or take a rounding."""

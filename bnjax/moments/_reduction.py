@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bnjax import _axes, _backend, _dtypes, _replicas
 from bnjax.moments._value import abs_product
@@ -45,9 +46,28 @@ def sums_about(
     """sum w d and sum w |d|^2 over the valid values, d = x - centre; None for 0."""
     first = _fresh(x, centre, reduction)
     again = _fresh(*first, reduction)
-    s1 = weighed(valid(_minus(*first, reduction), mask), mask).sum(reduction.axes)
-    d = valid(_minus(*again, reduction), mask)
-    return s1, abs_product(d, weighed(d, mask)).sum(reduction.axes)
+    values = weighed(_deviation(*first, mask, reduction), mask)
+    d = _deviation(*again, mask, reduction)
+    squares = abs_product(d, weighed(d, mask))
+    several_axes = x.ndim - len(reduction.axes) > 1
+    if reduction.implementation == "subsample" and several_axes:
+        return _sums_together(values, squares, reduction.axes)
+    return values.sum(reduction.axes), squares.sum(reduction.axes)
+
+
+def _sums_together(x: jax.Array, y: jax.Array, axes: tuple[int, ...]):
+    """Both sums, as one reduction.
+
+    XLA:GPU chooses the layout of the input of a sum by that of the result, and for a
+    result of (group, feature) may write a transposed float32 copy of x. It keeps the
+    layout of the input of a reduction that has two results.
+    """
+    zeros = jnp.zeros((), x.dtype), jnp.zeros((), y.dtype)
+
+    def add(a, b):
+        return a[0] + b[0], a[1] + b[1]
+
+    return tuple(lax.reduce((x, y), zeros, add, axes))
 
 
 def deviation(
@@ -56,7 +76,7 @@ def deviation(
     """x - mean, and 0 where it has no derivative; and where: one more read of `x`."""
     x, centre = _fresh(x, mean, reduction)
     where = differentiable(x, mask)
-    return valid(_minus(x, centre, reduction), where), where
+    return _deviation(x, centre, where, reduction), where
 
 
 def count_valid(
@@ -128,10 +148,18 @@ def differentiable(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
     return harmless(x, mask) if mask is not None and weighs(mask) else mask
 
 
-def _minus(x: jax.Array, centre: jax.Array | None, reduction: Reduction) -> jax.Array:
+def _deviation(
+    x: jax.Array, centre: jax.Array | None, mask: jax.Array | None, reduction: Reduction
+) -> jax.Array:
+    """x - centre, and 0 where the mask is False.
+
+    There the centre is put for `x` before the subtraction: of 0 put behind it XLA:GPU
+    may write an array as large as x, before it sums.
+    """
     if centre is None:
-        return x
-    return x - _axes.expand(centre, _axes.complement(reduction.axes, x.ndim), x.ndim)
+        return valid(x, mask)
+    centre = _axes.expand(centre, _axes.complement(reduction.axes, x.ndim), x.ndim)
+    return (x if mask is None else _axes.where(mask.astype(bool), x, centre)) - centre
 
 
 def _fresh(x: jax.Array, centre: jax.Array | None, reduction: Reduction):

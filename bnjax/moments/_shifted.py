@@ -61,8 +61,8 @@ from bnjax.moments._value import (
 _LOSS = 9
 _NEAR = 3e-5
 
-# The shift on a GPU is the mean of one value in at most this many.
-_SUBSAMPLE = 32
+# The shift on a GPU is the mean of one value in this many; of four values at least.
+_SUBSAMPLE, _FEWEST = 32, 4
 
 Sums = Callable[[jax.Array | None], tuple[jax.Array, jax.Array]]
 
@@ -310,23 +310,47 @@ def _subsample_mean(
     By Cauchy-Schwarz the mean over any K of N values lies within sqrt(N/K) standard
     deviations of the mean of all, outliers or not:
         (mean_K - mean)^2 <= (1/K) sum_K (x - mean)^2 <= (N/K) var
-    so the shifted sums lose at most a factor 1 + N/K of precision. An axis along
-    which the mask varies is kept whole, or N/K would not hold among the valid.
+    so the shifted sums lose at most a factor 1 + N/K of precision. Along an axis that
+    the mask varies by, of each N/K adjacent values the one of the largest weight is
+    taken: so the bound holds among the valid, by weight.
     The slice is one of `x` as it is stored: a compiler may write what is sliced.
     """
     axes, dtype = reduction.axes, x.dtype
     x = x if jnp.iscomplexobj(x) else x.astype(reduction.storage)
     values = math.prod(x.shape[a] for a in axes)
-    rest = (
-        min(_SUBSAMPLE, max(values // _SUBSAMPLE, 1))
-        if isinstance(values, int)
-        else _SUBSAMPLE
-    )
-    for a in axes[1:] + axes[:1]:
-        if rest == 1 or (mask is not None and mask.shape[a] != 1):
-            continue
+    rest = _SUBSAMPLE
+    if isinstance(values, int):
+        rest = min(rest, max(values // _FEWEST, 1))
+    masked = [a for a in axes if mask is not None and mask.shape[a] != 1]
+    for a in [a for a in axes[1:] + axes[:1] if a not in masked] + masked:
         size = x.shape[a]
-        x = lax.slice_in_dim(x, 0, size, stride=rest, axis=a)
+        if rest == 1 or _replicas.typed_parts(x, a) > 1:
+            continue
+        if a not in masked:
+            x = lax.slice_in_dim(x, 0, size, stride=rest, axis=a)
+        elif mask is not None and isinstance(size, int):
+            x, mask = _one_in(rest, x, mask, a)
+        else:
+            continue
         rest = max(rest // max(size, 1), 1) if isinstance(size, int) else 1
     total = weighed(valid(x.astype(dtype), mask), mask).sum(axes)
     return coarse(mean_of(total, count_valid(x.astype(dtype), mask, axes)))
+
+
+def _one_in(
+    number: int, x: jax.Array, mask: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """Of each `number` values along the axis, the one of the largest weight; the mask.
+
+    A boolean mask weighs 0 and 1.
+    """
+    size = x.shape[axis]
+    padding = [(0, -size % number if a == axis else 0) for a in range(mask.ndim)]
+    shape = list(mask.shape)
+    shape[axis : axis + 1] = [-1, number]
+    blocks = jnp.pad(mask, padding).reshape(shape)
+    chosen = blocks.argmax(axis + 1)
+    starts = jnp.arange(chosen.shape[axis], dtype=chosen.dtype) * number
+    chosen = chosen + _axes.expand(starts, (axis,), mask.ndim)
+    x = jnp.take_along_axis(x, chosen, axis, mode="promise_in_bounds")
+    return x, blocks.max(axis + 1)
