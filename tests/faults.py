@@ -51,15 +51,15 @@ FAULTS = [
     Fault(
         "the mask is ignored by the sum",
         REDUCTION,
-        "weighed(valid(_minus(*first, reduction), mask), mask)",
-        "weighed(_minus(*first, reduction), mask)",
+        "weighed(_deviation(*first, mask, reduction), mask)",
+        "weighed(_deviation(*first, None, reduction), mask)",
         "tests/test_moments.py",
     ),
     Fault(
         "the mask is ignored by the sum of squares",
         REDUCTION,
-        "    d = valid(_minus(*again, reduction), mask)",
-        "    d = _minus(*again, reduction)",
+        "    d = _deviation(*again, mask, reduction)",
+        "    d = _deviation(*again, None, reduction)",
         "tests/test_moments.py",
     ),
     Fault(
