@@ -1,6 +1,6 @@
 """One call of a layer, whichever framework keeps its variables; all pure.
 
-A layer is a `Family` of pure functions, one family for each paper.
+What differs between the layers is a `LayerOps`: pure functions, one set for each paper.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,12 +12,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _checks, _dtypes, running, whiten
 from bnjax.ghost import Remainder, ghost_batch_norm
-from bnjax.moments import Moments, joined, merge, moments
+from bnjax.moments import Moments, mask_with_weights, merge, moments
 from bnjax.normalize import (
     batch_norm,
     normalize,
-    without_garbage,
-    without_overflow,
+    zero_masked_garbage,
+    zero_masked_overflow,
 )
 from bnjax.renorm import Limit, at_step, batch_renorm, warmed_up
 from bnjax.split import split_batch_norm, split_moments, split_normalize
@@ -33,8 +33,8 @@ def _zero_and_one(shape: Shape, dtype: DTypeLike) -> dict[str, jax.Array]:
     return running.ema().init(shape, dtype)._asdict()
 
 
-class Family(NamedTuple):
-    """What tells a layer from the others: pure functions.
+class LayerOps(NamedTuple):
+    """The pure functions that a layer calls, of one paper.
 
     Attributes:
         train: (x, stored, **options of batch_norm) -> (y, Moments).
@@ -58,8 +58,8 @@ class Family(NamedTuple):
     leading: tuple[int, ...] = ()
 
 
-def ghost(virtual_batch_size: int, remainder: Remainder) -> Family:
-    """The family of `GhostBatchNorm`."""
+def ghost(virtual_batch_size: int, remainder: Remainder) -> LayerOps:
+    """The functions of `GhostBatchNorm`."""
 
     def train(x, stored, **options):
         return ghost_batch_norm(
@@ -70,7 +70,7 @@ def ghost(virtual_batch_size: int, remainder: Remainder) -> Family:
             **options,
         )
 
-    return Family(train)
+    return LayerOps(train)
 
 
 def renorm(
@@ -79,8 +79,8 @@ def renorm(
     step: ArrayLike | None,
     steps: ArrayLike | None = None,
     warmup_steps: int | None = None,
-) -> Family:
-    """The family of `BatchRenorm`.
+) -> LayerOps:
+    """The functions of `BatchRenorm`.
 
     Args:
         r_max: see there.
@@ -97,7 +97,7 @@ def renorm(
             limits = warmed_up(*limits, steps, warmup_steps)
         return batch_renorm(x, *stored, r_max=limits[0], d_max=limits[1], **options)
 
-    return Family(train)
+    return LayerOps(train)
 
 
 def no_steps() -> jax.Array:
@@ -111,8 +111,8 @@ def next_step(steps: ArrayLike) -> jax.Array:
     return steps + (steps < jnp.iinfo(jnp.int32).max).astype(steps.dtype)
 
 
-def split(num_splits: int, domain: ArrayLike | None) -> Family:
-    """The family of `SplitBatchNorm`."""
+def split(num_splits: int, domain: ArrayLike | None) -> LayerOps:
+    """The functions of `SplitBatchNorm`."""
     main = 0 if domain is None else domain
 
     def train(x, stored, **options):
@@ -134,11 +134,11 @@ def split(num_splits: int, domain: ArrayLike | None) -> Family:
         return nothing._replace(count=jnp.zeros(num_splits, nothing.count.dtype))
 
     leading = (num_splits,)
-    return Family(train, infer, measure, start, empty=empty, leading=leading)
+    return LayerOps(train, infer, measure, start, empty=empty, leading=leading)
 
 
-def decorrelated(group_size: int | None, method: str, iterations: int) -> Family:
-    """The family of `DecorrelatedBatchNorm`."""
+def decorrelated(group_size: int | None, method: str, iterations: int) -> LayerOps:
+    """The functions of `DecorrelatedBatchNorm`."""
     by = {"method": method, "iterations": iterations}
 
     def train(x, stored, **options):
@@ -168,7 +168,7 @@ def decorrelated(group_size: int | None, method: str, iterations: int) -> Family
     def empty(shape: Shape, dtype: DTypeLike = jnp.float32) -> whiten.CoMoments:
         return whiten.CoMoments.empty(*grouped(shape), dtype)
 
-    return Family(train, infer, measure, start, begin, empty, whiten.merge)
+    return LayerOps(train, infer, measure, start, begin, empty, whiten.merge)
 
 
 def inexact(x: ArrayLike) -> jax.Array:
@@ -183,8 +183,8 @@ def forward(
     x: jax.Array,
     stored: running.State,
     affine: Mapping[str, Any],
-    over: Mapping[str, Any],
-    family: Family,
+    reduction: Mapping[str, Any],
+    ops: LayerOps,
     *,
     use_running: bool,
     measure: bool,
@@ -198,21 +198,21 @@ def forward(
         x: (batch, *spatial, feature).
         stored: the running statistics.
         affine: what `normalize` and `batch_norm` share.
-        over: what `moments` and `batch_norm` share, but for the axis.
-        family: of the layer.
+        reduction: what `moments` and `batch_norm` share, but for the axis.
+        ops: of the layer.
         use_running: whether to normalize by `stored`.
         measure: whether the Moments are needed then too; else they are None.
     """
     if not use_running:
-        return family.train(x, stored, **over, **affine)
-    mask, weights = _checks.mask(over["mask"], x.shape), over["weights"]
-    mask = joined(x, mask, _checks.weights(weights, x.shape))
-    y = family.infer(without_garbage(x, mask), *stored, **affine)
-    y = without_overflow(y, mask)
+        return ops.train(x, stored, **reduction, **affine)
+    mask, weights = _checks.mask(reduction["mask"], x.shape), reduction["weights"]
+    mask = mask_with_weights(x, mask, _checks.weights(weights, x.shape))
+    y = ops.infer(zero_masked_garbage(x, mask), *stored, **affine)
+    y = zero_masked_overflow(y, mask)
     if not measure:
         return y, None
     shift = stored[0] if jnp.iscomplexobj(x) else stored[0].real
-    return y, family.measure(x, axis=affine["axis"], shift=shift, **over)
+    return y, ops.measure(x, axis=affine["axis"], shift=shift, **reduction)
 
 
 def updated(

@@ -27,22 +27,22 @@ from bnjax import _axes, _checks, _replicas
 from bnjax._bound import bind
 from bnjax.moments import (
     Moments,
-    Reduction,
+    ReductionSpec,
     merged_statistics,
     nested_statistics,
-    reduction,
+    reduction_spec,
 )
 from bnjax.normalize import (
+    GroupMoments,
     Inputs,
     Options,
-    Plan,
-    Rows,
+    TransformSpec,
     batch_axis,
-    by_given,
-    by_group,
     check_devices,
+    normalize_groups,
+    normalize_with_stats,
+    stats_or_fallback,
     train,
-    usable,
 )
 
 __all__ = ["ghost_batch_norm"]
@@ -127,7 +127,7 @@ def ghost_batch_norm(
     References: Hoffer, Hubara & Soudry 2017, section 4, Algorithm 1.
     """
     x = _checks.inexact("x", x)
-    over = reduction(
+    reduction = reduction_spec(
         x,
         options.get("axis", -1),
         options.get("axis_name"),
@@ -135,10 +135,10 @@ def ghost_batch_norm(
     )
     batch = batch_axis(x, options)
     _check_policy(virtual_batch_size, remainder)
-    together = _together(x.shape, batch, virtual_batch_size, remainder, over)
+    together = _together(x.shape, batch, virtual_batch_size, remainder, reduction)
     if together is not None:
         options["axis_index_groups"] = together
-        transform = bind(_over_replicas, pools=over.groups)
+        transform = bind(_over_replicas, pools=reduction.groups)
         return train(transform, x, scale, bias, options)
     runs = _runs(x.shape, batch, virtual_batch_size, remainder)
     options = {**options, "axis_name": None, "axis_index_groups": None}
@@ -150,12 +150,12 @@ def ghost_batch_norm(
     number = sum(groups for _, _, groups in runs)
     check_devices(x, batch, number, equal=len(runs) == 1)
     pieces = [
-        by_group(*_run(x, options, batch, start, stop), vectors, groups)
+        normalize_groups(*_run(x, options, batch, start, stop), vectors, groups)
         for start, stop, groups in runs
     ]
     y, rows = pieces[0] if len(pieces) == 1 else _joined(pieces, batch)
     shift = None if shift is None else jnp.asarray(shift)
-    return y, merged_statistics(*rows, shift, over.axis_name, over.groups)
+    return y, merged_statistics(*rows, shift, reduction.axis_name, reduction.groups)
 
 
 def _check_vectors(x: jax.Array, axis, vectors: dict[str, ArrayLike | None]) -> None:
@@ -174,13 +174,15 @@ def _check_policy(size: int, remainder: str) -> None:
 
 
 def _together(
-    shape, batch: int, size: int, remainder: str, over: Reduction
+    shape, batch: int, size: int, remainder: str, reduction: ReductionSpec
 ) -> tuple[tuple[int, ...], ...] | None:
     """The replicas of each group, where a group is of several; else None."""
     own = shape[batch]
-    if over.axis_name is None or own == 0 or size <= own:
+    if reduction.axis_name is None or own == 0 or size <= own:
         return None
-    pools = over.groups or (tuple(range(_replicas.axis_size(over.axis_name))),)
+    pools = reduction.groups or (
+        tuple(range(_replicas.axis_size(reduction.axis_name))),
+    )
     several, rest = divmod(size, own)
     if not rest and not any(len(pool) % several for pool in pools):
         return tuple(
@@ -197,7 +199,7 @@ def _together(
             batch=own,
             axis=batch,
             shape=tuple(shape),
-            axis_name=over.axis_name,
+            axis_name=reduction.axis_name,
             replicas=least,
             total=least * own,
         )
@@ -205,12 +207,16 @@ def _together(
 
 
 def _over_replicas(
-    given: Inputs, plan: Plan, *, pools: tuple[tuple[int, ...], ...] | None
+    given: Inputs, spec: TransformSpec, *, pools: tuple[tuple[int, ...], ...] | None
 ) -> tuple[jax.Array, Moments]:
     """Each group of replicas by its statistics; the Moments of the pool it is in."""
-    group, pool = nested_statistics(given.x, given.mask, given.shift, plan.over, pools)
-    vectors = *usable(group, given, plan), given.scale, given.bias
-    return by_given(given.finite_x(), vectors, given.epsilon, plan.affine), pool
+    group, pool = nested_statistics(
+        given.x, given.mask, given.shift, spec.reduction, pools
+    )
+    vectors = *stats_or_fallback(group, given, spec), given.scale, given.bias
+    return normalize_with_stats(
+        given.finite_x(), vectors, given.epsilon, spec.affine
+    ), pool
 
 
 def _runs(shape, batch: int, size: int, remainder: str) -> list[tuple[int, int, int]]:
@@ -249,7 +255,7 @@ def _run(
     return cut(x), own
 
 
-def _joined(pieces: list[tuple[jax.Array, Rows]], batch: int):
+def _joined(pieces: list[tuple[jax.Array, GroupMoments]], batch: int):
     """The outputs along the batch axis, and all rows."""
     y = jnp.concatenate([y for y, _ in pieces], batch)
     return y, jax.tree.map(

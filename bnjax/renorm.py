@@ -25,7 +25,14 @@ from jax.typing import ArrayLike
 
 from bnjax import _checks
 from bnjax.moments import Moments, statistics
-from bnjax.normalize import Inputs, Options, Plan, by_given, train, usable
+from bnjax.normalize import (
+    Inputs,
+    Options,
+    TransformSpec,
+    normalize_with_stats,
+    stats_or_fallback,
+    train,
+)
 
 __all__ = ["at_step", "batch_renorm", "warmed_up"]
 
@@ -174,12 +181,14 @@ def warmed_up(
     return jnp.where(warm, r_max, 1), jnp.where(warm, d_max, 0)
 
 
-def _by_corrected(given: Inputs, plan: Plan, r_max: Any, d_max: Any):
-    batch = statistics(given.x, given.mask, given.shift, plan.over)
-    mean, var = usable(batch, given, plan)
+def _by_corrected(given: Inputs, spec: TransformSpec, r_max: Any, d_max: Any):
+    batch = statistics(given.x, given.mask, given.shift, spec.reduction)
+    mean, var = stats_or_fallback(batch, given, spec)
     r, d = lax.stop_gradient(_corrections(mean, var, given, r_max, d_max))
     vectors = mean, var, given.scale * r, given.bias + given.scale * d
-    return by_given(given.finite_x(), vectors, given.epsilon, plan.affine), batch
+    return normalize_with_stats(
+        given.finite_x(), vectors, given.epsilon, spec.affine
+    ), batch
 
 
 def _corrections(mean, var, given: Inputs, r_max, d_max):

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 
 from bnjax import _axes, _checks, _dtypes
 from bnjax._bound import bind
-from bnjax.moments import Moments, beside
+from bnjax.moments import Moments, broadcast_count
 
 __all__ = ["AverageState", "Rule", "State", "cumulative", "debiased_ema", "ema"]
 
@@ -218,7 +218,7 @@ def _init_average(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Avera
 def _usable(batch: Moments, ddof: int, skip_nonfinite: bool) -> jax.Array:
     """Per feature, whether the batch has an estimate of its mean and variance."""
     mean = jnp.asarray(batch.mean)
-    usable = beside(jnp.asarray(batch.count), mean).real > ddof
+    usable = broadcast_count(jnp.asarray(batch.count), mean).real > ddof
     if skip_nonfinite:
         finite = jnp.isfinite(mean).all() & jnp.isfinite(batch.m2).all()
         usable = usable & finite

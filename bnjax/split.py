@@ -19,16 +19,22 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _checks, _replicas
-from bnjax.moments import Moments, beside, joined, statistics, weighs
+from bnjax.moments import (
+    Moments,
+    broadcast_count,
+    is_weighted,
+    mask_with_weights,
+    statistics,
+)
 from bnjax.normalize import (
     Inputs,
     Options,
-    Plan,
+    TransformSpec,
     batch_axis,
-    by_batch,
-    by_given,
-    by_group,
     normalize,
+    normalize_groups,
+    normalize_with_batch_stats,
+    normalize_with_stats,
     train,
 )
 
@@ -118,7 +124,7 @@ def split_batch_norm(
     given = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
     rows = {n: _rows(n, v, x, num_splits, options) for n, v in given.items()}
     if domain is None:
-        y, found = by_group(x, options, rows, num_splits)
+        y, found = normalize_groups(x, options, rows, num_splits)
         return y, found.moments
     own = rows if domain.ndim else {n: _row(v, domain) for n, v in rows.items()}
     mean, var, scale, bias, options["shift"] = own.values()
@@ -127,7 +133,7 @@ def split_batch_norm(
     if domain.ndim:
         leading = (num_splits,)
         return train(_by_domain, x, scale, bias, options, domain, leading=leading)
-    y, batch = train(by_batch, x, scale, bias, options)
+    y, batch = train(normalize_with_batch_stats, x, scale, bias, options)
     return y, jax.tree.map(lambda v: _placed(v, domain, num_splits), batch)
 
 
@@ -217,32 +223,33 @@ def split_normalize(
     return normalize(x, **each, **{**others, "axis": (*axes, batch)})
 
 
-def _by_domain(given: Inputs, plan: Plan, domain: jax.Array):
+def _by_domain(given: Inputs, spec: TransformSpec, domain: jax.Array):
     """Statistics by a mask for each domain; then each example by those of its own."""
-    axes, batch = plan.affine.feature_axes, plan.over.axes[0]
+    axes, batch = spec.affine.feature_axes, spec.reduction.axes[0]
     along = [domain.size if a == batch else 1 for a in range(given.x.ndim)]
 
     def one(number: jax.Array, shift: jax.Array) -> Moments:
         own = (domain == number).reshape(along)
         if given.mask is None:
             mask = own
-        elif weighs(given.mask):
-            mask = joined(given.x, own, given.mask)
+        elif is_weighted(given.mask):
+            mask = mask_with_weights(given.x, own, given.mask)
         else:
             mask = own & given.mask
-        return statistics(given.x, mask, shift, plan.over)
+        return statistics(given.x, mask, shift, spec.reduction)
 
     numbers = jnp.arange(len(given.mean), dtype=domain.dtype)
     found = jax.vmap(one)(numbers, given.shift)
-    seen = beside(found.count, found.m2) > 0
+    seen = broadcast_count(found.count, found.m2) > 0
     mean = jnp.where(seen, found.mean, given.mean).astype(given.mean.dtype)
     var = jnp.where(seen, found.variance(), given.var)
     vectors = [
         _by_example(rows, domain, axes, batch)
         for rows in (mean, var, given.scale, given.bias)
     ]
-    how = plan.affine._replace(feature_axes=tuple(sorted((*axes, batch))))
-    return by_given(given.finite_x(), vectors, given.epsilon, how), found
+    affine = spec.affine._replace(feature_axes=tuple(sorted((*axes, batch))))
+    y = normalize_with_stats(given.finite_x(), vectors, given.epsilon, affine)
+    return y, found
 
 
 def _by_example(

@@ -51,15 +51,15 @@ FAULTS = [
     Fault(
         "the mask is ignored by the sum",
         REDUCTION,
-        "weighed(_deviation(*first, mask, reduction), mask)",
-        "weighed(_deviation(*first, None, reduction), mask)",
+        "multiply_by_weights(_deviation(*first, mask, reduction_spec), mask)",
+        "multiply_by_weights(_deviation(*first, None, reduction_spec), mask)",
         "tests/test_moments.py",
     ),
     Fault(
         "the mask is ignored by the sum of squares",
         REDUCTION,
-        "    d = _deviation(*again, mask, reduction)",
-        "    d = _deviation(*again, None, reduction)",
+        "    d = _deviation(*again, mask, reduction_spec)",
+        "    d = _deviation(*again, None, reduction_spec)",
         "tests/test_moments.py",
     ),
     Fault(
@@ -86,8 +86,8 @@ FAULTS = [
     Fault(
         "the shift is forgotten in the mean",
         SHIFTED,
-        "    mean, rest = displaced(centre, delta)",
-        "    mean, rest = displaced(jnp.zeros_like(centre), delta)",
+        "    mean, rest = two_sum(centre, delta)",
+        "    mean, rest = two_sum(jnp.zeros_like(centre), delta)",
         "tests/test_moments.py",
     ),
     Fault(
@@ -135,8 +135,8 @@ FAULTS = [
     Fault(
         "a subsample's mean is one of the masked values, too",
         SHIFTED,
-        "    total = weighed(valid(x.astype(dtype), mask), mask)",
-        "    total = weighed(x.astype(dtype), mask)",
+        "multiply_by_weights(zero_where_masked(x.astype(dtype), mask), mask)",
+        "multiply_by_weights(x.astype(dtype), mask)",
         "tests/test_moments.py",
     ),
     Fault(
@@ -156,28 +156,28 @@ FAULTS = [
     Fault(
         "the tangent of m2 lacks its factor of 2",
         STATISTICS,
-        "mean_of(sums[0], result.count), 2 * sums[1].real",
-        "mean_of(sums[0], result.count), sums[1].real",
+        "mean_from_sum(sums[0], result.count), 2 * sums[1].real",
+        "mean_from_sum(sums[0], result.count), sums[1].real",
         "tests/test_gradients.py",
     ),
     Fault(
         "the tangent of the moments ignores the mask",
         STATISTICS,
-        "    first = weighed(valid(dx, where), mask)",
-        "    first = weighed(dx, mask)",
+        "    first = multiply_by_weights(zero_where_masked(dx, where), mask)",
+        "    first = multiply_by_weights(dx, mask)",
         "tests/test_gradients.py",
     ),
     Fault(
         "the tangent of a merge has no weights",
         STATISTICS,
-        "    first = half = beside(rows.count, dmean) * dmean",
+        "    first = half = broadcast_count(rows.count, dmean) * dmean",
         "    first = half = dmean",
         "tests/test_ghost.py",
     ),
     Fault(
         "weights have no derivative",
         STATISTICS,
-        "    if weighs(mask) and not is_zero(dw):",
+        "    if is_weighted(mask) and not is_zero(dw):",
         "    if False:",
         "tests/test_weights.py",
     ),
@@ -298,7 +298,7 @@ FAULTS = [
     Fault(
         "garbage under the mask reaches the output",
         TRANSFORM,
-        "return x if mask is None else valid(x, harmless(x, mask))",
+        "return x if mask is None else zero_where_masked(x, valid_or_finite(x, mask))",
         "return x",
         "tests/test_normalize.py",
     ),
@@ -319,8 +319,8 @@ FAULTS = [
     Fault(
         "the result is of the dtype of the arithmetic",
         TRANSFORM,
-        "    return _backend.rounded(y.astype(how.output), how.implementation)",
-        "    return _backend.rounded(y, how.implementation)",
+        "    return _backend.rounded(y.astype(spec.output), spec.implementation)",
+        "    return _backend.rounded(y, spec.implementation)",
         "tests/test_normalize.py",
     ),
     Fault(
@@ -420,8 +420,8 @@ FAULTS = [
     Fault(
         "a feature without values is updated",
         "running.py",
-        "    usable = beside(jnp.asarray(batch.count), mean).real > ddof",
-        "    usable = beside(jnp.asarray(batch.count), mean).real >= 0",
+        "    usable = broadcast_count(jnp.asarray(batch.count), mean).real > ddof",
+        "    usable = broadcast_count(jnp.asarray(batch.count), mean).real >= 0",
         "tests/test_running.py",
     ),
     Fault(
@@ -455,7 +455,7 @@ FAULTS = [
     Fault(
         "the recorded Moments replace those before",
         "linen/_normalization.py",
-        "        pool.value = family.merge(pool.value, batch)",
+        "        pool.value = ops.merge(pool.value, batch)",
         "        pool.value = batch",
         "tests/test_contracts.py -k recorded",
     ),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bnjax import _trees
-from bnjax.moments import Moments, beside
+from bnjax.moments import Moments, broadcast_count
 
 
 class Drift(NamedTuple):
@@ -82,7 +82,9 @@ def drift(
                 "one model."
             )
         mean, var = running[path]["mean"], running[path]["var"]
-        seen = beside(jnp.asarray(batch.count), jnp.asarray(batch.mean)).real > 0
+        seen = (
+            broadcast_count(jnp.asarray(batch.count), jnp.asarray(batch.mean)).real > 0
+        )
         shift = (batch.mean - mean) / jnp.sqrt(var + epsilon)
         ratio = jnp.sqrt((batch.variance() + epsilon) / (var + epsilon))
         result[path] = Drift(jnp.where(seen, shift, 0), jnp.where(seen, ratio, 1))

@@ -10,7 +10,7 @@ import numpy as np
 
 from bnjax import _trees
 from bnjax.diagnostics import _layers
-from bnjax.moments import Moments, beside
+from bnjax.moments import Moments, broadcast_count
 
 _CURES = {
     "statistics never updated": (
@@ -161,7 +161,7 @@ def report(
             figures = {"statistics never updated": "mean 0, var 1" + where} | figures
         if path in drifts:
             m2 = jnp.asarray(batches[path].m2)
-            count = np.asarray(beside(jnp.asarray(batches[path].count), m2))
+            count = np.asarray(broadcast_count(jnp.asarray(batches[path].count), m2))
             ignored = (
                 flags.dead | flags.exploded | (count <= 1) | fresh[path][..., None]
             )
@@ -173,7 +173,7 @@ def report(
 
 def _seen(running: Mapping[str, Any], batch: Moments) -> dict[str, Any]:
     """A batch's mean and var; the running ones of features without a variance in it."""
-    seen = beside(jnp.asarray(batch.count), jnp.asarray(batch.m2)) > 1
+    seen = broadcast_count(jnp.asarray(batch.count), jnp.asarray(batch.m2)) > 1
     return {
         "mean": jnp.where(seen, batch.mean, running["mean"]),
         "var": jnp.where(seen, batch.variance(), running["var"]),

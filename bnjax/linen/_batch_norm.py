@@ -70,5 +70,5 @@ class BatchNorm(Normalization, nn.BatchNorm):
     """
 
     @nn.nowrap
-    def _family(self) -> _layer.Family:
-        return _layer.Family()
+    def _layer_ops(self) -> _layer.LayerOps:
+        return _layer.LayerOps()

@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 
 class Normalization(nn.Module):
-    """The layers' common part; what tells a layer from the others is its family.
+    """The layers' common part; what differs between them is in `LayerOps`.
 
     Those with the variables of Flax's BatchNorm, which infer as it does, are subclasses
     of both, for public code asks for that class. This comes first: its call is theirs.
@@ -49,7 +49,7 @@ class Normalization(nn.Module):
     trains_by_statistics = False  # whether training reads the running statistics
 
     @nn.nowrap
-    def _family(self) -> _layer.Family:
+    def _layer_ops(self) -> _layer.LayerOps:
         raise NotImplementedError
 
     @nn.compact
@@ -87,7 +87,7 @@ class Normalization(nn.Module):
         return call(
             self,
             x,
-            self._family(),
+            self._layer_ops(),
             use_running_average=use_running_average,
             mask=mask,
             weights=weights,
@@ -102,7 +102,7 @@ class Normalization(nn.Module):
 def call(
     layer: Any,
     x: ArrayLike,
-    family: _layer.Family,
+    ops: _layer.LayerOps,
     *,
     use_running_average: bool | None,
     mask: ArrayLike | None,
@@ -121,11 +121,11 @@ def call(
     given = jnp.asarray(x)
     x = _layer.inexact(given)
     features = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
-    shape = family.leading + features
+    shape = ops.leading + features
     update = not use_running if update is None else update and not layer.frozen
     stats, stored = _running_statistics(
         layer,
-        family,
+        ops,
         shape,
         x,
         needed=bool(use_running or update or layer.trains_by_statistics),
@@ -137,23 +137,23 @@ def call(
     if layer.dtype is None and x.dtype != given.dtype:  # a widened x would tell it
         dtype = _dtypes.result(given, affine.get("scale"), affine.get("bias"))
         affine["dtype"] = dtype
-    over: dict[str, Any] = {"mask": mask, "weights": weights}
+    reduction: dict[str, Any] = {"mask": mask, "weights": weights}
     if layer.is_initializing():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", _checks.BatchNormWarning)
             if use_running:
-                return family.infer(x, *stored, **affine)
-            return family.start(x, **over, **affine)[0]
+                return ops.infer(x, *stored, **affine)
+            return ops.start(x, **reduction, **affine)[0]
 
-    over["axis_name"] = layer.axis_name
-    over["axis_index_groups"] = layer.axis_index_groups
+    reduction["axis_name"] = layer.axis_name
+    reduction["axis_index_groups"] = layer.axis_index_groups
     pools = _asks_for_moments(layer)
     y, batch = _layer.forward(
         x,
         stored,
         affine,
-        over,
-        family,
+        reduction,
+        ops,
         use_running=use_running,
         measure=bool(update or (pools and not layer.frozen)),
     )
@@ -162,14 +162,14 @@ def call(
         if steps is not None:
             layer.put_variable("batch_stats", "steps", _layer.next_step(steps))
     if pools:  # empty ones if frozen: what updates statistics by them leaves these
-        pool = layer.variable("batch_moments", "moments", family.empty, shape)
+        pool = layer.variable("batch_moments", "moments", ops.empty, shape)
     if pools and not layer.frozen:
-        pool.value = family.merge(pool.value, batch)
+        pool.value = ops.merge(pool.value, batch)
     return y
 
 
 def _running_statistics(
-    layer: Any, family: _layer.Family, shape: Shape, x: jax.Array, *, needed: bool
+    layer: Any, ops: _layer.LayerOps, shape: Shape, x: jax.Array, *, needed: bool
 ) -> tuple[list[nn.Variable], running.State]:
     """The variables of the running statistics, mean and var or cov, and their values.
 
@@ -182,7 +182,7 @@ def _running_statistics(
     dtype = _dtypes.real(dtype)
     if jnp.iscomplexobj(x):
         dtype = _dtypes.promote(dtype, x.dtype)
-    start = family.begin(shape, dtype)
+    start = ops.begin(shape, dtype)
     declares = needed or layer.is_initializing()
     if not declares and not any(layer.has_variable("batch_stats", n) for n in start):
         return [], running.State(*start.values())

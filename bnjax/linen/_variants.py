@@ -43,7 +43,7 @@ class GhostBatchNorm(Normalization, nn.BatchNorm):
     remainder: Remainder = "error"
 
     @nn.nowrap
-    def _family(self) -> _layer.Family:
+    def _layer_ops(self) -> _layer.LayerOps:
         return _layer.ghost(self.virtual_batch_size, self.remainder)
 
 
@@ -272,5 +272,5 @@ class DecorrelatedBatchNorm(Normalization):
     iterations: int = 5
 
     @nn.nowrap
-    def _family(self) -> _layer.Family:
+    def _layer_ops(self) -> _layer.LayerOps:
         return _layer.decorrelated(self.group_size, self.method, self.iterations)

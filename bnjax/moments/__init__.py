@@ -16,14 +16,14 @@ from jax.typing import ArrayLike
 
 from bnjax import _axes, _backend, _checks, _dtypes
 from bnjax.moments._reduction import (
-    Reduction,
+    ReductionSpec,
     count_valid,
-    differentiable,
-    harmless,
-    joined,
-    valid,
-    weighed,
-    weighs,
+    gradient_mask,
+    is_weighted,
+    mask_with_weights,
+    multiply_by_weights,
+    valid_or_finite,
+    zero_where_masked,
 )
 from bnjax.moments._shifted import merged_rows
 from bnjax.moments._statistics import (
@@ -31,49 +31,49 @@ from bnjax.moments._statistics import (
     exact_statistics,
     is_zero,
     merged_statistics,
-    named,
+    name_for_remat,
     nested_statistics,
-    reduction,
+    reduction_spec,
     statistics,
 )
 from bnjax.moments._value import (
     Moments,
     Union,
     as_count,
-    beside,
-    coarse,
-    mean_of,
+    broadcast_count,
+    drop_last_bit,
+    mean_from_sum,
     merge,
-    spread,
+    variance_from_m2,
 )
 
 __all__ = [
     "NAME",
     "Moments",
-    "Reduction",
+    "ReductionSpec",
     "Union",
     "as_count",
-    "beside",
-    "coarse",
+    "broadcast_count",
     "count_valid",
-    "differentiable",
+    "drop_last_bit",
     "exact_statistics",
-    "harmless",
+    "gradient_mask",
+    "is_weighted",
     "is_zero",
-    "joined",
-    "mean_of",
+    "mask_with_weights",
+    "mean_from_sum",
     "merge",
     "merged_rows",
     "merged_statistics",
     "moments",
-    "named",
+    "multiply_by_weights",
+    "name_for_remat",
     "nested_statistics",
-    "reduction",
-    "spread",
+    "reduction_spec",
     "statistics",
-    "valid",
-    "weighed",
-    "weighs",
+    "valid_or_finite",
+    "variance_from_m2",
+    "zero_where_masked",
 ]
 
 
@@ -131,16 +131,16 @@ def moments(
     """
     x = _checks.inexact("x", x)
     mask, weights = _checks.mask(mask, x.shape), _checks.weights(weights, x.shape)
-    mask = joined(x, mask, weights)
+    mask = mask_with_weights(x, mask, weights)
     plain = _backend.chosen(None, x)
-    how = reduction(x, axis, axis_name, axis_index_groups, plain)
-    features = _axes.sizes(x.shape, _axes.complement(how.axes, x.ndim))
+    spec = reduction_spec(x, axis, axis_name, axis_index_groups, plain)
+    features = _axes.sizes(x.shape, _axes.complement(spec.axes, x.ndim))
     shift = _checks.shift(shift, features, axis, x.dtype)
-    return _moments(x, mask, shift, how)
+    return _moments(x, mask, shift, spec)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _moments(
-    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: Reduction
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: ReductionSpec
 ) -> Moments:
-    return statistics(x.astype(_dtypes.statistics(x.dtype)), mask, shift, how)
+    return statistics(x.astype(_dtypes.statistics(x.dtype)), mask, shift, spec)

@@ -20,7 +20,7 @@ from bnjax.moments._value import abs_product
 _GARBAGE = 1e9
 
 
-class Reduction(NamedTuple):
+class ReductionSpec(NamedTuple):
     """What is reduced, and over which replicas; static.
 
     Attributes:
@@ -41,18 +41,21 @@ class Reduction(NamedTuple):
 
 
 def sums_about(
-    x: jax.Array, mask: jax.Array | None, centre: jax.Array | None, reduction: Reduction
+    x: jax.Array,
+    mask: jax.Array | None,
+    centre: jax.Array | None,
+    reduction_spec: ReductionSpec,
 ) -> tuple[jax.Array, jax.Array]:
     """sum w d and sum w |d|^2 over the valid values, d = x - centre; None for 0."""
-    first = _fresh(x, centre, reduction)
-    again = _fresh(*first, reduction)
-    values = weighed(_deviation(*first, mask, reduction), mask)
-    d = _deviation(*again, mask, reduction)
-    squares = abs_product(d, weighed(d, mask))
-    several_axes = x.ndim - len(reduction.axes) > 1
-    if reduction.implementation == "subsample" and several_axes:
-        return _sums_together(values, squares, reduction.axes)
-    return values.sum(reduction.axes), squares.sum(reduction.axes)
+    first = _fresh(x, centre, reduction_spec)
+    again = _fresh(*first, reduction_spec)
+    values = multiply_by_weights(_deviation(*first, mask, reduction_spec), mask)
+    d = _deviation(*again, mask, reduction_spec)
+    squares = abs_product(d, multiply_by_weights(d, mask))
+    several_axes = x.ndim - len(reduction_spec.axes) > 1
+    if reduction_spec.implementation == "subsample" and several_axes:
+        return _sums_together(values, squares, reduction_spec.axes)
+    return values.sum(reduction_spec.axes), squares.sum(reduction_spec.axes)
 
 
 def _sums_together(x: jax.Array, y: jax.Array, axes: tuple[int, ...]):
@@ -71,12 +74,12 @@ def _sums_together(x: jax.Array, y: jax.Array, axes: tuple[int, ...]):
 
 
 def deviation(
-    x: jax.Array, mask: jax.Array | None, mean: jax.Array, reduction: Reduction
+    x: jax.Array, mask: jax.Array | None, mean: jax.Array, reduction_spec: ReductionSpec
 ) -> tuple[jax.Array, jax.Array | None]:
     """x - mean, and 0 where it has no derivative; and where: one more read of `x`."""
-    x, centre = _fresh(x, mean, reduction)
-    where = differentiable(x, mask)
-    return _deviation(x, centre, where, reduction), where
+    x, centre = _fresh(x, mean, reduction_spec)
+    where = gradient_mask(x, mask)
+    return _deviation(x, centre, where, reduction_spec), where
 
 
 def count_valid(
@@ -90,7 +93,7 @@ def count_valid(
     flags = math.prod(mask.shape[a] for a in axes)
     # Where jit splits the batch, sums of one dtype are sent together.
     exact = isinstance(flags, int) and flags <= 1 / jnp.finfo(dtype).eps
-    exact = exact or weighs(mask)
+    exact = exact or is_weighted(mask)
     counts = mask.sum(axes, dtype=dtype if exact else jnp.int32).astype(dtype)
     counts = counts * jnp.asarray(repeats, dtype)
     if counts.size == 1:
@@ -100,7 +103,7 @@ def count_valid(
     )
 
 
-def joined(
+def mask_with_weights(
     x: jax.Array, mask: jax.Array | None, weights: jax.Array | None
 ) -> jax.Array | None:
     """One array for both, checked already: see the module."""
@@ -116,24 +119,24 @@ def joined(
     return _axes.where(mask, weights, jnp.zeros((), weights.dtype))
 
 
-def weighs(mask: jax.Array | None) -> bool:
+def is_weighted(mask: jax.Array | None) -> bool:
     """Whether it holds weights."""
     return mask is not None and mask.dtype != bool
 
 
-def weighed(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """w x; only `valid` values may be summed."""
-    return x * mask.astype(x.dtype) if mask is not None and weighs(mask) else x
+def multiply_by_weights(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """w x; only `zero_where_masked` values may be summed."""
+    return x * mask.astype(x.dtype) if mask is not None and is_weighted(mask) else x
 
 
-def valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def zero_where_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """`x` with 0 where the mask is False."""
     if mask is None:
         return x
     return _axes.where(mask.astype(bool), x, jnp.zeros((), x.dtype))
 
 
-def harmless(x: jax.Array, mask: jax.Array) -> jax.Array:
+def valid_or_finite(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Where `x` counts, or is no garbage: NaN, infinity, huge padding.
 
     The square and cube of what is left, times those of rstd, must not overflow: a
@@ -143,13 +146,16 @@ def harmless(x: jax.Array, mask: jax.Array) -> jax.Array:
     return mask.astype(bool) | (jnp.abs(x) <= limit)
 
 
-def differentiable(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+def gradient_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
     """Where sums depend on `x` or on its weight; on a weight of 0 as on any other."""
-    return harmless(x, mask) if mask is not None and weighs(mask) else mask
+    return valid_or_finite(x, mask) if mask is not None and is_weighted(mask) else mask
 
 
 def _deviation(
-    x: jax.Array, centre: jax.Array | None, mask: jax.Array | None, reduction: Reduction
+    x: jax.Array,
+    centre: jax.Array | None,
+    mask: jax.Array | None,
+    reduction_spec: ReductionSpec,
 ) -> jax.Array:
     """x - centre, and 0 where the mask is False.
 
@@ -157,14 +163,16 @@ def _deviation(
     may write an array as large as x, before it sums.
     """
     if centre is None:
-        return valid(x, mask)
-    centre = _axes.expand(centre, _axes.complement(reduction.axes, x.ndim), x.ndim)
+        return zero_where_masked(x, mask)
+    centre = _axes.expand(centre, _axes.complement(reduction_spec.axes, x.ndim), x.ndim)
     return (x if mask is None else _axes.where(mask.astype(bool), x, centre)) - centre
 
 
-def _fresh(x: jax.Array, centre: jax.Array | None, reduction: Reduction):
+def _fresh(x: jax.Array, centre: jax.Array | None, reduction_spec: ReductionSpec):
     """Both, for one more sum: see `_backend.reread`."""
     vectors = [] if centre is None else [centre]
     values = _replicas.cast_together(x, *vectors)
-    x, *vectors = _backend.reread(reduction.storage, reduction.implementation, *values)
+    x, *vectors = _backend.reread(
+        reduction_spec.storage, reduction_spec.implementation, *values
+    )
     return x, vectors[0] if vectors else None

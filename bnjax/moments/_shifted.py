@@ -40,19 +40,19 @@ from jax.sharding import AxisType
 
 from bnjax import _axes, _backend, _replicas
 from bnjax.moments._reduction import (
-    Reduction,
+    ReductionSpec,
     count_valid,
+    multiply_by_weights,
     sums_about,
-    valid,
-    weighed,
+    zero_where_masked,
 )
 from bnjax.moments._value import (
     Moments,
     abs_product,
-    beside,
-    coarse,
-    displaced,
-    mean_of,
+    broadcast_count,
+    drop_last_bit,
+    mean_from_sum,
+    two_sum,
 )
 
 # Sums are exact enough where (mean - shift)^2 <= _LOSS var: the variance is right to
@@ -68,19 +68,22 @@ Sums = Callable[[jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
 def batch_moments(
-    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, reduction: Reduction
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array | None,
+    reduction_spec: ReductionSpec,
 ) -> tuple[Moments, jax.Array]:
     """The Moments over every replica, and what the rounded mean lacks.
 
     At |mean|/std = 1e4 that is 1e-3 of a standard deviation, and the distances between
     the means of several sets of values need it.
     """
-    features = _axes.complement(reduction.axes, x.ndim)
+    features = _axes.complement(reduction_spec.axes, x.ndim)
     zero = jnp.zeros(_axes.sizes(x.shape, features), x.dtype)
-    shift = _finite(shift, reduction.axis_name, zero)
+    shift = _finite(shift, reduction_spec.axis_name, zero)
 
-    count = count_valid(x, mask, reduction.axes)
-    if reduction.axis_name is None:
+    count = count_valid(x, mask, reduction_spec.axes)
+    if reduction_spec.axis_name is None:
         # JAX batches a condition in a typed shard_map only if all that its branches use
         # varies over the same axes.
         if mask is None:
@@ -88,27 +91,27 @@ def batch_moments(
         else:
             x, shift, mask = _replicas.cast_together(x, shift, mask)
     split = _replicas.split_by_jit(x)
-    local = _is_local(x, reduction)
+    local = _is_local(x, reduction_spec)
 
     def taken_by(implementation):
-        known = reduction._replace(implementation=implementation)
+        known = reduction_spec._replace(implementation=implementation)
         if known.axis_name is not None:
-            return functools.partial(_of_batch, reduction=known)
+            return functools.partial(_of_batch, reduction_spec=known)
         if local if split else implementation == "subsample":
-            return functools.partial(_subsampled, reduction=known)
-        return functools.partial(_batched_together, reduction=known)
+            return functools.partial(_subsampled, reduction_spec=known)
+        return functools.partial(_batched_together, reduction_spec=known)
 
-    choose = _backend.by_platform(reduction.implementation, taken_by)
+    choose = _backend.by_platform(reduction_spec.implementation, taken_by)
     return choose(x, mask, shift, count)
 
 
-def _subsampled(x, mask, shift, count, reduction: Reduction):
+def _subsampled(x, mask, shift, count, reduction_spec: ReductionSpec):
     """The Moments from sums about the mean of a subsample; see `_subsample_mean`."""
-    shift = _subsample_mean(x, mask, reduction)
-    return _from_sums(count, shift, *sums_about(x, mask, shift, reduction))
+    shift = _subsample_mean(x, mask, reduction_spec)
+    return _from_sums(count, shift, *sums_about(x, mask, shift, reduction_spec))
 
 
-def _batched_together(x, mask, shift, count, reduction: Reduction):
+def _batched_together(x, mask, shift, count, reduction_spec: ReductionSpec):
     """The guarded Moments; a batch of them has one condition for all.
 
     A condition for each would be a selection, with both of its sides computed.
@@ -116,29 +119,37 @@ def _batched_together(x, mask, shift, count, reduction: Reduction):
 
     @jax.custom_batching.custom_vmap
     def guarded(x, mask, shift, count):
-        (_, mean, m2), rest = _of_batch(x, mask, shift, count, reduction)
+        (_, mean, m2), rest = _of_batch(x, mask, shift, count, reduction_spec)
         return mean, m2, rest
 
     @guarded.def_vmap
     def _(size, batched, x, mask, shift, count):
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
-        (_, mean, m2), rest = _of_batch(x, mask, shift, count, reduction, size, axes)
+        (_, mean, m2), rest = _of_batch(
+            x, mask, shift, count, reduction_spec, size, axes
+        )
         return (mean, m2, rest), (True, True, True)
 
     mean, m2, rest = guarded(x, mask, shift, count)
     return Moments(count, mean, m2), rest
 
 
-def _is_local(x: jax.Array, reduction: Reduction) -> bool:
+def _is_local(x: jax.Array, reduction_spec: ReductionSpec) -> bool:
     """Whether no sum is one over several devices, as far as is known."""
     kinds = set(jax.typeof(x).sharding.mesh.axis_types)
     typed = kinds == {AxisType.Explicit}
-    split = any(_replicas.typed_parts(x, a) > 1 for a in reduction.axes)
-    return reduction.local or (typed and not split)
+    split = any(_replicas.typed_parts(x, a) > 1 for a in reduction_spec.axes)
+    return reduction_spec.local or (typed and not split)
 
 
 def _of_batch(
-    x, mask, shift, count, reduction: Reduction, size: int | None = None, axes=()
+    x,
+    mask,
+    shift,
+    count,
+    reduction_spec: ReductionSpec,
+    size: int | None = None,
+    axes=(),
 ) -> tuple[Moments, jax.Array]:
     """The guarded Moments; or those of `size` batches, along the `axes` of vmap."""
 
@@ -146,20 +157,20 @@ def _of_batch(
         return function if size is None else jax.vmap(function, axes, axis_size=size)
 
     # The condition is given x as it is stored, not a widened copy.
-    stored = x if jnp.iscomplexobj(x) else x.astype(reduction.storage)
+    stored = x if jnp.iscomplexobj(x) else x.astype(reduction_spec.storage)
     dtype = x.dtype
 
     def sums(centre):
         def one(stored, mask, centre):
-            return sums_about(stored.astype(dtype), mask, centre, reduction)
+            return sums_about(stored.astype(dtype), mask, centre, reduction_spec)
 
         along = None if centre is None else 0
         return each(one, *axes[:2], along)(stored, mask, centre)
 
     def first(x, mask, shift):
-        if reduction.implementation == "reread":
-            return jnp.zeros_like(shift), *sums_about(x, mask, None, reduction)
-        return shift, *sums_about(x, mask, shift, reduction)
+        if reduction_spec.implementation == "reread":
+            return jnp.zeros_like(shift), *sums_about(x, mask, None, reduction_spec)
+        return shift, *sums_about(x, mask, shift, reduction_spec)
 
     if size is not None and axes[3] is None:
         count = jnp.broadcast_to(count, (size, *count.shape))
@@ -167,9 +178,9 @@ def _of_batch(
         sums,
         count,
         each(first, *axes[:3])(x, mask, shift),
-        reduction.axis_name,
-        reduction.groups,
-        reduction.implementation,
+        reduction_spec.axis_name,
+        reduction_spec.groups,
+        reduction_spec.implementation,
         same_count=mask is None,
     )
 
@@ -179,7 +190,7 @@ def merged_rows(
     axis_name: _replicas.AxisName | None = None,
     groups: _replicas.Groups | None = None,
     *,
-    rests: jax.Array | None = None,
+    mean_errors: jax.Array | None = None,
     shift: jax.Array | None = None,
 ) -> Moments:
     """The merge of rows of Moments, and of those of every replica.
@@ -188,20 +199,20 @@ def merged_rows(
         rows: of sets of values; their axis leads.
         axis_name: of the replicas to merge over, or None.
         groups: a partition of that axis, or None.
-        rests: what each rounded mean lacks, if known.
+        mean_errors: what each rounded mean lacks, if known.
         shift: see the module; of the shape of the merged mean.
     """
 
     def sums(centre):
         d = rows.mean if centre is None else rows.mean - centre[None]
-        d = d if rests is None else d + rests
-        weighted = beside(rows.count, d) * d
+        d = d if mean_errors is None else d + mean_errors
+        weighted = broadcast_count(rows.count, d) * d
         return weighted.sum(0), (rows.m2 + abs_product(d, weighted)).sum(0)
 
     count = rows.count.sum(0)
     zero = jnp.zeros(rows.mean.shape[1:], rows.mean.dtype)
     if axis_name is None and not _replicas.split_by_jit(rows.mean):
-        centre = coarse(mean_of(sums(None)[0], count))
+        centre = drop_last_bit(mean_from_sum(sums(None)[0], count))
         return _from_sums(count, centre, *sums(centre))[0]
     shift = _finite(shift, axis_name, zero)
     return _guarded(sums, count, (shift, *sums(shift)), axis_name, groups, "xla")[0]
@@ -252,7 +263,7 @@ def _guarded(
 
     def about_the_mean():
         known = s1 if implementation == "reread" else own(*total(sums(None)[0]))[0]
-        mean = coarse(mean_of(known, divisor))
+        mean = drop_last_bit(mean_from_sum(known, divisor))
         return [mean, *own(*total(*sums(mean)))]
 
     def found(values):
@@ -273,16 +284,16 @@ def _from_sums(count, centre, s1, s2) -> tuple[Moments, jax.Array]:
 
     Those of nothing have mean 0, whatever the centre.
     """
-    centre = centre * beside(count > 0, centre)
-    delta = mean_of(s1, count)
-    mean, rest = displaced(centre, delta)
+    centre = centre * broadcast_count(count > 0, centre)
+    delta = mean_from_sum(s1, count)
+    mean, rest = two_sum(centre, delta)
     m2 = jnp.maximum(s2 - abs_product(s1, delta), 0)
     return Moments(count, mean, m2), rest
 
 
 def _exact(count, s1, s2, centre) -> jax.Array:
     """Whether the sums are exact enough for every feature, or cannot become finite."""
-    delta = mean_of(s1, count)
+    delta = mean_from_sum(s1, count)
     square = abs_product(s1, delta)
     mean = jnp.broadcast_to(centre, delta.shape) + delta
     near = jnp.abs(delta) <= _NEAR * jnp.abs(mean)
@@ -303,7 +314,7 @@ def _finite(shift, axis_name, zero: jax.Array) -> jax.Array:
 
 
 def _subsample_mean(
-    x: jax.Array, mask: jax.Array | None, reduction: Reduction
+    x: jax.Array, mask: jax.Array | None, reduction_spec: ReductionSpec
 ) -> jax.Array:
     """The mean of a fixed subsample: near enough to the mean, whatever the data.
 
@@ -315,8 +326,8 @@ def _subsample_mean(
     taken: so the bound holds among the valid, by weight.
     The slice is one of `x` as it is stored: a compiler may write what is sliced.
     """
-    axes, dtype = reduction.axes, x.dtype
-    x = x if jnp.iscomplexobj(x) else x.astype(reduction.storage)
+    axes, dtype = reduction_spec.axes, x.dtype
+    x = x if jnp.iscomplexobj(x) else x.astype(reduction_spec.storage)
     values = math.prod(x.shape[a] for a in axes)
     rest = _SUBSAMPLE
     if isinstance(values, int):
@@ -333,8 +344,10 @@ def _subsample_mean(
         else:
             continue
         rest = max(rest // max(size, 1), 1) if isinstance(size, int) else 1
-    total = weighed(valid(x.astype(dtype), mask), mask).sum(axes)
-    return coarse(mean_of(total, count_valid(x.astype(dtype), mask, axes)))
+    total = multiply_by_weights(zero_where_masked(x.astype(dtype), mask), mask).sum(
+        axes
+    )
+    return drop_last_bit(mean_from_sum(total, count_valid(x.astype(dtype), mask, axes)))
 
 
 def _one_in(

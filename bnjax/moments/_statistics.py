@@ -9,57 +9,59 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import _axes, _backend, _checks, _replicas
 from bnjax.moments._reduction import (
-    Reduction,
+    ReductionSpec,
     count_valid,
     deviation,
-    valid,
-    weighed,
-    weighs,
+    is_weighted,
+    multiply_by_weights,
+    zero_where_masked,
 )
 from bnjax.moments._shifted import batch_moments, merged_rows
-from bnjax.moments._value import Moments, abs_product, beside, mean_of
+from bnjax.moments._value import Moments, abs_product, broadcast_count, mean_from_sum
 
 # What a checkpoint policy keeps: see normalize.
 NAME = "bnjax_moments"
 
 
-def reduction(x, axis, axis_name=None, groups=None, implementation=None) -> Reduction:
+def reduction_spec(
+    x, axis, axis_name=None, groups=None, implementation=None
+) -> ReductionSpec:
     """The static description of a reduction of `x`; checks all but `implementation`."""
     feature_axes = _axes.canonical(axis, x.ndim)
     axis_name = _checks.axis_name(axis_name)
     size = 1 if axis_name is None else _replicas.axis_size(axis_name)
     groups = _checks.groups(groups, axis_name, size)
     axes = _axes.complement(feature_axes, x.ndim)
-    return Reduction(axes, x.dtype, axis_name, groups, implementation)
+    return ReductionSpec(axes, x.dtype, axis_name, groups, implementation)
 
 
 def statistics(
-    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: Reduction
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: ReductionSpec
 ) -> Moments:
     """The moments of a widened `x`, differentiable; arguments are checked already."""
-    return exact_statistics(x, mask, shift, how)[0]
+    return exact_statistics(x, mask, shift, spec)[0]
 
 
 def exact_statistics(
-    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: Reduction
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: ReductionSpec
 ) -> tuple[Moments, jax.Array]:
     """`statistics`, and what the rounded mean lacks: a merge to come needs it."""
-    if how.implementation == _backend.PLAIN:
-        batch = _two_pass(x, mask, how)
+    if spec.implementation == _backend.PLAIN:
+        batch = _two_pass(x, mask, spec)
         return batch, jnp.zeros_like(batch.mean)
-    return _exact_statistics(x, mask, shift, how)
+    return _exact_statistics(x, mask, shift, spec)
 
 
-def _two_pass(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
+def _two_pass(x: jax.Array, mask: jax.Array | None, spec: ReductionSpec) -> Moments:
     """By the definition, for JAX to differentiate: the mean, then what is about it."""
-    total = weighed(valid(x, mask), mask).sum(how.axes)
-    sums = count_valid(x, mask, how.axes), total
-    if how.axis_name is not None:
-        sums = _replicas.packed_sum(sums, how.axis_name, how.groups)
-    count, mean = sums[0], mean_of(sums[1], sums[0])
-    d, _ = deviation(x, mask, mean, how)
-    m2 = abs_product(d, weighed(d, mask)).sum(how.axes)
-    return Moments(count, mean, _replicas.all_sum(m2, how.axis_name, how.groups))
+    total = multiply_by_weights(zero_where_masked(x, mask), mask).sum(spec.axes)
+    sums = count_valid(x, mask, spec.axes), total
+    if spec.axis_name is not None:
+        sums = _replicas.packed_sum(sums, spec.axis_name, spec.groups)
+    count, mean = sums[0], mean_from_sum(sums[1], sums[0])
+    d, _ = deviation(x, mask, mean, spec)
+    m2 = abs_product(d, multiply_by_weights(d, mask)).sum(spec.axes)
+    return Moments(count, mean, _replicas.all_sum(m2, spec.axis_name, spec.groups))
 
 
 # The derivative. With c = x - mean, over the valid values of every replica:
@@ -72,9 +74,9 @@ def _two_pass(x: jax.Array, mask: jax.Array | None, how: Reduction) -> Moments:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _exact_statistics(
-    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: Reduction
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: ReductionSpec
 ) -> tuple[Moments, jax.Array]:
-    return _traced_once(x, mask, shift, how)
+    return _traced_once(x, mask, shift, spec)
 
 
 # Traced for the value and for the derivative, which would take a fifth of the time that
@@ -83,28 +85,28 @@ _traced_once = jax.jit(batch_moments, static_argnums=3, inline=True)
 
 
 @functools.partial(_exact_statistics.defjvp, symbolic_zeros=True)
-def _(how, primals, tangents):
+def _(spec, primals, tangents):
     (x, mask, _), (dx, dw, _) = primals, tangents
     # Named here, and not inside the call: a policy does not look into it.
-    result, rest = jax.tree.map(named, _exact_statistics(*primals, how))
-    sums = _tangent_sums(x, mask, result.mean, dx, dw, how)
-    several = how.axis_name is not None or _replicas.several(x)
-    change = _change(result, sums, how.axis_name, how.groups, several)
+    result, rest = jax.tree.map(name_for_remat, _exact_statistics(*primals, spec))
+    sums = _tangent_sums(x, mask, result.mean, dx, dw, spec)
+    several = spec.axis_name is not None or _replicas.several(x)
+    change = _change(result, sums, spec.axis_name, spec.groups, several)
     return (result, rest), (change, jnp.zeros_like(rest))
 
 
-def _tangent_sums(x, mask, mean, dx, dw, how: Reduction):
+def _tangent_sums(x, mask, mean, dx, dw, spec: ReductionSpec):
     """sum w dx + dw c, sum conj(c) (w dx + dw c / 2), sum dw or None: a replica's."""
-    c, where = deviation(x, mask, mean, how)
+    c, where = deviation(x, mask, mean, spec)
     dx = _axes.split_like(x, jnp.zeros_like(x)) if is_zero(dx) else dx
-    first = weighed(valid(dx, where), mask)
+    first = multiply_by_weights(zero_where_masked(dx, where), mask)
     second = jnp.conj(c) * first
     dn = None
-    if weighs(mask) and not is_zero(dw):
+    if is_weighted(mask) and not is_zero(dw):
         by_weight = c * dw.astype(c.dtype)
         first, second = first + by_weight, second + jnp.conj(c) * by_weight / 2
-        dn = count_valid(x, dw, how.axes)
-    return first.sum(how.axes), second.sum(how.axes), dn
+        dn = count_valid(x, dw, spec.axes)
+    return first.sum(spec.axes), second.sum(spec.axes), dn
 
 
 def _change(result: Moments, sums, axis_name, groups, several: bool) -> Moments:
@@ -114,11 +116,11 @@ def _change(result: Moments, sums, axis_name, groups, several: bool) -> Moments:
         *sums, dn = _replicas.packed_sum((*sums, dn), axis_name, groups)
     elif several:
         sums = _replicas.all_sum(jnp.stack(sums), axis_name, groups)
-    dmean, dm2 = mean_of(sums[0], result.count), 2 * sums[1].real
+    dmean, dm2 = mean_from_sum(sums[0], result.count), 2 * sums[1].real
     if dn is None:
         return Moments(jnp.zeros_like(result.count), dmean, dm2)
     # Nothing varies about the values given for those of an empty batch.
-    seen = beside(result.count, result.m2) > 0
+    seen = broadcast_count(result.count, result.m2) > 0
     dmean, dm2 = (_axes.where(seen, v, jnp.zeros((), v.dtype)) for v in (dmean, dm2))
     return Moments(dn, dmean, dm2)
 
@@ -138,35 +140,35 @@ def is_zero(tangent) -> bool:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def merged_statistics(
     rows: Moments,
-    rests: jax.Array,
+    mean_errors: jax.Array,
     shift: jax.Array | None,
     axis_name: _replicas.AxisName | None = None,
     groups: _replicas.Groups | None = None,
 ) -> Moments:
     """The merge of rows of moments, differentiable, and of those of every replica."""
-    return merged_rows(rows, axis_name, groups, rests=rests, shift=shift)
+    return merged_rows(rows, axis_name, groups, mean_errors=mean_errors, shift=shift)
 
 
 @functools.partial(merged_statistics.defjvp, symbolic_zeros=True)
 def _(axis_name, groups, primals, tangents):
-    (rows, rests, _), (change, _, _) = primals, tangents
+    (rows, mean_errors, _), (change, _, _) = primals, tangents
     result = merged_statistics(*primals, axis_name, groups)
     counted = not is_zero(change.count)
     dn, dmean, dm2 = (
         jnp.zeros_like(row) if is_zero(t) else t for row, t in zip(rows, change)
     )
-    c = rows.mean - result.mean[None] + rests
-    first = half = beside(rows.count, dmean) * dmean
+    c = rows.mean - result.mean[None] + mean_errors
+    first = half = broadcast_count(rows.count, dmean) * dmean
     if counted:  # a row without values has no c
-        c = _axes.where(beside(rows.count, dm2) > 0, c, jnp.zeros((), c.dtype))
-        first = first + beside(dn, c) * c
-        half = half + beside(dn, c) * c / 2
+        c = _axes.where(broadcast_count(rows.count, dm2) > 0, c, jnp.zeros((), c.dtype))
+        first = first + broadcast_count(dn, c) * c
+        half = half + broadcast_count(dn, c) * c / 2
     sums = [first.sum(0), (dm2 + 2 * (jnp.conj(c) * half).real).sum(0)]
     sums += [dn.sum(0)] if counted else []
     if axis_name is not None:
         sums = _replicas.packed_sum(sums, axis_name, groups)
     dn = sums[2] if counted else jnp.zeros_like(result.count)
-    return result, Moments(dn, mean_of(sums[0], result.count), sums[1])
+    return result, Moments(dn, mean_from_sum(sums[0], result.count), sums[1])
 
 
 # The derivative of the Moments of a group of replicas and of those of a larger pool: as
@@ -181,7 +183,7 @@ def nested_statistics(
     x: jax.Array,
     mask: jax.Array | None,
     shift: jax.Array | None,
-    how: Reduction,
+    spec: ReductionSpec,
     pools: _replicas.Groups | None,
 ) -> tuple[Moments, Moments]:
     """The moments over a group of replicas, and over the pool of groups that it is in.
@@ -193,43 +195,43 @@ def nested_statistics(
         x: widened.
         mask: of the rank of `x`, or None.
         shift: see `_shifted`.
-        how: with the name of an axis, and groups of its replicas, or None for one.
+        spec: with the name of an axis, and groups of its replicas, or None for one.
         pools: a partition of the axis that does not part a group; None for one of all.
     """
-    name = how.axis_name
+    name = spec.axis_name
     assert name is not None
     local, rest = batch_moments(
-        x, mask, shift, how._replace(axis_name=None, groups=None)
+        x, mask, shift, spec._replace(axis_name=None, groups=None)
     )
     each = _replicas.packed_rows((*local, rest), name)
 
     def merged(groups):
         own = (_replicas.of_own_group(value, name, groups) for value in each)
-        *rows, rests = own
-        return merged_rows(Moments(*rows), rests=rests)
+        *rows, mean_errors = own
+        return merged_rows(Moments(*rows), mean_errors=mean_errors)
 
-    return merged(how.groups), merged(pools)
+    return merged(spec.groups), merged(pools)
 
 
 @functools.partial(nested_statistics.defjvp, symbolic_zeros=True)
-def _(how, pools, primals, tangents):
+def _(spec, pools, primals, tangents):
     (x, mask, _), (dx, dw, _) = primals, tangents
-    group, pool = jax.tree.map(named, nested_statistics(*primals, how, pools))
-    first, second, dn = _tangent_sums(x, mask, group.mean, dx, dw, how)
+    group, pool = jax.tree.map(name_for_remat, nested_statistics(*primals, spec, pools))
+    first, second, dn = _tangent_sums(x, mask, group.mean, dx, dw, spec)
     apart = group.mean - pool.mean
     about_pool = [first, second + jnp.conj(apart) * first, dn]
     if dn is not None:
-        weight = beside(dn, apart)
+        weight = broadcast_count(dn, apart)
         about_pool[0] = first + apart * weight
         about_pool[1] = about_pool[1] + jnp.conj(apart) * apart * weight / 2
     return (group, pool), (
-        _change(group, (first, second, dn), how.axis_name, how.groups, True),
-        _change(pool, about_pool, how.axis_name, pools, True),
+        _change(group, (first, second, dn), spec.axis_name, spec.groups, True),
+        _change(pool, about_pool, spec.axis_name, pools, True),
     )
 
 
-def named(value: jax.Array) -> jax.Array:
+def name_for_remat(value: jax.Array) -> jax.Array:
     """`value`, under the name that the checkpoint policy keeps."""
     if jnp.iscomplexobj(value):  # jax.checkpoint keeps no complex value
-        return lax.complex(named(value.real), named(value.imag))
+        return lax.complex(name_for_remat(value.real), name_for_remat(value.imag))
     return checkpoint_name(value, NAME)

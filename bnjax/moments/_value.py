@@ -47,7 +47,7 @@ class Moments(NamedTuple):
         >>> print(Moments(3.0, 4.0, 26.0).variance(ddof=1))
         13.0
         """
-        return spread(self.m2, self.count, ddof)
+        return variance_from_m2(self.m2, self.count, ddof)
 
     @classmethod
     def empty(cls, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> "Moments":
@@ -107,7 +107,7 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
     union = Union.of(a.count, b.count)
     d = _inexact(b.mean) - _inexact(a.mean)
     # The weight first: |d|^2 may overflow where one side is empty.
-    between = abs_product(d, d * beside(union.share_a * union.share_b, d))
+    between = abs_product(d, d * broadcast_count(union.share_a * union.share_b, d))
     mean = union.blend(_inexact(a.mean), _inexact(b.mean))
     return Moments(union.count, mean, union.total(a.m2, b.m2, between))
 
@@ -147,18 +147,18 @@ class Union(NamedTuple):
 
         Its terms are summed first: each by itself may be too small to be added.
         """
-        from_a = a + ((b - a) * beside(self.share_b, a) + more)
-        from_b = b + ((a - b) * beside(self.share_a, a) + more)
+        from_a = a + ((b - a) * broadcast_count(self.share_b, a) + more)
+        from_b = b + ((a - b) * broadcast_count(self.share_a, a) + more)
         return _axes.where(_padded(self.n_a >= self.n_b, a.ndim), from_a, from_b)
 
     def total(self, a: ArrayLike, b: ArrayLike, between: jax.Array) -> jax.Array:
         """The sum over the union, of those over the sets and the mean between them."""
         a, b = _inexact(a), _inexact(b)
-        mean_a = a / beside(_divisor(self.n_a), a)
-        mean_b = b / beside(_divisor(self.n_b), b)
+        mean_a = a / broadcast_count(_divisor(self.n_a), a)
+        mean_b = b / broadcast_count(_divisor(self.n_b), b)
         mean = self.blend(mean_a, mean_b, between)
         both = _padded((self.n_a > 0) & (self.n_b > 0), a.ndim)
-        return _axes.where(both, mean * beside(self.count, mean), a + b)
+        return _axes.where(both, mean * broadcast_count(self.count, mean), a + b)
 
 
 def as_count(value: ArrayLike) -> jax.Array:
@@ -186,7 +186,7 @@ def _inexact(value: ArrayLike) -> jax.Array:
     return value.astype(float) if integers else value
 
 
-def beside(count: jax.Array, value: jax.Array) -> jax.Array:
+def broadcast_count(count: jax.Array, value: jax.Array) -> jax.Array:
     """`count` in the rank and dtype of `value`.
 
     The axes of a count are the leading ones: those that `vmap` adds, then all of the
@@ -199,18 +199,18 @@ def _padded(count: jax.Array, rank: int) -> jax.Array:
     return count.reshape(count.shape + (1,) * (rank - count.ndim))
 
 
-def mean_of(total: jax.Array, count: jax.Array) -> jax.Array:
+def mean_from_sum(total: jax.Array, count: jax.Array) -> jax.Array:
     """total / count, where the sum of nothing stays 0."""
-    return total / beside(_divisor(count), total)
+    return total / broadcast_count(_divisor(count), total)
 
 
-def spread(m2: ArrayLike, count: ArrayLike, ddof: int) -> jax.Array:
+def variance_from_m2(m2: ArrayLike, count: ArrayLike, ddof: int) -> jax.Array:
     """m2 / (count - ddof), and 0 where count <= ddof."""
     m2, count = jnp.asarray(m2), as_count(count) - ddof
     if ddof:  # else m2 is 0 there already
-        m2 = _axes.where(beside(count, m2) > 0, m2, jnp.zeros((), m2.dtype))
+        m2 = _axes.where(broadcast_count(count, m2) > 0, m2, jnp.zeros((), m2.dtype))
         count = jnp.maximum(count, 0)
-    return mean_of(m2, count)
+    return mean_from_sum(m2, count)
 
 
 def abs_product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -218,20 +218,20 @@ def abs_product(a: jax.Array, b: jax.Array) -> jax.Array:
     return (jnp.conj(a) * b).real if jnp.iscomplexobj(a) else a * b
 
 
-def displaced(base: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """base + step, and what its rounding lost; `base` is coarse."""
-    rounded = coarse(step)
+def two_sum(base: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """base + step, and what its rounding lost; the last bit of `base` was dropped."""
+    rounded = drop_last_bit(step)
     total = base + rounded
     return total, (rounded - (total - base)) + (step - rounded)
 
 
-def coarse(value: jax.Array) -> jax.Array:
+def drop_last_bit(value: jax.Array) -> jax.Array:
     """`value`, with a bit less: the same number wherever it is used.
 
     Otherwise XLA fuses the product or quotient that it is into each sum that it is
     used in, and rounds both as one: what is subtracted is not what is added back.
     """
     if jnp.iscomplexobj(value):
-        return lax.complex(coarse(value.real), coarse(value.imag))
+        return lax.complex(drop_last_bit(value.real), drop_last_bit(value.imag))
     info = jnp.finfo(value.dtype)
     return lax.reduce_precision(value, info.nexp, info.nmant - 1)

@@ -140,5 +140,5 @@ class BatchNorm(Normalization, nnx.BatchNorm):
             frozen=frozen,
         )
 
-    def _family(self) -> _layer.Family:
-        return _layer.Family()
+    def _layer_ops(self) -> _layer.LayerOps:
+        return _layer.LayerOps()

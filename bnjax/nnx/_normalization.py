@@ -67,7 +67,7 @@ class Settings(TypedDict, total=False):
 
 
 class Normalization(nnx.Module):
-    """The layers' common part; what tells a layer from the others is its family.
+    """The layers' common part; what differs between them is in `LayerOps`.
 
     Those with the variables of Flax's BatchNorm, which infer as it does, are subclasses
     of both, for public code asks for that class. This comes first: its methods are
@@ -76,7 +76,7 @@ class Normalization(nnx.Module):
 
     mean: nnx.BatchStat[jax.Array]
 
-    def _family(self) -> _layer.Family:
+    def _layer_ops(self) -> _layer.LayerOps:
         raise NotImplementedError
 
     def _declare(
@@ -107,10 +107,10 @@ class Normalization(nnx.Module):
         activation: Callable[[jax.Array], jax.Array] | None = None,
         frozen: bool = False,
     ) -> None:
-        """Sets the variables and the arguments; what `_family` reads is set before."""
-        family = self._family()
-        shape = (*family.leading, num_features)
-        start = family.begin(shape, _statistics_dtype(dtype, param_dtype))
+        """Sets variables and arguments; what `_layer_ops` reads is set before."""
+        ops = self._layer_ops()
+        shape = (*ops.leading, num_features)
+        start = ops.begin(shape, _statistics_dtype(dtype, param_dtype))
         for name, value in start.items():
             setattr(self, name, nnx.BatchStat(value))
         self.statistics = tuple(start)  # their names
@@ -174,7 +174,7 @@ class Normalization(nnx.Module):
         """
         return self._normalize(
             x,
-            self._family(),
+            self._layer_ops(),
             use_running_average=use_running_average,
             mask=mask,
             weights=weights,
@@ -185,7 +185,7 @@ class Normalization(nnx.Module):
     def _normalize(
         self,
         x: ArrayLike,
-        family: _layer.Family,
+        ops: _layer.LayerOps,
         *,
         use_running_average: bool | None,
         mask: ArrayLike | None,
@@ -211,7 +211,7 @@ class Normalization(nnx.Module):
                     dtype=x.dtype, mean=stored.mean.dtype, layer=type(self).__name__
                 )
             )
-        over = {
+        reduction = {
             "mask": mask,
             "weights": weights,
             "axis_name": self.axis_name,
@@ -221,8 +221,8 @@ class Normalization(nnx.Module):
             x,
             stored,
             {**self._affine(given, stored), "residual": residual},
-            over,
-            family,
+            reduction,
+            ops,
             use_running=use_running,
             measure=bool(update or record),
         )
@@ -232,7 +232,7 @@ class Normalization(nnx.Module):
         if update:
             self._update(stored, batch, x)
         if record:
-            self.moments.set_value(family.merge(self.moments.get_value(), batch))
+            self.moments.set_value(ops.merge(self.moments.get_value(), batch))
         return y
 
     @property
@@ -245,10 +245,10 @@ class Normalization(nnx.Module):
         if self.record_moments:
             del self.moments
         if on:
-            family = self._family()
-            own = (*family.leading, self.num_features)
+            ops = self._layer_ops()
+            own = (*ops.leading, self.num_features)
             stacked = self.mean.shape[: self.mean.ndim - len(own)]
-            empty = family.empty(own, _dtypes.statistics(self.mean.dtype))
+            empty = ops.empty(own, _dtypes.statistics(self.mean.dtype))
             self.moments = BatchMoments(
                 jax.tree.map(lambda v: jnp.broadcast_to(v, (*stacked, *v.shape)), empty)
             )

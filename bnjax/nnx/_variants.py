@@ -52,7 +52,7 @@ class GhostBatchNorm(Normalization, nnx.BatchNorm):
         self.remainder: Remainder = remainder
         self._declare(num_features, rngs, **settings)
 
-    def _family(self) -> _layer.Family:
+    def _layer_ops(self) -> _layer.LayerOps:
         return _layer.ghost(self.virtual_batch_size, self.remainder)
 
 
@@ -105,7 +105,7 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
             self.steps = nnx.BatchStat(_layer.no_steps())
         self._declare(num_features, rngs, **settings)
 
-    def _family(self, step: ArrayLike | None = None) -> _layer.Family:
+    def _layer_ops(self, step: ArrayLike | None = None) -> _layer.LayerOps:
         steps = None if self.warmup_steps is None else self.steps[...]
         return _layer.renorm(self.r_max, self.d_max, step, steps, self.warmup_steps)
 
@@ -146,7 +146,7 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
         """
         return self._normalize(
             x,
-            self._family(step),
+            self._layer_ops(step),
             use_running_average=use_running_average,
             mask=mask,
             weights=weights,
@@ -192,7 +192,7 @@ class SplitBatchNorm(Normalization):
         self.shared_affine = shared_affine
         self._declare(num_features, rngs, shared_affine=shared_affine, **settings)
 
-    def _family(self, domain: ArrayLike | None = None) -> _layer.Family:
+    def _layer_ops(self, domain: ArrayLike | None = None) -> _layer.LayerOps:
         return _layer.split(self.num_splits, domain)
 
     def __call__(
@@ -230,7 +230,7 @@ class SplitBatchNorm(Normalization):
         """
         return self._normalize(
             x,
-            self._family(domain),
+            self._layer_ops(domain),
             use_running_average=use_running_average,
             mask=mask,
             weights=weights,
@@ -285,5 +285,5 @@ class DecorrelatedBatchNorm(Normalization):
         self.iterations = iterations
         self._declare(num_features, rngs, **settings)
 
-    def _family(self) -> _layer.Family:
+    def _layer_ops(self) -> _layer.LayerOps:
         return _layer.decorrelated(self.group_size, self.method, self.iterations)

@@ -25,45 +25,50 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _backend, _checks
 from bnjax.moments import Moments
-from bnjax.normalize._affine import Affine, describe, per_feature
-from bnjax.normalize._groups import Rows, batch_axis, by_group, check_devices
+from bnjax.normalize._affine import AffineSpec, affine_spec, feature_vectors
+from bnjax.normalize._groups import (
+    GroupMoments,
+    batch_axis,
+    check_devices,
+    normalize_groups,
+)
 from bnjax.normalize._remat import keep_moments, remat_policy
 from bnjax.normalize._transform import (
     Activation,
     Inputs,
     Options,
-    Plan,
-    by_batch,
-    by_given,
-    finish,
+    TransformSpec,
+    add_residual_and_activate,
+    normalize_with_batch_stats,
+    normalize_with_stats,
+    stats_or_fallback,
     train,
-    usable,
-    without_garbage,
-    without_overflow,
+    zero_masked_garbage,
+    zero_masked_overflow,
 )
 
 __all__ = [
     "Activation",
-    "Affine",
+    "AffineSpec",
+    "GroupMoments",
     "Inputs",
     "Options",
-    "Plan",
-    "Rows",
+    "TransformSpec",
+    "add_residual_and_activate",
+    "affine_spec",
     "batch_axis",
     "batch_norm",
-    "by_given",
-    "by_group",
     "check_devices",
-    "describe",
-    "finish",
+    "feature_vectors",
     "keep_moments",
     "normalize",
-    "per_feature",
+    "normalize_groups",
+    "normalize_with_stats",
     "remat_policy",
+    "stats_or_fallback",
     "train",
-    "usable",
-    "without_garbage",
-    "without_overflow",
+    "zero_masked_garbage",
+    "zero_masked_overflow",
 ]
 
 
@@ -119,7 +124,7 @@ def normalize(
     x = _checks.inexact("x", x)
     arrays = x, mean, var, scale, bias, residual
     implementation = _backend.chosen(implementation, *arrays) or "xla"  # one read of x
-    how = describe(
+    spec = affine_spec(
         x,
         (scale, bias),
         axis=axis,
@@ -127,13 +132,13 @@ def normalize(
         activation=activation,
         implementation=implementation,
     )
-    vectors = per_feature(x, axis, how, mean=mean, var=var, scale=scale, bias=bias)
+    vectors = feature_vectors(x, axis, spec, mean=mean, var=var, scale=scale, bias=bias)
     _checks.epsilon(epsilon, vectors[0].shape)
-    residual = _checks.residual(residual, x.shape, how.compute)
+    residual = _checks.residual(residual, x.shape, spec.compute)
 
     def transform(x, vectors, epsilon, residual):
-        y = by_given(x, vectors, epsilon, how)
-        return finish(y, residual, activation, how)
+        y = normalize_with_stats(x, vectors, epsilon, spec)
+        return add_residual_and_activate(y, residual, activation, spec)
 
     if implementation != _backend.PLAIN:
         transform = keep_moments(transform)
@@ -236,4 +241,4 @@ def batch_norm(
         "shift": shift,
         "fallback": fallback,
     }
-    return train(by_batch, x, scale, bias, options)
+    return train(normalize_with_batch_stats, x, scale, bias, options)

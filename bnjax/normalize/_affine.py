@@ -11,7 +11,7 @@ from bnjax import _axes, _backend, _checks, _dtypes, _replicas
 from bnjax.moments import is_zero
 
 
-class Affine(NamedTuple):
+class AffineSpec(NamedTuple):
     """What is done to each value; static.
 
     Attributes:
@@ -31,7 +31,9 @@ class Affine(NamedTuple):
     implementation: str | None
 
 
-def describe(x, parameters, *, axis, dtype, activation, implementation) -> Affine:
+def affine_spec(
+    x, parameters, *, axis, dtype, activation, implementation
+) -> AffineSpec:
     """The checked static description of the normalization of `x`."""
     _checks.activation(activation)
     _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
@@ -43,21 +45,21 @@ def describe(x, parameters, *, axis, dtype, activation, implementation) -> Affin
     compute = _dtypes.statistics(x.dtype, output)
     cotangent = output if activation is None else compute
     axes = _axes.canonical(axis, x.ndim)
-    return Affine(axes, x.dtype, compute, output, cotangent, implementation)
+    return AffineSpec(axes, x.dtype, compute, output, cotangent, implementation)
 
 
-def per_feature(
-    x, axis, how: Affine, leading: tuple[int, ...] = (), **given
+def feature_vectors(
+    x, axis, spec: AffineSpec, leading: tuple[int, ...] = (), **given
 ) -> tuple[jax.Array, ...]:
     """The values given by name, checked, in their order; the default for None.
 
     Each is of shape (*leading, feature).
     """
-    shape = leading + _axes.sizes(x.shape, how.feature_axes)
+    shape = leading + _axes.sizes(x.shape, spec.feature_axes)
     default = {"mean": 0, "var": 1, "scale": 1, "bias": 0, "shift": 0}
     vectors = []
     for name, value in given.items():
-        start, dtype = default[name], how.compute
+        start, dtype = default[name], spec.compute
         if name == "var":
             dtype = _dtypes.real(dtype)
         if value is None:
@@ -73,15 +75,15 @@ def per_feature(
 # that the replicas vary over; stacked and cast once, they transpose to one collective.
 
 
-def affine(x, mean, var, scale, bias, how: Affine):
+def affine(x, mean, var, scale, bias, spec: AffineSpec):
     """(x - mean) / sqrt(var) * scale + bias; epsilon is in `var` already."""
-    plain = how.implementation == _backend.PLAIN
-    return (_value if plain else _affine)(x, mean, var, scale, bias, how)
+    plain = spec.implementation == _backend.PLAIN
+    return (_value if plain else _affine)(x, mean, var, scale, bias, spec)
 
 
-def _value(x, mean, var, scale, bias, how: Affine):
-    a = lax.rsqrt(var).astype(how.compute) * scale
-    x, mean, a, bias = _fresh(how, x, mean, a, bias)
+def _value(x, mean, var, scale, bias, spec: AffineSpec):
+    a = lax.rsqrt(var).astype(spec.compute) * scale
+    x, mean, a, bias = _fresh(spec, x, mean, a, bias)
     return (x - mean) * a + bias
 
 
@@ -89,26 +91,26 @@ _affine = jax.custom_jvp(_value, nondiff_argnums=(5,))
 
 
 @functools.partial(_affine.defjvp, symbolic_zeros=True)
-def _(how, primals, tangents):
+def _(spec, primals, tangents):
     x, mean, var, scale, _ = primals
-    y = _affine(*primals, how)
-    rstd = lax.rsqrt(var).astype(how.compute)
+    y = _affine(*primals, spec)
+    rstd = lax.rsqrt(var).astype(spec.compute)
     a = rstd * scale
     dx, dmean, dvar, dscale, dbias = (None if is_zero(t) else t for t in tangents)
     slope = _sum(dscale, None if dvar is None else a * rstd * dvar.astype(a.dtype) / -2)
     offset = _sum(dbias, None if dmean is None else -a * dmean)
     slope, offset = _cast_like(x, slope, offset)
 
-    x, mean, rstd, a = _fresh(how, x, mean, rstd, a)
+    x, mean, rstd, a = _fresh(spec, x, mean, rstd, a)
     again = functools.partial(
-        _backend.reread_cotangent, how.cotangent, how.implementation
+        _backend.reread_cotangent, spec.cotangent, spec.implementation
     )
     dy = None
     if offset is not None:  # as large as x, and split over the devices as x is
         zeros = _axes.split_like(x, jnp.zeros_like(x))
-        dy = again(_axes.expand(offset, how.feature_axes, x.ndim) + zeros)
+        dy = again(_axes.expand(offset, spec.feature_axes, x.ndim) + zeros)
     if slope is not None:
-        slope = _axes.expand(slope, how.feature_axes, x.ndim)
+        slope = _axes.expand(slope, spec.feature_axes, x.ndim)
         dy = again(_sum((x - mean) * rstd * slope, dy))
     return y, _sum(None if dx is None else dx * a, dy)
 
@@ -129,8 +131,8 @@ def _cast_like(x, *vectors) -> list:
     return [None if v is None else next(cast) for v in vectors]
 
 
-def _fresh(how: Affine, x, *vectors):
+def _fresh(spec: AffineSpec, x, *vectors):
     """`x`, to be read again, and the per-feature vectors in its rank."""
     values = _replicas.cast_together(x, *vectors)
-    x, *vectors = _backend.reread(how.storage, how.implementation, *values)
-    return x, *(_axes.expand(v, how.feature_axes, x.ndim) for v in vectors)
+    x, *vectors = _backend.reread(spec.storage, spec.implementation, *values)
+    return x, *(_axes.expand(v, spec.feature_axes, x.ndim) for v in vectors)

@@ -10,8 +10,15 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _checks, _replicas
-from bnjax.moments import Moments, exact_statistics, weighs
-from bnjax.normalize._transform import Inputs, Options, Plan, by_given, train, usable
+from bnjax.moments import Moments, exact_statistics, is_weighted
+from bnjax.normalize._transform import (
+    Inputs,
+    Options,
+    TransformSpec,
+    normalize_with_stats,
+    stats_or_fallback,
+    train,
+)
 
 _NO_BATCH = (
     "axis={axis!r} names every axis of the input of shape {shape} as a feature axis: "
@@ -26,19 +33,19 @@ _ASTRAY = (
 )
 
 
-class Rows(NamedTuple):
+class GroupMoments(NamedTuple):
     """The Moments of each group, its axis leading, and what the rounded means lack."""
 
     moments: Moments
-    rests: jax.Array
+    mean_errors: jax.Array
 
 
-def by_group(
+def normalize_groups(
     x: jax.Array,
     options: Options,
     vectors: Mapping[str, ArrayLike | None],
     groups: int,
-) -> tuple[jax.Array, Rows]:
+) -> tuple[jax.Array, GroupMoments]:
     """Batch normalization of each of `groups` equal, adjacent parts of the batch.
 
         (batch, *spatial, feature) = (groups x size, *spatial, feature)
@@ -111,14 +118,14 @@ def batch_axis(x: jax.Array, options: Options) -> int:
     return reduced[0]
 
 
-def _each_group(given: Inputs, plan: Plan) -> tuple[jax.Array, Rows]:
-    over = plan.over._replace(local=True)
-    batch, rests = exact_statistics(given.x, given.mask, given.shift, over)
-    if not weighs(given.mask):  # a constant, and the merge is to know it
+def _each_group(given: Inputs, spec: TransformSpec) -> tuple[jax.Array, GroupMoments]:
+    reduction = spec.reduction._replace(local=True)
+    batch, mean_errors = exact_statistics(given.x, given.mask, given.shift, reduction)
+    if not is_weighted(given.mask):  # a constant, and the merge is to know it
         batch = batch._replace(count=lax.stop_gradient(batch.count))
-    vectors = *usable(batch, given, plan), given.scale, given.bias
-    y = by_given(given.finite_x(), vectors, given.epsilon, plan.affine)
-    return y, Rows(batch, rests)
+    vectors = *stats_or_fallback(batch, given, spec), given.scale, given.bias
+    y = normalize_with_stats(given.finite_x(), vectors, given.epsilon, spec.affine)
+    return y, GroupMoments(batch, mean_errors)
 
 
 def _with(axes: tuple[int, ...], batch: int) -> tuple[int, ...]:

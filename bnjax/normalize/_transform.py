@@ -2,11 +2,12 @@
 
 A transform is a pure function of the checked arrays,
 
-    (Inputs, Plan, *extra) -> (normalized x, Moments)
+    (Inputs, TransformSpec, *extra) -> (normalized x, Moments)
 
-that takes its statistics from `moments.statistics` and its output from `by_given`.
-Their derivatives compose, so it needs none of its own. `train` does all that is around
-it: the checks, what is stored for the backward pass, the residual, the activation.
+that takes its statistics from `moments.statistics` and its output from
+`normalize_with_stats`. Their derivatives compose, so it needs none of its own. `train`
+does all that is around it: the checks, what is stored for the backward pass, the
+residual, the activation.
 """
 
 import functools
@@ -21,14 +22,14 @@ from jax.typing import ArrayLike, DTypeLike
 from bnjax import _axes, _backend, _checks, _dtypes, _replicas
 from bnjax.moments import (
     Moments,
-    Reduction,
-    harmless,
-    joined,
-    reduction,
+    ReductionSpec,
+    mask_with_weights,
+    reduction_spec,
     statistics,
-    valid,
+    valid_or_finite,
+    zero_where_masked,
 )
-from bnjax.normalize._affine import Affine, affine, describe, per_feature
+from bnjax.normalize._affine import AffineSpec, affine, affine_spec, feature_vectors
 from bnjax.normalize._remat import keep_moments
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -68,32 +69,32 @@ class Inputs(NamedTuple):
 
     def finite_x(self) -> jax.Array:
         """`x`, with 0 for garbage that does not count."""
-        return without_garbage(self.x, self.mask)
+        return zero_masked_garbage(self.x, self.mask)
 
 
-class Plan(NamedTuple):
+class TransformSpec(NamedTuple):
     """What is done to them; static."""
 
-    over: Reduction
-    affine: Affine
+    reduction: ReductionSpec
+    affine: AffineSpec
 
 
 Transform = Callable[..., tuple[jax.Array, Any]]
 
 
-def without_garbage(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def zero_masked_garbage(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """`x`, with 0 for NaN, infinity and huge padding that do not count."""
-    return x if mask is None else valid(x, harmless(x, mask))
+    return x if mask is None else zero_where_masked(x, valid_or_finite(x, mask))
 
 
-def without_overflow(y: jax.Array, mask: jax.Array | None) -> jax.Array:
+def zero_masked_overflow(y: jax.Array, mask: jax.Array | None) -> jax.Array:
     """`y`, with 0 where what does not count overflows, once normalized.
 
-    It may in float16 alone, of the values that `without_garbage` leaves.
+    It may in float16 alone, of the values that `zero_masked_garbage` leaves.
     """
     if mask is None or y.dtype != jnp.float16:
         return y
-    return valid(y, mask.astype(bool) | jnp.isfinite(y))
+    return zero_where_masked(y, mask.astype(bool) | jnp.isfinite(y))
 
 
 def train(
@@ -122,7 +123,7 @@ def train(
     x = _checks.inexact("x", x)
     arrays = x, scale, bias, options.get("residual")
     implementation = _backend.chosen(options.get("implementation"), *arrays)
-    how = describe(
+    spec = affine_spec(
         x,
         (scale, bias),
         axis=axis,
@@ -130,7 +131,7 @@ def train(
         activation=activation,
         implementation=implementation,
     )
-    over = reduction(
+    reduction = reduction_spec(
         x,
         axis,
         options.get("axis_name"),
@@ -140,32 +141,34 @@ def train(
     mean, var = options.get("fallback") or (None, None)
     shift = mean if options.get("shift") is None else options.get("shift")
     given = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
-    vectors = per_feature(x, axis, how, leading, **given)
+    vectors = feature_vectors(x, axis, spec, leading, **given)
     epsilon = options.get("epsilon", 1e-5)
     _checks.epsilon(epsilon, vectors[0].shape)
     mask = _checks.mask(options.get("mask"), x.shape)
     weights = _checks.weights(options.get("weights"), x.shape)
-    residual = _checks.residual(options.get("residual"), x.shape, how.compute)
+    residual = _checks.residual(options.get("residual"), x.shape, spec.compute)
     if mask is None and warns:
-        _checks.warn_single_value(_smallest_count(x.shape, over), x.shape, axis)
+        _checks.warn_single_value(_smallest_count(x.shape, reduction), x.shape, axis)
 
     def run(inputs, residual, *extra):
-        y, batch = _compiled(transform, inputs, Plan(over, how), *extra)
-        y = finish(y, residual, activation, how)
-        return without_overflow(y, inputs.mask), batch
+        y, batch = _compiled(transform, inputs, TransformSpec(reduction, spec), *extra)
+        y = add_residual_and_activate(y, residual, activation, spec)
+        return zero_masked_overflow(y, inputs.mask), batch
 
     mean, var, scale, bias, shift = vectors
-    mask = joined(x, mask, weights)
+    mask = mask_with_weights(x, mask, weights)
     inputs = Inputs(x, mean, var, scale, bias, shift, epsilon, mask)
     run = run if implementation == _backend.PLAIN else keep_moments(run)
     y, batch = run(inputs, residual, *extra)
     return y, jax.tree.map(jnp.asarray, batch)  # a constant count is no array yet
 
 
-def usable(batch: Moments, given: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
+def stats_or_fallback(
+    batch: Moments, given: Inputs, spec: TransformSpec
+) -> tuple[jax.Array, jax.Array]:
     """The mean and variance to normalize by; those given where there is no value."""
-    mean, var = batch.mean.astype(plan.affine.compute), batch.variance()
-    if given.mask is not None or 0 in (given.x.shape[a] for a in plan.over.axes):
+    mean, var = batch.mean.astype(spec.affine.compute), batch.variance()
+    if given.mask is not None or 0 in (given.x.shape[a] for a in spec.reduction.axes):
         mean = _axes.where(batch.count > 0, mean, given.mean)
         var = _axes.where(batch.count > 0, var, given.var)
     return mean, var
@@ -176,44 +179,50 @@ def usable(batch: Moments, given: Inputs, plan: Plan) -> tuple[jax.Array, jax.Ar
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _compiled(transform: Transform, given: Inputs, plan: Plan, *extra):
+def _compiled(transform: Transform, given: Inputs, spec: TransformSpec, *extra):
     x = given.x.astype(_dtypes.statistics(given.x.dtype))
-    x = _backend.round_cotangent(x, given.x.dtype, plan.affine.implementation)
-    return transform(given._replace(x=x), plan, *extra)
+    x = _backend.round_cotangent(x, given.x.dtype, spec.affine.implementation)
+    return transform(given._replace(x=x), spec, *extra)
 
 
-def by_batch(given: Inputs, plan: Plan) -> tuple[jax.Array, Moments]:
+def normalize_with_batch_stats(
+    given: Inputs, spec: TransformSpec
+) -> tuple[jax.Array, Moments]:
     """Batch normalization itself: Algorithm 1."""
-    batch = statistics(given.x, given.mask, given.shift, plan.over)
-    vectors = *usable(batch, given, plan), given.scale, given.bias
-    return by_given(given.finite_x(), vectors, given.epsilon, plan.affine), batch
+    batch = statistics(given.x, given.mask, given.shift, spec.reduction)
+    vectors = *stats_or_fallback(batch, given, spec), given.scale, given.bias
+    return normalize_with_stats(
+        given.finite_x(), vectors, given.epsilon, spec.affine
+    ), batch
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def by_given(x, vectors, epsilon, how: Affine):
+def normalize_with_stats(x, vectors, epsilon, spec: AffineSpec):
     """(x - mean) / sqrt(var + epsilon) * scale + bias, by (mean, var, scale, bias)."""
     mean, var, scale, bias = vectors
     var = var + jnp.asarray(epsilon, var.dtype)
-    return affine(x.astype(how.compute), mean, var, scale, bias, how)
+    return affine(x.astype(spec.compute), mean, var, scale, bias, spec)
 
 
-def finish(y, residual, activation: Activation | None, how: Affine):
+def add_residual_and_activate(
+    y, residual, activation: Activation | None, spec: AffineSpec
+):
     """activation(y + residual), in the dtype of the output."""
     shape = y.shape
     if residual is not None:
         y = y + residual.astype(y.dtype)
-        y = _backend.round_cotangent(y, residual.dtype, how.implementation)
+        y = _backend.round_cotangent(y, residual.dtype, spec.implementation)
     if activation is not None:
         y = activation(y)
-        _checks.elementwise(activation, shape, y, how.output)
-    return _backend.rounded(y.astype(how.output), how.implementation)
+        _checks.elementwise(activation, shape, y, spec.output)
+    return _backend.rounded(y.astype(spec.output), spec.implementation)
 
 
-def _smallest_count(shape: Sequence[int], over: Reduction):
+def _smallest_count(shape: Sequence[int], reduction: ReductionSpec):
     """The number of values per feature in the smallest group of replicas."""
-    values = math.prod(shape[a] for a in over.axes)
-    if over.axis_name is None:
+    values = math.prod(shape[a] for a in reduction.axes)
+    if reduction.axis_name is None:
         return values
-    if over.groups is not None:
-        return values * min(map(len, over.groups))
-    return values * _replicas.axis_size(over.axis_name)
+    if reduction.groups is not None:
+        return values * min(map(len, reduction.groups))
+    return values * _replicas.axis_size(reduction.axis_name)

@@ -21,17 +21,17 @@ from bnjax import _checks
 from bnjax.normalize import (
     Activation,
     Options,
-    describe,
-    finish,
+    add_residual_and_activate,
+    affine_spec,
+    feature_vectors,
     keep_moments,
-    per_feature,
     train,
 )
 from bnjax.whiten import _layout
 from bnjax.whiten._roots import check_method, inverse_sqrt
 from bnjax.whiten._scaling import Scaler, min_max_scale, standardize, zca_whiten
 from bnjax.whiten._statistics import co_moments
-from bnjax.whiten._transform import Whitening, by_given
+from bnjax.whiten._transform import Whitening, normalize_with_stats
 from bnjax.whiten._value import CoMoments, merge
 
 __all__ = [
@@ -105,7 +105,7 @@ def whiten_by(
     _layout.real_result(dtype, scale=scale, bias=bias)
     whitening = Whitening(layout, *check_method(method, iterations))
     covariance = _layout.covariances(covariance, layout)
-    how = describe(
+    spec = affine_spec(
         x,
         (scale, bias),
         axis=axis,
@@ -114,14 +114,14 @@ def whiten_by(
         implementation=None,
     )
     given = {"mean": mean, "var": None, "scale": scale, "bias": bias}
-    mean, _, scale, bias = per_feature(x, axis, how, **given)
+    mean, _, scale, bias = feature_vectors(x, axis, spec, **given)
     _checks.epsilon(epsilon)
-    residual = _checks.residual(residual, x.shape, how.compute)
+    residual = _checks.residual(residual, x.shape, spec.compute)
 
     @keep_moments
     def transform(x, covariance, vectors, epsilon, residual):
-        y = by_given(x, covariance, vectors, epsilon, whitening, how)
-        return finish(y, residual, activation, how)
+        y = normalize_with_stats(x, covariance, vectors, epsilon, whitening, spec)
+        return add_residual_and_activate(y, residual, activation, spec)
 
     return transform(x, covariance, (mean, scale, bias), epsilon, residual)
 

@@ -90,16 +90,16 @@ def positions(
     return flags, numbers
 
 
-def covariances(value: ArrayLike | None, how: Layout) -> jax.Array:
+def covariances(value: ArrayLike | None, spec: Layout) -> jax.Array:
     """A real (size, size) matrix for each group; the identity where `value` is None."""
-    shape = (how.groups, how.size, how.size)
+    shape = (spec.groups, spec.size, spec.size)
     if value is None:
-        return jnp.broadcast_to(jnp.eye(how.size), shape)
+        return jnp.broadcast_to(jnp.eye(spec.size), shape)
     value = real("covariance", value)
     if value.shape != shape:
         raise ValueError(
             f"covariance has shape {value.shape}: expected {shape}, a matrix for each "
-            f"group of {how.size} features. Write group_size=... as in the "
+            f"group of {spec.size} features. Write group_size=... as in the "
             "statistics, or covariance[None] for a single group."
         )
     return value
@@ -115,16 +115,16 @@ def size_of(covariance: jax.Array) -> int:
     return covariance.shape[-1]
 
 
-def split(x: jax.Array, how: Layout) -> jax.Array:
+def split(x: jax.Array, spec: Layout) -> jax.Array:
     """`x` as (..., groups, size): the features last, and in their groups."""
-    x = jnp.moveaxis(x, how.axis, -1)
-    return x.reshape(*x.shape[:-1], how.groups, how.size)
+    x = jnp.moveaxis(x, spec.axis, -1)
+    return x.reshape(*x.shape[:-1], spec.groups, spec.size)
 
 
-def _join(x: jax.Array, how: Layout) -> jax.Array:
+def _join(x: jax.Array, spec: Layout) -> jax.Array:
     """The inverse of `split`."""
-    x = x.reshape(*x.shape[:-2], how.groups * how.size)
-    return jnp.moveaxis(x, -1, how.axis)
+    x = x.reshape(*x.shape[:-2], spec.groups * spec.size)
+    return jnp.moveaxis(x, -1, spec.axis)
 
 
 def products(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ def outer(a: jax.Array, b: jax.Array) -> jax.Array:
     return a[..., :, None] * b[..., None, :]
 
 
-def whitened(matrices: jax.Array, x: jax.Array, how: Layout) -> jax.Array:
+def whitened(matrices: jax.Array, x: jax.Array, spec: Layout) -> jax.Array:
     """Each group's matrix times its features of `x`."""
-    y = jnp.einsum("gij,...gj->...gi", matrices, split(x, how), precision=HIGHEST)
-    return _join(y, how)
+    y = jnp.einsum("gij,...gj->...gi", matrices, split(x, spec), precision=HIGHEST)
+    return _join(y, spec)

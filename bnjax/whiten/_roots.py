@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from bnjax import _checks, _dtypes
-from bnjax.moments import named
+from bnjax.moments import name_for_remat
 from bnjax.whiten import _layout
 
 METHODS = ("eigh", "newton_schulz", "cholesky")
@@ -143,7 +143,7 @@ def _triangular(a: jax.Array) -> jax.Array:
 @_triangular.defjvp
 def _(primals, tangents):
     (a,), (da,) = primals, tangents
-    w = named(_triangular(a))
+    w = name_for_remat(_triangular(a))
     inner = _dot(w, da, _transposed(w))
     return w, -_dot(jnp.tril(inner) - _eye(a) * inner / 2, w)
 
@@ -171,7 +171,7 @@ def _symmetric(a: jax.Array, floor: jax.Array):
 @_symmetric.defjvp
 def _(primals, tangents):
     (a, floor), (da, _) = primals, tangents
-    s, roots, vectors = map(named, _symmetric(a, floor))
+    s, roots, vectors = map(name_for_remat, _symmetric(a, floor))
 
     def equation(ds):
         return _dot(a, _dot(s, ds) + _dot(ds, s), a)

@@ -200,20 +200,20 @@ def _fit_covariance(
 
 
 def _whiten(state: Colouring, x: ArrayLike, *, axis: Any) -> jax.Array:
-    x, mean, how = _in_groups(state, x, axis)
-    return _layout.whitened(state.whitening, x - mean, how)
+    x, mean, spec = _in_groups(state, x, axis)
+    return _layout.whitened(state.whitening, x - mean, spec)
 
 
 def _colour(state: Colouring, y: ArrayLike, *, axis: Any) -> jax.Array:
-    y, mean, how = _in_groups(state, y, axis)
-    return _layout.whitened(state.colouring, y, how) + mean
+    y, mean, spec = _in_groups(state, y, axis)
+    return _layout.whitened(state.colouring, y, spec) + mean
 
 
 def _in_groups(state: Colouring, x: ArrayLike, axis: Any):
     x = _layout.real("x", x)
-    how = _layout.layout(x, axis, state.whitening.shape[-1])
+    spec = _layout.layout(x, axis, state.whitening.shape[-1])
     x, (mean,) = _beside(x, axis, mean=state.mean)
-    return x, mean, how
+    return x, mean, spec
 
 
 def _affine(axis: Axis):

@@ -10,29 +10,29 @@ from jax.typing import ArrayLike
 
 from bnjax import _axes, _checks, _dtypes, _replicas
 from bnjax.moments import (
-    Reduction,
-    coarse,
+    ReductionSpec,
     count_valid,
-    differentiable,
+    drop_last_bit,
+    gradient_mask,
+    is_weighted,
     is_zero,
-    joined,
-    mean_of,
-    named,
-    reduction,
+    mask_with_weights,
+    mean_from_sum,
+    multiply_by_weights,
+    name_for_remat,
+    reduction_spec,
     statistics,
-    valid,
-    weighed,
-    weighs,
+    zero_where_masked,
 )
 from bnjax.whiten import _layout
 from bnjax.whiten._layout import Layout
 from bnjax.whiten._value import CoMoments
 
 
-class CoReduction(NamedTuple):
+class CoReductionSpec(NamedTuple):
     """What is reduced, and which features belong together; static."""
 
-    over: Reduction
+    reduction: ReductionSpec
     layout: Layout
 
 
@@ -89,17 +89,19 @@ def co_moments(
     """
     x = _layout.real("x", x)
     layout = _layout.layout(x, axis, group_size)
-    mask = joined(x, *_layout.positions(mask, weights, x, layout.axis))
-    how = CoReduction(reduction(x, axis, axis_name, axis_index_groups), layout)
+    mask = mask_with_weights(x, *_layout.positions(mask, weights, x, layout.axis))
+    spec = CoReductionSpec(
+        reduction_spec(x, axis, axis_name, axis_index_groups), layout
+    )
     shift = _checks.shift(shift, (x.shape[layout.axis],), axis, x.dtype)
-    return _co_moments(x, mask, shift, how)
+    return _co_moments(x, mask, shift, spec)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _co_moments(
-    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: CoReduction
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: CoReductionSpec
 ) -> CoMoments:
-    return co_statistics(x.astype(_dtypes.statistics(x.dtype)), mask, shift, how)
+    return co_statistics(x.astype(_dtypes.statistics(x.dtype)), mask, shift, spec)
 
 
 # The derivative. With c = x - mean, over the valid positions of every replica:
@@ -111,49 +113,55 @@ def _co_moments(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def co_statistics(
-    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, how: CoReduction
+    x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: CoReductionSpec
 ) -> CoMoments:
     """The co-moments of a widened `x`, differentiable; arguments are checked already.
 
     The mean is rounded at its own magnitude: the products are corrected by the mean
     deviation from it.
     """
-    count, mean, _ = statistics(x, mask, shift, how.over)
-    d = _deviation(x, coarse(mean), mask, how)
-    d, weighed_d = (_layout.split(v, how.layout) for v in (d, weighed(d, mask)))
-    s1, s2 = _total((_sum(weighed_d), _layout.products(d, weighed_d)), x, how.over)
-    m2 = s2 - _layout.outer(s1, mean_of(s1, count))
+    count, mean, _ = statistics(x, mask, shift, spec.reduction)
+    d = _deviation(x, drop_last_bit(mean), mask, spec)
+    d, weighed_d = (
+        _layout.split(v, spec.layout) for v in (d, multiply_by_weights(d, mask))
+    )
+    s1, s2 = _total(
+        (_sum(weighed_d), _layout.products(d, weighed_d)), x, spec.reduction
+    )
+    m2 = s2 - _layout.outer(s1, mean_from_sum(s1, count))
     return CoMoments(count, mean, m2)
 
 
 @functools.partial(co_statistics.defjvp, symbolic_zeros=True)
-def _(how, primals, tangents):
+def _(spec, primals, tangents):
     (x, mask, _), (dx, dw, _) = primals, tangents
-    result = CoMoments._make(map(named, co_statistics(*primals, how)))
-    where = differentiable(x, mask)
-    d = _deviation(x, result.mean, where, how)
+    result = CoMoments._make(map(name_for_remat, co_statistics(*primals, spec)))
+    where = gradient_mask(x, mask)
+    d = _deviation(x, result.mean, where, spec)
     dx = _axes.split_like(x, jnp.zeros_like(x)) if is_zero(dx) else dx
-    first = half = weighed(valid(dx, where), mask)
+    first = half = multiply_by_weights(zero_where_masked(dx, where), mask)
     counts = []
-    if weighs(mask) and not is_zero(dw):
+    if is_weighted(mask) and not is_zero(dw):
         first, half = first + d * dw, half + d * dw / 2
-        counts.append(count_valid(x, dw, how.over.axes))
-    d, first, half = (_layout.split(v, how.layout) for v in (d, first, half))
+        counts.append(count_valid(x, dw, spec.reduction.axes))
+    d, first, half = (_layout.split(v, spec.layout) for v in (d, first, half))
     sums = _sum(first), _layout.products(d, half), *counts
-    s1, s2, *counts = _total(sums, x, how.over)
+    s1, s2, *counts = _total(sums, x, spec.reduction)
     dn = jnp.zeros_like(result.count)
     if counts:  # nothing varies about what is given for an empty batch
         (dn,) = counts
         s1, s2 = (jnp.where(result.count > 0, s, 0) for s in (s1, s2))
-    dmean = mean_of(s1, result.count).ravel()
+    dmean = mean_from_sum(s1, result.count).ravel()
     dm2 = s2 + jnp.swapaxes(s2, -1, -2)
     return result, CoMoments(dn, dmean, dm2)
 
 
-def _deviation(x, centre, where, how: CoReduction) -> jax.Array:
+def _deviation(x, centre, where, spec: CoReductionSpec) -> jax.Array:
     """x - centre, and 0 where `where` is False."""
     x, centre = _replicas.cast_together(x, centre)
-    return valid(x - _axes.expand(centre, (how.layout.axis,), x.ndim), where)
+    return zero_where_masked(
+        x - _axes.expand(centre, (spec.layout.axis,), x.ndim), where
+    )
 
 
 def _sum(x: jax.Array) -> jax.Array:
@@ -161,8 +169,8 @@ def _sum(x: jax.Array) -> jax.Array:
     return x.sum(tuple(range(x.ndim - 2)))
 
 
-def _total(sums, x: jax.Array, over: Reduction):
+def _total(sums, x: jax.Array, reduction: ReductionSpec):
     """The sums over the replicas; together also where jit communicates them."""
-    if over.axis_name is None and not _replicas.several(x):
+    if reduction.axis_name is None and not _replicas.several(x):
         return sums
-    return _replicas.packed_sum(sums, over.axis_name, over.groups)
+    return _replicas.packed_sum(sums, reduction.axis_name, reduction.groups)

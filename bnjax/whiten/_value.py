@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from bnjax import _checks
-from bnjax.moments import Union, spread
+from bnjax.moments import Union, variance_from_m2
 from bnjax.whiten._layout import outer
 
 
@@ -46,7 +46,7 @@ class CoMoments(NamedTuple):
         >>> print(CoMoments(3.0, jnp.zeros(2), m2).covariance(ddof=1))
         [[[4. 2.] [2. 4.]]]
         """
-        return spread(self.m2, self.count, ddof)
+        return variance_from_m2(self.m2, self.count, ddof)
 
     @classmethod
     def empty(
