@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.convert import _checks, _readings, _split, _tree
+from bnjax.convert import _checks, _readings, _tree
 from bnjax.convert._conventions import (
     CONVENTIONS,
     SEPARATORS,
@@ -56,7 +56,7 @@ def read(
     found: _tree.Flat = {}
     ordered: _tree.Flat = {}  # of which the axes are known
     sources: dict[str, str] = {}
-    for entry, value in _split.stacked(weights, kinds).items():
+    for entry, value in _tree.stacked(weights, kinds).items():
         module, _, name = entry.rpartition(separator)
         if name == CONVENTIONS[package].count:
             continue
@@ -153,7 +153,7 @@ def _to_torch(
         other = "" if like is None else f", or that `like` has {as_it_is}"
         raise ValueError(f"its name is not known: expected one of {expected}{other}")
     name = getattr(CONVENTIONS["torch"], leaf, CONVENTIONS["torch"].kernel)
-    entry, is_split = _entry(module, name), _split.is_split(given)
+    entry, is_split = _entry(module, name), _tree.is_split(given)
     if like is not None and as_it_is in like and entry not in like:
         return {as_it_is: array}
     if array.ndim in _SCALARS.get(leaf, ()) and not is_split:
@@ -164,7 +164,7 @@ def _to_torch(
         kind = of_class or kind_by_rank(array.ndim)
         check_guess("torch", module, given, kind, array.ndim)
     array = from_flax(array, "torch", kind)
-    return _split.unstacked(module, name, array) if is_split else {entry: array}
+    return _tree.unstacked(module, name, array) if is_split else {entry: array}
 
 
 def _entry(module: str, name: str) -> str:

@@ -11,10 +11,23 @@ What it looks at are pure functions of trees, by layer path, that run inside of 
 `effective_rank`. `replicas_agree` and `report` run on the host.
 """
 
-from bnjax.diagnostics._agreement import Agreement, Difference, replicas_agree
-from bnjax.diagnostics._features import effective_rank, percentiles
-from bnjax.diagnostics._layers import Channels, Drift, channels, drift, never_updated
-from bnjax.diagnostics._report import Finding, Report, report
+from bnjax.diagnostics._measures import (
+    Agreement,
+    Difference,
+    effective_rank,
+    percentiles,
+    replicas_agree,
+)
+from bnjax.diagnostics._report import (
+    Channels,
+    Drift,
+    Finding,
+    Report,
+    channels,
+    drift,
+    never_updated,
+    report,
+)
 
 __all__ = [
     "Agreement",

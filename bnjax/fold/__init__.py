@@ -13,8 +13,8 @@ import flax.linen as nn
 from flax import nnx
 
 from bnjax.fold import _linen, _nnx
-from bnjax.fold._folded import Folded
 from bnjax.fold._kernels import affine, fold_conv, fold_conv_transpose, fold_dense
+from bnjax.fold._layers import Folded
 
 __all__ = [
     "Folded",

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.fold import _layers
-from bnjax.fold._folded import Folded, finished
 from bnjax.fold._graph import Path, pair, trace
 from bnjax.fold._known import is_linear, is_norm
+from bnjax.fold._layers import Folded, finished
 
 _WRITE = (
     "Pass what makes the model evaluate, for example "

@@ -10,9 +10,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.fold import _layers
-from bnjax.fold._folded import Folded, finished
 from bnjax.fold._graph import Pairs, Path, pair, trace
 from bnjax.fold._known import is_linear, is_norm
+from bnjax.fold._layers import Folded, finished
 
 _CALL = "_bnjax_fold_call"
 _WRITE = "Call model.eval() first, or fold nnx.view(model, use_running_average=True)."

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from bnjax import _layer
 from bnjax.ghost import Remainder
-from bnjax.linen._normalization import Normalization, call
+from bnjax.linen._batch_norm import Normalization, call
 from bnjax.renorm import Limit
 
 

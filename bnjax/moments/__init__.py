@@ -15,17 +15,27 @@ import jax
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _backend, _checks, _dtypes
-from bnjax.moments._reduction import (
+from bnjax.moments._batch import (
     ReductionSpec,
     count_valid,
     gradient_mask,
     is_weighted,
     mask_with_weights,
+    merged_rows,
     multiply_by_weights,
     valid_or_finite,
     zero_where_masked,
 )
-from bnjax.moments._shifted import merged_rows
+from bnjax.moments._moments import (
+    Moments,
+    Union,
+    as_count,
+    broadcast_count,
+    drop_last_bit,
+    mean_from_sum,
+    merge,
+    variance_from_m2,
+)
 from bnjax.moments._statistics import (
     NAME,
     exact_statistics,
@@ -35,16 +45,6 @@ from bnjax.moments._statistics import (
     nested_statistics,
     reduction_spec,
     statistics,
-)
-from bnjax.moments._value import (
-    Moments,
-    Union,
-    as_count,
-    broadcast_count,
-    drop_last_bit,
-    mean_from_sum,
-    merge,
-    variance_from_m2,
 )
 
 __all__ = [

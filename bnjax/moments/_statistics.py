@@ -8,16 +8,17 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import _axes, _backend, _checks, _replicas
-from bnjax.moments._reduction import (
+from bnjax.moments._batch import (
     ReductionSpec,
+    batch_moments,
     count_valid,
     deviation,
     is_weighted,
+    merged_rows,
     multiply_by_weights,
     zero_where_masked,
 )
-from bnjax.moments._shifted import batch_moments, merged_rows
-from bnjax.moments._value import Moments, abs_product, broadcast_count, mean_from_sum
+from bnjax.moments._moments import Moments, abs_product, broadcast_count, mean_from_sum
 
 # What a checkpoint policy keeps: see normalize.
 NAME = "bnjax_moments"
@@ -194,7 +195,7 @@ def nested_statistics(
     Args:
         x: widened.
         mask: of the rank of `x`, or None.
-        shift: see `_shifted`.
+        shift: see `_batch`.
         spec: with the name of an axis, and groups of its replicas, or None for one.
         pools: a partition of the axis that does not part a group; None for one of all.
     """

@@ -5,9 +5,8 @@
 the bit.
 """
 
-from bnjax.nnx._batch_norm import BatchNorm
+from bnjax.nnx._batch_norm import BatchMoments, BatchNorm
 from bnjax.nnx._freeze import freeze
-from bnjax.nnx._normalization import BatchMoments
 from bnjax.nnx._variants import (
     BatchRenorm,
     DecorrelatedBatchNorm,

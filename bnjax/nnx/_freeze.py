@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from bnjax import _trees
-from bnjax.nnx._normalization import Normalization
+from bnjax.nnx._batch_norm import Normalization
 
 _FLAXS = (
     "{path} is a flax.nnx.BatchNorm, which has no setting that train() leaves alone: "

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from bnjax import _layer, running
 from bnjax.ghost import Remainder
-from bnjax.nnx._normalization import Normalization, Settings
+from bnjax.nnx._batch_norm import Normalization, Settings
 from bnjax.renorm import Limit
 
 

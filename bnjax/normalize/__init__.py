@@ -32,15 +32,16 @@ from bnjax.normalize._groups import (
     check_devices,
     normalize_groups,
 )
-from bnjax.normalize._remat import keep_moments, remat_policy
 from bnjax.normalize._transform import (
     Activation,
     Inputs,
     Options,
     TransformSpec,
     add_residual_and_activate,
+    keep_moments,
     normalize_with_batch_stats,
     normalize_with_stats,
+    remat_policy,
     stats_or_fallback,
     train,
     zero_masked_garbage,

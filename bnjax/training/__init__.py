@@ -8,10 +8,13 @@ reset_batch_stats   mean 0, variance 1
 merge_batch_stats   one set of running statistics from those of replicas
 """
 
-from bnjax.training._accumulate import Accumulated, accumulate
-from bnjax.training._masks import freeze_mask, weight_decay_mask
-from bnjax.training._state import TrainState
-from bnjax.training._statistics import merge_batch_stats, reset_batch_stats
+from bnjax.training._batch_stats import (
+    Accumulated,
+    accumulate,
+    merge_batch_stats,
+    reset_batch_stats,
+)
+from bnjax.training._state import TrainState, freeze_mask, weight_decay_mask
 
 __all__ = [
     "Accumulated",

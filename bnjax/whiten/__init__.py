@@ -28,11 +28,14 @@ from bnjax.normalize import (
     train,
 )
 from bnjax.whiten import _layout
-from bnjax.whiten._roots import check_method, inverse_sqrt
+from bnjax.whiten._co_moments import CoMoments, co_moments, merge
 from bnjax.whiten._scaling import Scaler, min_max_scale, standardize, zca_whiten
-from bnjax.whiten._statistics import co_moments
-from bnjax.whiten._transform import Whitening, normalize_with_stats
-from bnjax.whiten._value import CoMoments, merge
+from bnjax.whiten._whiten import (
+    Whitening,
+    check_method,
+    inverse_sqrt,
+    normalize_with_stats,
+)
 
 __all__ = [
     "CoMoments",

@@ -19,8 +19,8 @@ from bnjax import _axes, _checks, _dtypes
 from bnjax._bound import bind
 from bnjax.moments import moments
 from bnjax.whiten import _layout
-from bnjax.whiten._roots import inverse_sqrt
-from bnjax.whiten._statistics import co_moments
+from bnjax.whiten._co_moments import co_moments
+from bnjax.whiten._whiten import inverse_sqrt
 
 Axis = int | Sequence[int]
 

@@ -25,6 +25,11 @@ What differs by platform:
           subsample, which is near enough to the mean whatever the data. Only where
           several GPUs need a shift in common, it is as on a TPU.
 
+Which values count is said by one array, the mask. It is boolean; or real, and then its
+values are weights w >= 0, of which 0 is False and 1 is True:
+
+    n = sum w,   sum w d,   sum w |d|^2
+
 References: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance",
 section 3 (shifted data).
 """
@@ -32,21 +37,15 @@ section 3 (shifted data).
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
-from bnjax import _axes, _backend, _replicas
-from bnjax.moments._reduction import (
-    ReductionSpec,
-    count_valid,
-    multiply_by_weights,
-    sums_about,
-    zero_where_masked,
-)
-from bnjax.moments._value import (
+from bnjax import _axes, _backend, _dtypes, _replicas
+from bnjax.moments._moments import (
     Moments,
     abs_product,
     broadcast_count,
@@ -54,6 +53,9 @@ from bnjax.moments._value import (
     mean_from_sum,
     two_sum,
 )
+
+# Beyond it, what does not count is read as 0.
+_GARBAGE = 1e9
 
 # Sums are exact enough where (mean - shift)^2 <= _LOSS var: the variance is right to
 # 4e-6. A shift this near to the mean, relative to it, is as good as float32 can tell:
@@ -67,23 +69,179 @@ _SUBSAMPLE, _FEWEST = 32, 4
 Sums = Callable[[jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
+class ReductionSpec(NamedTuple):
+    """What is reduced, and over which replicas; static.
+
+    Attributes:
+        axes: the axes to reduce, ascending.
+        storage: the dtype that the input had before it was widened.
+        axis_name: the named axis or axes to merge over, bound; or None.
+        groups: a partition of the named axis, or None.
+        implementation: see `_backend`.
+        local: whether no set of values lies on several devices, nor is to.
+    """
+
+    axes: tuple[int, ...]
+    storage: jnp.dtype
+    axis_name: str | tuple[str, ...] | None = None
+    groups: tuple[tuple[int, ...], ...] | None = None
+    implementation: str | None = None
+    local: bool = False
+
+
+def sums_about(
+    x: jax.Array,
+    mask: jax.Array | None,
+    centre: jax.Array | None,
+    spec: ReductionSpec,
+) -> tuple[jax.Array, jax.Array]:
+    """sum w d and sum w |d|^2 over the valid values, d = x - centre; None for 0."""
+    first = _fresh(x, centre, spec)
+    again = _fresh(*first, spec)
+    values = multiply_by_weights(_deviation(*first, mask, spec), mask)
+    d = _deviation(*again, mask, spec)
+    squares = abs_product(d, multiply_by_weights(d, mask))
+    several_axes = x.ndim - len(spec.axes) > 1
+    if spec.implementation == "subsample" and several_axes:
+        return _sums_together(values, squares, spec.axes)
+    return values.sum(spec.axes), squares.sum(spec.axes)
+
+
+def _sums_together(x: jax.Array, y: jax.Array, axes: tuple[int, ...]):
+    """Both sums, as one reduction.
+
+    XLA:GPU chooses the layout of the input of a sum by that of the result, and for a
+    result of (group, feature) may write a transposed float32 copy of x. It keeps the
+    layout of the input of a reduction that has two results.
+    """
+    zeros = jnp.zeros((), x.dtype), jnp.zeros((), y.dtype)
+
+    def add(a, b):
+        return a[0] + b[0], a[1] + b[1]
+
+    return tuple(lax.reduce((x, y), zeros, add, axes))
+
+
+def deviation(
+    x: jax.Array, mask: jax.Array | None, mean: jax.Array, spec: ReductionSpec
+) -> tuple[jax.Array, jax.Array | None]:
+    """x - mean, and 0 where it has no derivative; and where: one more read of `x`."""
+    x, centre = _fresh(x, mean, spec)
+    where = gradient_mask(x, mask)
+    return _deviation(x, centre, where, spec), where
+
+
+def count_valid(
+    x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]
+) -> jax.Array:
+    """The sum of the weights; (feature,) where the mask varies by feature."""
+    dtype = _dtypes.real(x.dtype)
+    if mask is None:
+        return jnp.full((), math.prod(x.shape[a] for a in axes), dtype)
+    repeats = math.prod(x.shape[a] for a in axes if mask.shape[a] == 1)
+    flags = math.prod(mask.shape[a] for a in axes)
+    # Where jit splits the batch, sums of one dtype are sent together.
+    exact = isinstance(flags, int) and flags <= 1 / jnp.finfo(dtype).eps
+    exact = exact or is_weighted(mask)
+    counts = mask.sum(axes, dtype=dtype if exact else jnp.int32).astype(dtype)
+    counts = counts * jnp.asarray(repeats, dtype)
+    if counts.size == 1:
+        return counts.reshape(())
+    return jnp.broadcast_to(
+        counts, _axes.sizes(x.shape, _axes.complement(axes, x.ndim))
+    )
+
+
+def mask_with_weights(
+    x: jax.Array, mask: jax.Array | None, weights: jax.Array | None
+) -> jax.Array | None:
+    """One array for both, checked already: see the module."""
+    if weights is None:
+        return mask
+    weights = weights.astype(_dtypes.real(_dtypes.statistics(x.dtype)))
+    if mask is not None:
+        shape = jnp.broadcast_shapes(mask.shape, weights.shape)
+        weights = jnp.broadcast_to(weights, shape)
+    weights = _axes.split_like(x, weights)  # JAX transposes no product of two splits
+    if mask is None:
+        return weights
+    return _axes.where(mask, weights, jnp.zeros((), weights.dtype))
+
+
+def is_weighted(mask: jax.Array | None) -> bool:
+    """Whether it holds weights."""
+    return mask is not None and mask.dtype != bool
+
+
+def multiply_by_weights(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """w x; only `zero_where_masked` values may be summed."""
+    return x * mask.astype(x.dtype) if mask is not None and is_weighted(mask) else x
+
+
+def zero_where_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`x` with 0 where the mask is False."""
+    if mask is None:
+        return x
+    return _axes.where(mask.astype(bool), x, jnp.zeros((), x.dtype))
+
+
+def valid_or_finite(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Where `x` counts, or is no garbage: NaN, infinity, huge padding.
+
+    The square and cube of what is left, times those of rstd, must not overflow: a
+    derivative multiplies them by 0, the cotangent of what does not count.
+    """
+    limit = min(_GARBAGE, float(jnp.finfo(x.dtype).max))
+    return mask.astype(bool) | (jnp.abs(x) <= limit)
+
+
+def gradient_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+    """Where sums depend on `x` or on its weight; on a weight of 0 as on any other."""
+    return valid_or_finite(x, mask) if mask is not None and is_weighted(mask) else mask
+
+
+def _deviation(
+    x: jax.Array,
+    centre: jax.Array | None,
+    mask: jax.Array | None,
+    spec: ReductionSpec,
+) -> jax.Array:
+    """x - centre, and 0 where the mask is False.
+
+    There the centre is put for `x` before the subtraction: of 0 put behind it XLA:GPU
+    may write an array as large as x, before it sums.
+    """
+    if centre is None:
+        return zero_where_masked(x, mask)
+    centre = _axes.expand(centre, _axes.complement(spec.axes, x.ndim), x.ndim)
+    return (x if mask is None else _axes.where(mask.astype(bool), x, centre)) - centre
+
+
+def _fresh(x: jax.Array, centre: jax.Array | None, spec: ReductionSpec):
+    """Both, for one more sum: see `_backend.reread`."""
+    vectors = [] if centre is None else [centre]
+    values = _replicas.cast_together(x, *vectors)
+    x, *vectors = _backend.reread(spec.storage, spec.implementation, *values)
+    return x, vectors[0] if vectors else None
+
+
 def batch_moments(
     x: jax.Array,
     mask: jax.Array | None,
     shift: jax.Array | None,
-    reduction_spec: ReductionSpec,
+    spec: ReductionSpec,
 ) -> tuple[Moments, jax.Array]:
     """The Moments over every replica, and what the rounded mean lacks.
 
     At |mean|/std = 1e4 that is 1e-3 of a standard deviation, and the distances between
     the means of several sets of values need it.
     """
-    features = _axes.complement(reduction_spec.axes, x.ndim)
+    features = _axes.complement(spec.axes, x.ndim)
     zero = jnp.zeros(_axes.sizes(x.shape, features), x.dtype)
-    shift = _finite(shift, reduction_spec.axis_name, zero)
+    shift = _finite(shift, spec.axis_name, zero)
 
-    count = count_valid(x, mask, reduction_spec.axes)
-    if reduction_spec.axis_name is None:
+    count = count_valid(x, mask, spec.axes)
+    if spec.axis_name is None:
         # JAX batches a condition in a typed shard_map only if all that its branches use
         # varies over the same axes.
         if mask is None:
@@ -91,27 +249,27 @@ def batch_moments(
         else:
             x, shift, mask = _replicas.cast_together(x, shift, mask)
     split = _replicas.split_by_jit(x)
-    local = _is_local(x, reduction_spec)
+    local = _is_local(x, spec)
 
     def taken_by(implementation):
-        known = reduction_spec._replace(implementation=implementation)
+        known = spec._replace(implementation=implementation)
         if known.axis_name is not None:
-            return functools.partial(_of_batch, reduction_spec=known)
+            return functools.partial(_of_batch, spec=known)
         if local if split else implementation == "subsample":
-            return functools.partial(_subsampled, reduction_spec=known)
-        return functools.partial(_batched_together, reduction_spec=known)
+            return functools.partial(_subsampled, spec=known)
+        return functools.partial(_batched_together, spec=known)
 
-    choose = _backend.by_platform(reduction_spec.implementation, taken_by)
+    choose = _backend.by_platform(spec.implementation, taken_by)
     return choose(x, mask, shift, count)
 
 
-def _subsampled(x, mask, shift, count, reduction_spec: ReductionSpec):
+def _subsampled(x, mask, shift, count, spec: ReductionSpec):
     """The Moments from sums about the mean of a subsample; see `_subsample_mean`."""
-    shift = _subsample_mean(x, mask, reduction_spec)
-    return _from_sums(count, shift, *sums_about(x, mask, shift, reduction_spec))
+    shift = _subsample_mean(x, mask, spec)
+    return _from_sums(count, shift, *sums_about(x, mask, shift, spec))
 
 
-def _batched_together(x, mask, shift, count, reduction_spec: ReductionSpec):
+def _batched_together(x, mask, shift, count, spec: ReductionSpec):
     """The guarded Moments; a batch of them has one condition for all.
 
     A condition for each would be a selection, with both of its sides computed.
@@ -119,27 +277,25 @@ def _batched_together(x, mask, shift, count, reduction_spec: ReductionSpec):
 
     @jax.custom_batching.custom_vmap
     def guarded(x, mask, shift, count):
-        (_, mean, m2), rest = _of_batch(x, mask, shift, count, reduction_spec)
+        (_, mean, m2), rest = _of_batch(x, mask, shift, count, spec)
         return mean, m2, rest
 
     @guarded.def_vmap
     def _(size, batched, x, mask, shift, count):
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
-        (_, mean, m2), rest = _of_batch(
-            x, mask, shift, count, reduction_spec, size, axes
-        )
+        (_, mean, m2), rest = _of_batch(x, mask, shift, count, spec, size, axes)
         return (mean, m2, rest), (True, True, True)
 
     mean, m2, rest = guarded(x, mask, shift, count)
     return Moments(count, mean, m2), rest
 
 
-def _is_local(x: jax.Array, reduction_spec: ReductionSpec) -> bool:
+def _is_local(x: jax.Array, spec: ReductionSpec) -> bool:
     """Whether no sum is one over several devices, as far as is known."""
     kinds = set(jax.typeof(x).sharding.mesh.axis_types)
     typed = kinds == {AxisType.Explicit}
-    split = any(_replicas.typed_parts(x, a) > 1 for a in reduction_spec.axes)
-    return reduction_spec.local or (typed and not split)
+    split = any(_replicas.typed_parts(x, a) > 1 for a in spec.axes)
+    return spec.local or (typed and not split)
 
 
 def _of_batch(
@@ -147,7 +303,7 @@ def _of_batch(
     mask,
     shift,
     count,
-    reduction_spec: ReductionSpec,
+    spec: ReductionSpec,
     size: int | None = None,
     axes=(),
 ) -> tuple[Moments, jax.Array]:
@@ -157,20 +313,20 @@ def _of_batch(
         return function if size is None else jax.vmap(function, axes, axis_size=size)
 
     # The condition is given x as it is stored, not a widened copy.
-    stored = x if jnp.iscomplexobj(x) else x.astype(reduction_spec.storage)
+    stored = x if jnp.iscomplexobj(x) else x.astype(spec.storage)
     dtype = x.dtype
 
     def sums(centre):
         def one(stored, mask, centre):
-            return sums_about(stored.astype(dtype), mask, centre, reduction_spec)
+            return sums_about(stored.astype(dtype), mask, centre, spec)
 
         along = None if centre is None else 0
         return each(one, *axes[:2], along)(stored, mask, centre)
 
     def first(x, mask, shift):
-        if reduction_spec.implementation == "reread":
-            return jnp.zeros_like(shift), *sums_about(x, mask, None, reduction_spec)
-        return shift, *sums_about(x, mask, shift, reduction_spec)
+        if spec.implementation == "reread":
+            return jnp.zeros_like(shift), *sums_about(x, mask, None, spec)
+        return shift, *sums_about(x, mask, shift, spec)
 
     if size is not None and axes[3] is None:
         count = jnp.broadcast_to(count, (size, *count.shape))
@@ -178,9 +334,9 @@ def _of_batch(
         sums,
         count,
         each(first, *axes[:3])(x, mask, shift),
-        reduction_spec.axis_name,
-        reduction_spec.groups,
-        reduction_spec.implementation,
+        spec.axis_name,
+        spec.groups,
+        spec.implementation,
         same_count=mask is None,
     )
 
@@ -314,7 +470,7 @@ def _finite(shift, axis_name, zero: jax.Array) -> jax.Array:
 
 
 def _subsample_mean(
-    x: jax.Array, mask: jax.Array | None, reduction_spec: ReductionSpec
+    x: jax.Array, mask: jax.Array | None, spec: ReductionSpec
 ) -> jax.Array:
     """The mean of a fixed subsample: near enough to the mean, whatever the data.
 
@@ -326,8 +482,8 @@ def _subsample_mean(
     taken: so the bound holds among the valid, by weight.
     The slice is one of `x` as it is stored: a compiler may write what is sliced.
     """
-    axes, dtype = reduction_spec.axes, x.dtype
-    x = x if jnp.iscomplexobj(x) else x.astype(reduction_spec.storage)
+    axes, dtype = spec.axes, x.dtype
+    x = x if jnp.iscomplexobj(x) else x.astype(spec.storage)
     values = math.prod(x.shape[a] for a in axes)
     rest = _SUBSAMPLE
     if isinstance(values, int):

@@ -1,4 +1,4 @@
-"""The value: a count, a mean and a summed squared deviation, and its merge."""
+"""`Moments`: a count, a mean and a summed squared deviation; and their merge."""
 
 import functools
 from collections.abc import Sequence
