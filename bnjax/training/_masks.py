@@ -64,8 +64,8 @@ def freeze_mask(tree: Any, *patterns: str) -> Any:
 
     Args:
         tree: parameters or `batch_stats`, of Linen or of NNX.
-        *patterns: of paths such as "encoder/norm_1/scale", as of a shell; * stands for
-            any characters, / among them: "*/norm_*/scale", "encoder/*".
+        *patterns: of paths such as "encoder/norm_1/scale", as of a shell; `*` stands
+            for any characters, `/` among them: `"*/norm_*/scale"`, `"encoder/*"`.
 
     Returns:
         A tree of bool of the structure of `tree`, True where frozen.

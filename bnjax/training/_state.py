@@ -57,7 +57,7 @@ class TrainState(train_state.TrainState):
             **kwargs: of the model (`train=True`) and of `model.apply` (`rngs=...`).
 
         Returns:
-            (output, batch_stats): the running statistics that the call leaves, which in
+            (output, batch_stats), the running statistics that the call leaves, which in
             evaluation are those of the state.
         """
         variables = {"params": params, "batch_stats": self.batch_stats}
