@@ -1,8 +1,9 @@
-"""Adds files from outside of docs/pages to the site: the experiments' pictures."""
+"""What comes from outside of docs/pages: the experiments' pictures, the changelog."""
 
 from pathlib import Path
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 
@@ -12,3 +13,9 @@ def on_files(files: Files, config) -> Files:
         uri = f"figures/{picture.name}"
         files.append(File.generated(config, uri, abs_src_path=str(picture)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_) -> str:
+    if page.file.src_uri == "changelog.md":
+        return (ROOT / "CHANGELOG.md").read_text()
+    return markdown
