@@ -19,7 +19,7 @@ from bnjax.linen import BatchNorm
 from bnjax.moments import Moments, merge, moments
 from bnjax.normalize import batch_norm, normalize, remat_policy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BatchNorm",

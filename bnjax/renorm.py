@@ -86,8 +86,8 @@ def batch_renorm(
         scale: (feature,), gamma; None for 1.
         bias: (feature,), beta; None for 0.
         r_max: the largest factor between the standard deviations, >= 1; may be traced.
-        d_max: the largest distance between the means, in running standard deviations,
-            >= 0; may be traced.
+        d_max: the largest distance between the means, >= 0, in running standard
+            deviations; may be traced.
         **options: those of `batch_norm`, but for `fallback`.
 
     Returns:
@@ -154,8 +154,8 @@ def warmed_up(
         (1, 0) for steps < warmup_steps, then (r_max, d_max)
 
     Args:
-        r_max: >= 1.
-        d_max: >= 0.
+        r_max: a number >= 1.
+        d_max: a number >= 0.
         steps: (), integer: how often the running statistics were updated.
         warmup_steps: as many updates make them worth something.
 

@@ -107,7 +107,8 @@ def test_public_names():
     assert bnjax.__all__ == sorted(set(bnjax.__all__))
     for name in bnjax.__all__:
         assert hasattr(bnjax, name)
-    assert bnjax.__version__ in (ROOT.parent / "pyproject.toml").read_text()
+    for file in ("pyproject.toml", "CHANGELOG.md", "CITATION.cff"):
+        assert bnjax.__version__ in (ROOT.parent / file).read_text(), file
 
 
 def test_signatures_of_the_design():

@@ -87,7 +87,7 @@ def from_torch(
             every module ("" covers all). Flax's paths have slashes. None keeps torch's.
         kinds: class names by torch's module path, for what shapes do not tell:
             transposed convolutions, embeddings and PReLU. All of them at once:
-            {name: type(module).__name__ for name, module in net.named_modules()}.
+            `{name: type(module).__name__ for name, module in net.named_modules()}`.
             Classes that are not known are read by names and shapes, as without.
         like: variables of the Flax model, from `init` or `jax.eval_shape`, which the
             result has to match in structure, shapes and dtypes. Their dtypes are taken
@@ -136,7 +136,7 @@ def from_keras(
             BatchNormalization's `get_weights` returns.
         names: as in `from_torch`; Keras's paths have slashes too.
         kinds: class names by Keras's layer path, for what names and shapes do not tell:
-            {layer.path: type(layer).__name__ for layer in model.layers}.
+            `{layer.path: type(layer).__name__ for layer in model.layers}`.
         like: as in `from_torch`.
 
     Returns:

@@ -138,7 +138,7 @@ def replicas_agree(
         rtol: differences up to this, relative to the largest magnitude, are not one.
 
     Returns:
-        Agreement: true where all agree; `differences` by path, the farthest first;
+        Agreement, true where all agree; `differences` by path, the farthest first;
         `print` shows them.
 
     Raises:

@@ -322,7 +322,7 @@ def report(
             a drift anywhere in the model less than once in 1,000 reports.
 
     Returns:
-        Report: iterate over it, print it, or `rich.print` it. Empty, and false, where
+        Report. Iterate over it, print it, or `rich.print` it. Empty, and false, where
         nothing was found.
 
     Raises:

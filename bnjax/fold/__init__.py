@@ -53,10 +53,10 @@ def fold_model(model: Any, *arguments: Any, **keywords: Any) -> Folded:
             else there is, such as `train=False`, it remembers.
 
     Returns:
-        Folded(apply, params, folded, kept): `apply(params, *inputs)` returns what the
-        model does; `params` is a nested dictionary of arrays. Variables of other
-        collections that remain are constants of `apply`. `folded` names the pairs,
-        `kept` the others, with the reason.
+        Folded. `apply(params, *inputs)` returns what the model does; `params` is a
+        nested dictionary of arrays. Variables of other collections that remain are
+        constants of `apply`. `folded` names the pairs, `kept` the others, with the
+        reason.
 
     Raises:
         TypeError: a model of neither kind.

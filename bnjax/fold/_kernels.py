@@ -87,7 +87,7 @@ def fold_conv(
 
     Returns:
         (kernel, bias), computed in at least float32, in the dtype of `kernel`: cast
-            one first that is stored narrower than it is multiplied in.
+        one first that is stored narrower than it is multiplied in.
 
     Raises:
         ValueError: a kernel of less than two dimensions, one of `fold_dense` or
@@ -130,7 +130,7 @@ def fold_dense(
 
     Returns:
         (kernel, bias), computed in at least float32, in the dtype of `kernel`: cast
-            one first that is stored narrower than it is multiplied in.
+        one first that is stored narrower than it is multiplied in.
 
     Raises:
         ValueError: another number of dimensions or of output features, a negative
@@ -163,7 +163,7 @@ def fold_conv_transpose(
         kernel' = kernel * multiplier,  bias' = bias * multiplier + offset
 
     Args:
-        kernel: (*window, in, out); with `transpose_kernel` (*window, out, in).
+        kernel: `(*window, in, out)`; with `transpose_kernel` `(*window, out, in)`.
         bias: of the convolution, (out,); None for 0.
         mean: of its output, (out,).
         var: (out,).
@@ -174,7 +174,7 @@ def fold_conv_transpose(
 
     Returns:
         (kernel, bias), computed in at least float32, in the dtype of `kernel`: cast
-            one first that is stored narrower than it is multiplied in.
+        one first that is stored narrower than it is multiplied in.
 
     Raises:
         ValueError: as `fold_conv`.

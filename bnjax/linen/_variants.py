@@ -69,8 +69,8 @@ class BatchRenorm(Normalization, nn.BatchNorm):
     Attributes:
         r_max: the largest factor between the standard deviations, >= 1; a number or a
             function of the step.
-        d_max: the largest distance between the means, in running standard deviations,
-            >= 0; a number or a function of the step.
+        d_max: the largest distance between the means, >= 0, in running standard
+            deviations; a number or a function of the step.
         warmup_steps: how many updates the running statistics get before they correct
             the batch's. None: no counter, and `step` is given to schedules.
 

@@ -59,7 +59,7 @@ class TrainState(train_state.TrainState):
             **kwargs: of the model (`train=True`) and of `model.apply` (`rngs=...`).
 
         Returns:
-            (output, batch_stats): the running statistics that the call leaves, which in
+            (output, batch_stats), the running statistics that the call leaves, which in
             evaluation are those of the state.
         """
         variables = {"params": params, "batch_stats": self.batch_stats}
@@ -184,8 +184,8 @@ def freeze_mask(tree: Any, *patterns: str) -> Any:
 
     Args:
         tree: parameters or `batch_stats`, of Linen or of NNX.
-        *patterns: of paths such as "encoder/norm_1/scale", as of a shell; * stands for
-            any characters, / among them: "*/norm_*/scale", "encoder/*".
+        *patterns: of paths such as "encoder/norm_1/scale", as of a shell; `*` stands
+            for any characters, `/` among them: `"*/norm_*/scale"`, `"encoder/*"`.
 
     Returns:
         A tree of bool of the structure of `tree`, True where frozen.
