@@ -68,7 +68,7 @@ LINEN: dict[str, Any] = {
 }
 NNX: dict[str, Any] = {"flax-nnx": nnx.BatchNorm, "bnjax-nnx": bnjax.nnx.BatchNorm}
 FLAX = ("flax", "flax-nnx")  # these know no activation and residual
-SHAPES = ("256x112x112x64", "256x56x56x256", "256x28x28x512", "8192x4096")
+SHAPES = ("256x56x56x256", "256x112x112x64", "256x28x28x512", "8192x4096")
 DIRECTIONS = ("forward", "both")
 STAGES = (3, 4, 6, 3)  # of ResNet-50
 MEASURES = {
@@ -433,8 +433,9 @@ def table(records: list[results.Record]) -> Table:
 
 
 def draw_layers(records: list[results.Record], path: Path) -> None:
-    """Passes of forward + backward: a panel for each target and dtype."""
+    """Passes of forward + backward for one shape: a panel for each target and dtype."""
     records = [r for r in records if r["direction"] == "both" and not r["on_chip"]]
+    records = [r for r in records if r["shape"] == records[0]["shape"]]
     panels: dict[str, charts.Groups] = {}
     for r in records:
         groups = panels.setdefault(f"{place(r)}\n{r['dtype']}", {})
@@ -446,7 +447,7 @@ def draw_layers(records: list[results.Record], path: Path) -> None:
         f"One layer, x of {shape}: passes over its bytes in device memory, forward + "
         f"backward\n(dotted: 7, the floor); jax {records[0]['versions']['jax']}"
     )
-    figure, axes = charts.panels(title, len(panels), share=True)
+    figure, axes = charts.panels(title, len(panels), height=5.5, share=True)
     for each, (name, groups) in zip(axes, panels.items(), strict=True):
         charts.horizontal_bars(each, groups)
         each.set_xlim(0, 15)

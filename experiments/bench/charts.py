@@ -21,7 +21,7 @@ COLOURS = {
     "bnjax fused": "#56b4e9",
     "bnjax remat": "#009e73",
 }
-OTHERS = ("#d55e00", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#7f7f7f")
+OTHERS = "#d55e00 #56b4e9 #009e73 #cc79a7 #e69f00 #7f7f7f #f0e442".split()
 """The colours of bars with other names, in their order."""
 
 Groups = dict[str, dict[str, float]]
