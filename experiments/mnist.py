@@ -247,21 +247,21 @@ def summary(settings: dict, steps: np.ndarray, measured: dict) -> tuple[Table, s
         needed = {
             n: steps_to(steps, measured[n], rate[n], final["plain"]) for n in NAMES
         }
-        counts = (
+        with_bn, without = (
             f"{needed[n]:,.0f}" if needed[n] < math.inf else "never" for n in NAMES
         )
-        with_bn, without = counts
         table.add_row(
             label, f"{final['plain']:.2%}", f"{final['bn']:.2%}", without, with_bn
         )
     same = best["bn"]
     reached = measured["plain"]["test"][-1, :, same].mean()
     with_bn, without = (steps_to(steps, measured[n], same, reached) for n in NAMES)
+    soon = "does not" if with_bn == math.inf else f"after {with_bn:,.0f}"
     sentence = (
-        f"At learning rate {rates[same]:g}, the network with BN reaches {reached:.1%} "
-        f"of the test images after {with_bn:,.0f} steps, the one without BN after "
-        f"{without:,.0f}. Each at its best rate, they end at {final['bn']:.1%} and "
-        f"{final['plain']:.1%}."
+        f"At learning rate {rates[same]:g}, the network without BN reaches "
+        f"{reached:.1%} of the test images after {without:,.0f} steps, the one with BN "
+        f"{soon}. Each at its best rate, they end at {final['plain']:.1%} and "
+        f"{final['bn']:.1%}."
     )
     return table, sentence
 

@@ -116,7 +116,10 @@ def test_the_normalized_network_learns_faster(short, tmp_path):
     assert measured["plain"]["test"][-1].max() < 0.4
     table, sentence = mnist.summary(settings, steps, measured)
     assert len(table.rows) == 3
-    assert sentence.startswith("At learning rate 0.3, the network with BN reaches")
+    assert sentence.startswith("At learning rate 0.3, the network without BN reaches")
+    assert "the one with BN after" in sentence
+    swapped = {"bn": measured["plain"], "plain": measured["bn"]}
+    assert "the one with BN does not." in mnist.summary(settings, steps, swapped)[1]
     pictures = [tmp_path / name for name in ("first.png", "second.png")]
     for picture in pictures:
         mnist.draw(settings, steps, measured, picture)
