@@ -7,21 +7,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# "plain" is arithmetic alone, without derivatives of its own: for transformations that
-# know none, such as jax.experimental.jet.
+# "xla" lets XLA share reads of x; "reread" has each reduction read x again, which is
+# faster on a CPU; "subsample" takes the shift from x, without a condition, for GPUs.
+# None chooses by platform. "plain" has no derivative rules of its own: for
+# transformations that know none, such as jax.experimental.jet.
 PLAIN = "plain"
 IMPLEMENTATIONS = (None, "xla", "reread", "subsample", PLAIN)
 
 
-def chosen(implementation: str | None, *values) -> str | None:
-    """The implementation; where None is given to Taylor mode, the plain one."""
+def resolve_implementation(implementation: str | None, *values) -> str | None:
+    """Returns the implementation; PLAIN for None if an argument is a tracer of jet."""
     jet = sys.modules.get("jax.experimental.jet")
     taylor = jet is not None and any(isinstance(v, jet.JetTracer) for v in values)
     return PLAIN if implementation is None and taylor else implementation
 
 
-def on_cpu(implementation: str | None, cpu, default):
-    """`cpu` where the compiler is told what to do, `default` elsewhere."""
+def select_cpu(implementation: str | None, cpu, default):
+    """Selects `cpu` for "reread", or for None if compiled for a CPU; else `default`."""
 
     def choose(*args):
         if implementation is not None:
@@ -46,7 +48,7 @@ def by_platform(implementation: str | None, function):
 
 
 def reread(storage, implementation: str | None, x: jax.Array, *vectors: jax.Array):
-    """The identity; on a CPU, a fresh read of what `x` was widened from.
+    """Returns its arguments; on a CPU, `x` is read again from what it was widened from.
 
     XLA:CPU writes a value that several reductions share to memory: the widened copy of
     a bfloat16 input, and even the broadcast of a per-feature vector. Each user that
@@ -72,56 +74,65 @@ def _(storage, implementation, primals, tangents):
 def reread_cotangent(storage, implementation: str | None, tangent: jax.Array):
     """The identity on a tangent; its transpose reads the cotangent again, as `reread`.
 
-    Only for a cotangent that was widened from `storage`. A tangent is rounded to it.
+    Use it only where the cotangent was widened from `storage`. Forward-mode tangents
+    are rounded to `storage`.
     """
     if tangent.dtype == storage:
         return tangent
     return _fence(storage, implementation, tangent)[0]
 
 
-def rounded(y: jax.Array, implementation: str | None) -> jax.Array:
-    """The identity, on a value that really has the precision of its dtype.
+def force_rounding(y: jax.Array, implementation: str | None) -> jax.Array:
+    """Returns `y`, with its rounding to a narrow dtype made explicit.
 
-    XLA lets a user that widens `y` again have what was there before the rounding. A GPU
-    may then write, and store for the backward pass, a float32 copy beside `y`. A TPU
-    fuses two results of the same inputs, such as y and dx, only if both end alike.
+    XLA may cancel a narrowing that is followed by a widening. A GPU may then write, and
+    store for the backward pass, a float32 copy in addition to `y`. A TPU fuses y and dx
+    only if both end with the same operation.
     """
     wide = jnp.iscomplexobj(y) or jnp.finfo(y.dtype).bits >= 32
-    return y if wide or implementation == PLAIN else _rounded(y, implementation)
+    return y if wide or implementation == PLAIN else _force_rounding(y, implementation)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _rounded(y: jax.Array, implementation: str | None) -> jax.Array:
-    return on_cpu(implementation, _unchanged, _round)(y)
+def _force_rounding(y: jax.Array, implementation: str | None) -> jax.Array:
+    return select_cpu(implementation, _unchanged, _round)(y)
 
 
-@_rounded.defjvp
+@_force_rounding.defjvp
 def _(implementation, primals, tangents):
-    return _rounded(*primals, implementation), tangents[0]
+    return _force_rounding(*primals, implementation), tangents[0]
 
 
-def round_cotangent(y: jax.Array, dtype, implementation: str | None) -> jax.Array:
-    """The identity on `y`; its cotangent is `rounded` to a narrower dtype, and widened.
+def force_cotangent_rounding(
+    y: jax.Array, dtype, implementation: str | None
+) -> jax.Array:
+    """Returns `y`; its cotangent is rounded to a narrower dtype, and widened again.
 
-    For a cotangent that is written in that dtype: all users read what was written.
+    For a cotangent that is written in that dtype: all its uses read what was written.
     """
-    return y if implementation == PLAIN else _round_cotangent(y, dtype, implementation)
+    return (
+        y
+        if implementation == PLAIN
+        else _force_cotangent_rounding(y, dtype, implementation)
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _round_cotangent(y: jax.Array, dtype, implementation: str | None) -> jax.Array:
+def _force_cotangent_rounding(
+    y: jax.Array, dtype, implementation: str | None
+) -> jax.Array:
     return y
 
 
-@_round_cotangent.defjvp
+@_force_cotangent_rounding.defjvp
 def _(dtype, implementation, primals, tangents):
     def rounding(t):
         return _round(t.astype(dtype)).astype(t.dtype)
 
     (y,), (tangent,) = primals, tangents
     if tangent.dtype != dtype and not jnp.iscomplexobj(tangent):
-        tangent = on_cpu(implementation, _unchanged, rounding)(tangent)
-    return _round_cotangent(y, dtype, implementation), tangent
+        tangent = select_cpu(implementation, _unchanged, rounding)(tangent)
+    return _force_cotangent_rounding(y, dtype, implementation), tangent
 
 
 def _unchanged(y: jax.Array) -> jax.Array:
@@ -135,7 +146,7 @@ def _round(y: jax.Array) -> jax.Array:
 
 
 def _fence(storage, implementation: str | None, x: jax.Array, *vectors: jax.Array):
-    """The values, as the implementation has them: fenced, or left to XLA."""
+    """Returns the values: behind a fence on a CPU, as they are elsewhere."""
     if jnp.iscomplexobj(x):
         storage = x.dtype  # a real input made complex cannot be narrowed
 
@@ -146,4 +157,4 @@ def _fence(storage, implementation: str | None, x: jax.Array, *vectors: jax.Arra
     def shared(*values):
         return values
 
-    return on_cpu(implementation, fenced, shared)(x, *vectors)
+    return select_cpu(implementation, fenced, shared)(x, *vectors)

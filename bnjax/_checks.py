@@ -70,8 +70,8 @@ _SINGLE_VALUE = (
 )
 
 
-def inexact(name: str, x: ArrayLike) -> jax.Array:
-    """`x` as a JAX array of a floating or complex dtype."""
+def require_inexact(name: str, x: ArrayLike) -> jax.Array:
+    """Converts `x` to an array; raises unless its dtype is floating or complex."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
@@ -120,7 +120,7 @@ def parameter(name: str, value: ArrayLike | None) -> jax.Array | None:
 
 
 def not_complex(name: str, value: jax.Array, dtype) -> None:
-    """Raises on a complex value where a real one is computed with."""
+    """Raises if `value` is complex and `dtype`, that of the computation, is real."""
     if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"{name} has dtype {value.dtype}, but the result is real: expected a real "
@@ -129,7 +129,7 @@ def not_complex(name: str, value: jax.Array, dtype) -> None:
 
 
 def feature_shape(name: str, value: jax.Array, expected: Sequence[int], axis) -> None:
-    """Raises unless `value` has one entry per feature."""
+    """Raises unless `value` has the shape of the feature axes."""
     if value.shape != tuple(expected):
         raise ValueError(
             f"{name} has shape {value.shape}: expected {tuple(expected)}, the sizes of "
@@ -142,7 +142,7 @@ def feature_shape(name: str, value: jax.Array, expected: Sequence[int], axis) ->
 def shift(
     value: ArrayLike | None, expected: Sequence[int], axis, dtype
 ) -> jax.Array | None:
-    """The shift as an array, with one entry per feature, or None."""
+    """Converts the shift to an array and checks it; returns None for None."""
     if value is None:
         return None
     value = jnp.asarray(value)
@@ -203,7 +203,7 @@ def _aligned(
         raise ValueError(
             f"{name} has shape {value.shape}, which does not broadcast to the input's "
             f"shape {shape}: expected sizes that equal the input's or 1. "
-            + _shape_cure(name, values, value.shape, shape)
+            + _shape_hint(name, values, value.shape, shape)
         )
     leading = value.shape + (1,) * (rank - value.ndim)
     if aligned != leading and _broadcasts(leading, shape):
@@ -212,29 +212,31 @@ def _aligned(
             values=values,
             received=value.shape,
             shape=shape,
-            trailing=_index(name, value.ndim, range(rank - value.ndim, rank), rank),
-            leading=_index(name, value.ndim, range(value.ndim), rank),
+            trailing=_indexing_code(
+                name, value.ndim, range(rank - value.ndim, rank), rank
+            ),
+            leading=_indexing_code(name, value.ndim, range(value.ndim), rank),
         )
         warnings.warn(message, BatchNormWarning, stacklevel=_callers_level())
     return value.reshape(aligned)
 
 
 def _broadcasts(small: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether an array of the first shape fits one of the other, of the same rank."""
+    """Returns whether the first shape broadcasts to the second, of the same rank."""
     pairs = zip(small, shape)
     return len(small) == len(shape) and all(m == 1 or m == n for m, n in pairs)
 
 
-def _shape_cure(
+def _shape_hint(
     name: str, values: str, small: tuple[int, ...], shape: tuple[int, ...]
 ) -> str:
-    """Where a mask of lower rank has its axes, if that can be told from the sizes."""
+    """Returns the reshape that makes the mask or weights broadcast, as a sentence."""
     for kept in itertools.combinations(range(len(shape)), len(small)):  # leading first
         if small and len(small) < len(shape) and small == tuple(shape[a] for a in kept):
             named = ", ".join(map(str, kept))
             return (
                 f"For {values} along axis {named} of the input write "
-                f"{_index(name, len(small), kept, len(shape))}."
+                f"{_indexing_code(name, len(small), kept, len(shape))}."
             )
     return (
         f"For one per example write {name}.reshape((-1,) + (1,) * (x.ndim - 1)), of "
@@ -242,8 +244,8 @@ def _shape_cure(
     )
 
 
-def _index(name: str, ndim: int, kept: Sequence[int], rank: int) -> str:
-    """How a mask gets axes of size 1: its own become the kept ones of `rank`."""
+def _indexing_code(name: str, ndim: int, kept: Sequence[int], rank: int) -> str:
+    """Returns code that adds axes of size 1, such as "mask[:, None]"."""
     if tuple(kept) == tuple(range(ndim)):
         return f"{name}[..., {', '.join(['None'] * (rank - ndim))}]"
     index = [":" if a in kept else "None" for a in range(rank)]
@@ -256,7 +258,7 @@ def residual(value: ArrayLike | None, shape: Sequence[int], dtype) -> jax.Array 
     """The residual as an array of the shape of `x`, or None."""
     if value is None:
         return None
-    value = inexact("residual", value)
+    value = require_inexact("residual", value)
     if value.shape != tuple(shape):
         raise ValueError(
             f"residual has shape {value.shape}: expected {tuple(shape)}, the shape of "
@@ -312,7 +314,7 @@ def elementwise(activation, shape: Sequence[int], y, dtype) -> None:
 
 
 def _described(value) -> str:
-    """What a value is, in a word or two."""
+    """Returns a short description of a value for messages: "None", "the class X"."""
     if value is None:
         return "None"
     if isinstance(value, type):
@@ -338,8 +340,8 @@ def epsilon(value, features: Sequence[int] = ()) -> None:
         )
 
 
-def weight(name: str, value) -> None:
-    """Raises on a momentum or decay that is no real number in [0, 1]."""
+def decay_rate(name: str, value) -> None:
+    """Raises unless a momentum or decay is a real number in [0, 1]."""
     low, high = _range(name, value, "is the weight of the old value", f"{name}=0.99")
     if not 0 <= low <= high <= 1:
         raise ValueError(
@@ -446,7 +448,7 @@ def warn_single_value(count, shape: Sequence[int], axis, groups: int = 0) -> Non
 
 
 def _callers_level() -> int:
-    """The stack level of the first frame outside of bnjax, Flax and JAX."""
+    """Returns the `stacklevel` by which warnings.warn points at the user's code."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] not in _OURS:

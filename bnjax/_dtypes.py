@@ -6,20 +6,20 @@ from jax.typing import DTypeLike
 
 
 def promote(*values) -> jnp.dtype:
-    """JAX's standard promotion, whatever promotion mode the caller has set."""
+    """Returns the result dtype by JAX's standard promotion, whatever mode is set."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*values)
 
 
-def statistics(*values) -> jnp.dtype:
-    """At least float32; float64 and complex preserved."""
+def statistics_dtype(*values) -> jnp.dtype:
+    """Returns the dtype of statistics: at least float32; float64 and complex stay."""
     return promote(jnp.float32, *values)
 
 
 def result(*values) -> jnp.dtype:
     """Of a result of these values, None aside: as promoted, float32 for integers."""
     dtype = promote(*(value for value in values if value is not None))
-    return dtype if jnp.issubdtype(dtype, jnp.inexact) else statistics(dtype)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else statistics_dtype(dtype)
 
 
 def real(dtype: DTypeLike) -> jnp.dtype:

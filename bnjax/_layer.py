@@ -40,19 +40,19 @@ class LayerOps(NamedTuple):
         train: (x, stored, **options of batch_norm) -> (y, Moments).
         infer: (x, mean, var, **options of normalize) -> y.
         measure: (x, **options of moments) -> Moments.
-        start: (x, **options of batch_norm) -> (y, Moments): the output of `init`, where
-            the batch may be a mere example of its shape.
-        begin: (shape, dtype) -> the running statistics at the start, by name.
-        empty: (shape, dtype) -> the Moments of nothing.
-        merge: of two Moments.
+        init_forward: (x, **options of batch_norm) -> (y, Moments): the output during
+            `init`, where the batch may be only an example of its shape.
+        init_stats: (shape, dtype) -> the initial running statistics, by name.
+        empty: (shape, dtype) -> the Moments of an empty set.
+        merge: merges two Moments.
         leading: the axes of the statistics before those of the features.
     """
 
     train: Callable[..., tuple[jax.Array, Any]] = _batch_norm
     infer: Callable[..., jax.Array] = normalize
     measure: Callable[..., Any] = moments
-    start: Callable[..., tuple[jax.Array, Any]] = batch_norm
-    begin: Callable[..., dict[str, jax.Array]] = _zero_and_one
+    init_forward: Callable[..., tuple[jax.Array, Any]] = batch_norm
+    init_stats: Callable[..., dict[str, jax.Array]] = _zero_and_one
     empty: Callable[..., Any] = Moments.empty
     merge: Callable[..., Any] = merge
     leading: tuple[int, ...] = ()
@@ -120,7 +120,7 @@ def split(num_splits: int, domain: ArrayLike | None) -> LayerOps:
             x, num_splits=num_splits, domain=domain, fallback=stored, **options
         )
 
-    def start(x, **options):
+    def init_forward(x, **options):
         return split_batch_norm(x, num_splits=num_splits, domain=main, **options)
 
     def infer(x, *vectors, **options):
@@ -134,7 +134,7 @@ def split(num_splits: int, domain: ArrayLike | None) -> LayerOps:
         return nothing._replace(count=jnp.zeros(num_splits, nothing.count.dtype))
 
     leading = (num_splits,)
-    return LayerOps(train, infer, measure, start, empty=empty, leading=leading)
+    return LayerOps(train, infer, measure, init_forward, empty=empty, leading=leading)
 
 
 def decorrelated(group_size: int | None, method: str, iterations: int) -> LayerOps:
@@ -152,14 +152,14 @@ def decorrelated(group_size: int | None, method: str, iterations: int) -> LayerO
     def measure(x, **options):
         return whiten.co_moments(x, group_size=group_size, **options)
 
-    def start(x, **options):
+    def init_forward(x, **options):
         return whiten.decorrelate(x, group_size=group_size, **by, **options)
 
     def grouped(shape: Shape) -> tuple[int, int]:  # `decorrelate` checks the size
         size = max(group_size or shape[-1], 1)
         return shape[-1] // size, size
 
-    def begin(shape: Shape, dtype: DTypeLike) -> dict[str, jax.Array]:
+    def init_stats(shape: Shape, dtype: DTypeLike) -> dict[str, jax.Array]:
         dtype = _dtypes.real(dtype)  # of real inputs alone
         groups, size = grouped(shape)
         identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (groups, size, size))
@@ -168,54 +168,61 @@ def decorrelated(group_size: int | None, method: str, iterations: int) -> LayerO
     def empty(shape: Shape, dtype: DTypeLike = jnp.float32) -> whiten.CoMoments:
         return whiten.CoMoments.empty(*grouped(shape), dtype)
 
-    return LayerOps(train, infer, measure, start, begin, empty, whiten.merge)
+    return LayerOps(
+        train, infer, measure, init_forward, init_stats, empty, whiten.merge
+    )
 
 
-def inexact(x: ArrayLike) -> jax.Array:
+def to_inexact(x: ArrayLike) -> jax.Array:
     """`x` as an array to compute with: integers and booleans as float32, as in Flax."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
-        return x.astype(_dtypes.statistics(x.dtype))
-    return _checks.inexact("x", x)
+        return x.astype(_dtypes.statistics_dtype(x.dtype))
+    return _checks.require_inexact("x", x)
 
 
 def forward(
     x: jax.Array,
     stored: running.State,
-    affine: Mapping[str, Any],
-    reduction: Mapping[str, Any],
+    normalize_options: Mapping[str, Any],
+    moments_options: Mapping[str, Any],
     ops: LayerOps,
     *,
     use_running: bool,
     measure: bool,
 ) -> tuple[jax.Array, Any]:
-    """The output and the Moments of the batch.
+    """Returns the output and the Moments of the batch.
 
-    Garbage under a False mask changes nothing, whichever statistics are used: where
-    they are the running ones, it would make the gradient of scale NaN.
+    Masked values do not affect the result. With running statistics they must be zeroed
+    here, or a masked NaN would make the gradient of scale NaN.
 
     Args:
         x: (batch, *spatial, feature).
         stored: the running statistics.
-        affine: what `normalize` and `batch_norm` share.
-        reduction: what `moments` and `batch_norm` share, but for the axis.
-        ops: of the layer.
+        normalize_options: what `normalize` and `batch_norm` share.
+        moments_options: what `moments` and `batch_norm` share, except the axis.
+        ops: the functions of the layer.
         use_running: whether to normalize by `stored`.
-        measure: whether the Moments are needed then too; else they are None.
+        measure: whether to return the Moments with running statistics too; else None.
     """
     if not use_running:
-        return ops.train(x, stored, **reduction, **affine)
-    mask, weights = _checks.mask(reduction["mask"], x.shape), reduction["weights"]
+        return ops.train(x, stored, **moments_options, **normalize_options)
+    mask, weights = (
+        _checks.mask(moments_options["mask"], x.shape),
+        moments_options["weights"],
+    )
     mask = mask_with_weights(x, mask, _checks.weights(weights, x.shape))
-    y = ops.infer(zero_masked_garbage(x, mask), *stored, **affine)
+    y = ops.infer(zero_masked_garbage(x, mask), *stored, **normalize_options)
     y = zero_masked_overflow(y, mask)
     if not measure:
         return y, None
     shift = stored[0] if jnp.iscomplexobj(x) else stored[0].real
-    return y, ops.measure(x, axis=affine["axis"], shift=shift, **reduction)
+    return y, ops.measure(
+        x, axis=normalize_options["axis"], shift=shift, **moments_options
+    )
 
 
-def updated(
+def update_running_stats(
     stored: running.State,
     batch: Moments | whiten.CoMoments,
     *,

@@ -24,23 +24,23 @@ def varying(x) -> frozenset:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def cast_like(reference, x):
-    """`x`, typed to vary over every axis that `reference` varies over."""
+def pvary_like(reference, x):
+    """Marks `x` as varying over the mesh axes that `reference` varies over."""
     return _cast(x, varying(reference))
 
 
-def cast_together(*values):
-    """The values, each typed to vary over every axis that one of them varies over."""
+def pvary_together(*values):
+    """Marks each value as varying over every mesh axis that one of them varies over."""
     axes = frozenset().union(*map(varying, values))
     return [_cast(value, axes) for value in values]
 
 
-def several(x: jax.Array) -> bool:
-    """Whether `x` may lie on several devices, as far as its type tells."""
+def may_span_devices(x: jax.Array) -> bool:
+    """Returns whether `x` may lie on several devices, as far as its type tells."""
     return bool(varying(x)) or jax.typeof(x).sharding.mesh.size > 1
 
 
-def split_by_jit(x: jax.Array) -> bool:
+def may_be_sharded_by_jit(x: jax.Array) -> bool:
     """Whether jit may have split `x`, so that each sum of it is communicated."""
     mesh = jax.typeof(x).sharding.mesh
     kinds = zip(mesh.axis_types, mesh.axis_sizes)
@@ -53,7 +53,7 @@ def axis_size(axis_name: AxisName) -> int:
 
 
 def all_sum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None = None):
-    """The sum of `x` over the replicas, or over those of this replica's group."""
+    """Sums `x` over the replicas, or over those of this replica's group."""
     if axis_name is None:
         return x
     if groups is None:
@@ -61,8 +61,8 @@ def all_sum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None = No
     return _own_group(_all_gather(x, axis_name), axis_name, groups).sum(0)
 
 
-def typed_parts(x: jax.Array, axis: int) -> int:
-    """Into how many parts Explicit mesh axes split `x` along `axis`."""
+def num_shards(x: jax.Array, axis: int) -> int:
+    """Returns into how many shards Explicit mesh axes split `x` along `axis`."""
     sharding = jax.typeof(x).sharding
     names = _names(sharding.spec[axis] or ())
     return math.prod(sharding.mesh.shape[name] for name in names)
@@ -131,7 +131,10 @@ def replicated(x: jax.Array, axis_name: AxisName | None) -> bool:
 
 
 def pack(values):
-    """The arrays as one real vector, for one collective to carry; and the way back."""
+    """Concatenates the arrays into one real vector, for one collective.
+
+    Returns (vector, unpack); `unpack(vector)` returns the list of arrays.
+    """
     parts = []
     for value in values:
         parts += [value.real, value.imag] if jnp.iscomplexobj(value) else [value]

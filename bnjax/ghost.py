@@ -37,12 +37,12 @@ from bnjax.normalize import (
     Inputs,
     Options,
     TransformSpec,
+    apply_training_transform,
     batch_axis,
     check_devices,
     normalize_groups,
     normalize_with_stats,
     stats_or_fallback,
-    train,
 )
 
 __all__ = ["ghost_batch_norm"]
@@ -126,7 +126,7 @@ def ghost_batch_norm(
 
     References: Hoffer, Hubara & Soudry 2017, section 4, Algorithm 1.
     """
-    x = _checks.inexact("x", x)
+    x = _checks.require_inexact("x", x)
     reduction = reduction_spec(
         x,
         options.get("axis", -1),
@@ -139,7 +139,7 @@ def ghost_batch_norm(
     if together is not None:
         options["axis_index_groups"] = together
         transform = bind(_over_replicas, pools=reduction.groups)
-        return train(transform, x, scale, bias, options)
+        return apply_training_transform(transform, x, scale, bias, options)
     runs = _runs(x.shape, batch, virtual_batch_size, remainder)
     options = {**options, "axis_name": None, "axis_index_groups": None}
     mean, var = options.pop("fallback", None) or (None, None)
@@ -215,7 +215,7 @@ def _over_replicas(
     )
     vectors = *stats_or_fallback(group, given, spec), given.scale, given.bias
     return normalize_with_stats(
-        given.finite_x(), vectors, given.epsilon, spec.affine
+        given.bounded_x(), vectors, given.epsilon, spec.affine
     ), pool
 
 

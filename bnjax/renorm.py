@@ -24,14 +24,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from bnjax import _checks
-from bnjax.moments import Moments, statistics
+from bnjax.moments import Moments, compute_moments
 from bnjax.normalize import (
     Inputs,
     Options,
     TransformSpec,
+    apply_training_transform,
     normalize_with_stats,
     stats_or_fallback,
-    train,
 )
 
 __all__ = ["at_step", "batch_renorm", "warmed_up"]
@@ -108,14 +108,16 @@ def batch_renorm(
 
     References: Ioffe 2017, section 3, Algorithm 1.
     """
-    x = _checks.inexact("x", x)
+    x = _checks.require_inexact("x", x)
     if jnp.iscomplexobj(x):
         raise TypeError(_COMPLEX.format(dtype=x.dtype))
     _check_limit("r_max", r_max, 1, "sigma_B / sigma")
     _check_limit("d_max", d_max, 0, "(mu_B - mu) / sigma")
     running = lax.stop_gradient((jnp.asarray(mean), jnp.asarray(var)))
     options["fallback"] = running
-    return train(_by_corrected, x, scale, bias, options, r_max, d_max)
+    return apply_training_transform(
+        _by_corrected, x, scale, bias, options, r_max, d_max
+    )
 
 
 def at_step(name: str, limit: Limit, step: ArrayLike | None) -> ArrayLike:
@@ -182,12 +184,12 @@ def warmed_up(
 
 
 def _by_corrected(given: Inputs, spec: TransformSpec, r_max: Any, d_max: Any):
-    batch = statistics(given.x, given.mask, given.shift, spec.reduction)
+    batch = compute_moments(given.x, given.mask, given.shift, spec.reduction)
     mean, var = stats_or_fallback(batch, given, spec)
     r, d = lax.stop_gradient(_corrections(mean, var, given, r_max, d_max))
     vectors = mean, var, given.scale * r, given.bias + given.scale * d
     return normalize_with_stats(
-        given.finite_x(), vectors, given.epsilon, spec.affine
+        given.bounded_x(), vectors, given.epsilon, spec.affine
     ), batch
 
 
@@ -195,9 +197,9 @@ def _corrections(mean, var, given: Inputs, r_max, d_max):
     """r and d, from the batch's mean and variance and the running ones."""
     epsilon = jnp.asarray(given.epsilon, var.dtype)
     r_max, d_max = (jnp.asarray(limit, var.dtype) for limit in (r_max, d_max))
-    sigma = jnp.sqrt(given.var + epsilon)
+    sigma = jnp.sqrt(given.fallback_var + epsilon)
     r = jnp.clip(jnp.sqrt(var + epsilon) / sigma, 1 / r_max, r_max)
-    d = jnp.clip((mean - given.mean) / sigma, -d_max, d_max)
+    d = jnp.clip((mean - given.fallback_mean) / sigma, -d_max, d_max)
     return r, d
 
 

@@ -204,7 +204,7 @@ def _read_cumulative(state: AverageState) -> State:
 
 def _decay(value: float) -> float:
     """The decay, checked; a known scalar as a number, for an array has no hash."""
-    _checks.weight("decay", value)
+    _checks.decay_rate("decay", value)
     if isinstance(value, Tracer) or np.ndim(value):
         return value
     return float(value)

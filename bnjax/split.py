@@ -22,20 +22,20 @@ from bnjax import _axes, _checks, _replicas
 from bnjax.moments import (
     Moments,
     broadcast_count,
+    compute_moments,
     is_weighted,
     mask_with_weights,
-    statistics,
 )
 from bnjax.normalize import (
     Inputs,
     Options,
     TransformSpec,
+    apply_training_transform,
     batch_axis,
     normalize,
     normalize_groups,
     normalize_with_batch_stats,
     normalize_with_stats,
-    train,
 )
 
 __all__ = ["split_batch_norm", "split_moments", "split_normalize"]
@@ -116,7 +116,7 @@ def split_batch_norm(
 
     References: Xie et al. 2019, section 3.3.
     """
-    x = _checks.inexact("x", x)
+    x = _checks.require_inexact("x", x)
     domain = _domains(x, num_splits, domain, options)
     mean, var = options.pop("fallback", None) or (None, None)
     shift = options.pop("shift", None)
@@ -132,8 +132,12 @@ def split_batch_norm(
         options["fallback"] = mean, var
     if domain.ndim:
         leading = (num_splits,)
-        return train(_by_domain, x, scale, bias, options, domain, leading=leading)
-    y, batch = train(normalize_with_batch_stats, x, scale, bias, options)
+        return apply_training_transform(
+            _by_domain, x, scale, bias, options, domain, leading=leading
+        )
+    y, batch = apply_training_transform(
+        normalize_with_batch_stats, x, scale, bias, options
+    )
     return y, jax.tree.map(lambda v: _placed(v, domain, num_splits), batch)
 
 
@@ -208,7 +212,7 @@ def split_normalize(
 
     References: Xie et al. 2019, section 3.3.
     """
-    x = _checks.inexact("x", x)
+    x = _checks.require_inexact("x", x)
     splits = jnp.shape(mean)[0]
     domain = jnp.asarray(_domains(x, splits, domain, options))
     given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
@@ -236,19 +240,21 @@ def _by_domain(given: Inputs, spec: TransformSpec, domain: jax.Array):
             mask = mask_with_weights(given.x, own, given.mask)
         else:
             mask = own & given.mask
-        return statistics(given.x, mask, shift, spec.reduction)
+        return compute_moments(given.x, mask, shift, spec.reduction)
 
-    numbers = jnp.arange(len(given.mean), dtype=domain.dtype)
+    numbers = jnp.arange(len(given.fallback_mean), dtype=domain.dtype)
     found = jax.vmap(one)(numbers, given.shift)
     seen = broadcast_count(found.count, found.m2) > 0
-    mean = jnp.where(seen, found.mean, given.mean).astype(given.mean.dtype)
-    var = jnp.where(seen, found.variance(), given.var)
+    mean = jnp.where(seen, found.mean, given.fallback_mean).astype(
+        given.fallback_mean.dtype
+    )
+    var = jnp.where(seen, found.variance(), given.fallback_var)
     vectors = [
         _by_example(rows, domain, axes, batch)
         for rows in (mean, var, given.scale, given.bias)
     ]
     affine = spec.affine._replace(feature_axes=tuple(sorted((*axes, batch))))
-    y = normalize_with_stats(given.finite_x(), vectors, given.epsilon, affine)
+    y = normalize_with_stats(given.bounded_x(), vectors, given.epsilon, affine)
     return y, found
 
 
@@ -294,10 +300,10 @@ def _domains(
             raise ValueError(
                 _PARTS.format(batch=size, axis=axis, shape=x.shape, splits=splits)
             )
-        if splits % _replicas.typed_parts(x, axis) == 0:
+        if splits % _replicas.num_shards(x, axis) == 0:
             return None
         domain = jnp.repeat(jnp.arange(splits), size // splits)
-        return _beside_batch(x, domain, axis)  # parts on many devices
+        return _split_like_batch(x, domain, axis)  # parts on many devices
     if not isinstance(domain, Tracer):
         _check_known(np.asarray(domain), splits)
     domain = jnp.asarray(domain)
@@ -307,10 +313,10 @@ def _domains(
         domain = domain.astype(jnp.int32)
     if domain.shape not in ((), (size,)):
         raise ValueError(_SHAPE.format(received=domain.shape, batch=size, axis=axis))
-    return _beside_batch(x, domain, axis) if domain.ndim else domain
+    return _split_like_batch(x, domain, axis) if domain.ndim else domain
 
 
-def _beside_batch(x: jax.Array, domain: jax.Array, axis: int) -> jax.Array:
+def _split_like_batch(x: jax.Array, domain: jax.Array, axis: int) -> jax.Array:
     """`domain`, split over Explicit mesh axes as the batch: rows stay by their `x`."""
     along = [domain.size if a == axis else 1 for a in range(x.ndim)]
     return _axes.split_like(x, domain.reshape(along)).reshape(-1)

@@ -277,15 +277,15 @@ FAULTS = [
     Fault(
         "the derivative by the mean is missing",
         AFFINE,
-        "    offset = _sum(dbias, None if dmean is None else -a * dmean)",
+        "    offset = _add_tangents(dbias, None if dmean is None else -a * dmean)",
         "    offset = dbias",
         "tests/test_gradients.py",
     ),
     Fault(
         "the derivative by the scale lacks 1 / std",
         AFFINE,
-        "        dy = again(_sum((x - mean) * rstd * slope, dy))",
-        "        dy = again(_sum((x - mean) * slope, dy))",
+        "        dy = again(_add_tangents((x - mean) * rstd * slope, dy))",
+        "        dy = again(_add_tangents((x - mean) * slope, dy))",
         "tests/test_gradients.py",
     ),
     Fault(
@@ -298,7 +298,7 @@ FAULTS = [
     Fault(
         "garbage under the mask reaches the output",
         TRANSFORM,
-        "return x if mask is None else zero_where_masked(x, valid_or_finite(x, mask))",
+        "return x if mask is None else zero_where_masked(x, valid_or_bounded(x, mask))",
         "return x",
         "tests/test_normalize.py",
     ),
@@ -312,21 +312,21 @@ FAULTS = [
     Fault(
         "nothing valid does not fall back on the running mean",
         TRANSFORM,
-        "        mean = _axes.where(batch.count > 0, mean, given.mean)",
+        "        mean = _axes.where(batch.count > 0, mean, given.fallback_mean)",
         "        pass",
         "tests/test_contracts.py -k nothing",
     ),
     Fault(
         "the result is of the dtype of the arithmetic",
         TRANSFORM,
-        "    return _backend.rounded(y.astype(spec.output), spec.implementation)",
-        "    return _backend.rounded(y, spec.implementation)",
+        "_backend.force_rounding(y.astype(spec.output), spec.implementation)",
+        "_backend.force_rounding(y, spec.implementation)",
         "tests/test_normalize.py",
     ),
     Fault(
         "what the derivative needs is stored, not computed again",
         "normalize/_transform.py",
-        "functools.partial(jax.checkpoint, policy=_moments, prevent_cse=False)",
+        "    jax.checkpoint, policy=_save_moments, prevent_cse=False",
         "functools.partial(functools.partial)",
         "tests/test_contracts.py -k stored",
     ),
@@ -441,8 +441,8 @@ FAULTS = [
     Fault(
         "Linen writes statistics in evaluation",
         "linen/_batch_norm.py",
-        "    update = not use_running if update is None else update",
-        "    update = True if update is None else update",
+        "    update = not use_running if update_stats is None else update_stats",
+        "    update = True if update_stats is None else update_stats",
         "tests/test_linen.py",
     ),
     Fault(
@@ -455,8 +455,8 @@ FAULTS = [
     Fault(
         "the recorded Moments replace those before",
         "linen/_batch_norm.py",
-        "        pool.value = ops.merge(pool.value, batch)",
-        "        pool.value = batch",
+        "        collected.value = ops.merge(collected.value, batch)",
+        "        collected.value = batch",
         "tests/test_contracts.py -k recorded",
     ),
     Fault(

@@ -118,7 +118,7 @@ def from_torch(
     References: google/flax: docs/guides/converting_and_upgrading/
     convert_pytorch_to_flax.rst, which leaves the variance's n - 1 out.
     """
-    return _entries.read("torch", state_dict, names, kinds or {}, like)
+    return _entries.to_flax_variables("torch", state_dict, names, kinds or {}, like)
 
 
 def from_keras(
@@ -162,7 +162,7 @@ def from_keras(
                 "holds: pass {w.name: w for w in layer.weights}."
             )
         weights = dict(zip(names_in_order, weights))
-    return _entries.read("keras", weights, names, kinds or {}, like)
+    return _entries.to_flax_variables("keras", weights, names, kinds or {}, like)
 
 
 def to_torch(
@@ -205,7 +205,7 @@ def to_torch(
 
     References: pytorch/pytorch: torch/nn/modules/batchnorm.py.
     """
-    return _entries.write(
+    return _entries.to_state_dict(
         variables, names, kinds or {}, like, np.array(num_batches_tracked, np.int64)
     )
 

@@ -32,14 +32,14 @@ _FIXED = {"embedding": "embedding", "negative_slope": "slope"}
 _SCALARS = {"bias": (0, 2, 3, 4, 5), "scale": (0, 3, 4, 5)}
 
 
-def read(
+def to_flax_variables(
     package: str,
     weights: Any,
     names: _tree.Names,
     kinds: Mapping[str, str],
     like: Any,
 ) -> dict[str, Any]:
-    """Flax variables; see `from_torch`."""
+    """Converts the weights of a package to Flax variables; see `from_torch`."""
     _checks.weights(package, weights)
     _checks.names_and_kinds(names, kinds)
     separator = SEPARATORS[package]
@@ -91,14 +91,14 @@ def read(
     return _tree.nested(_tree.boxed(arrays, like))
 
 
-def write(
+def to_state_dict(
     variables: Mapping[str, Any],
     names: _tree.Names,
     kinds: Mapping[str, str],
     like: Mapping[str, Any] | None,
     count: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """A state_dict; see `to_torch`."""
+    """Converts Flax variables to a torch state_dict; see `to_torch`."""
     _checks.names_and_kinds(names, kinds)
     if like is not None:
         _checks.weights("torch", like, "like")

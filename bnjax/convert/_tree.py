@@ -23,7 +23,7 @@ _CAST = (
 
 
 class Problems(list[str]):
-    """Lines on what does not fit, raised together."""
+    """A list of conversion errors, one line each; `check` raises them as one error."""
 
     def check(self, what: str, advice: str, cast: str) -> None:
         """Raises a ValueError that lists them, if there are any.

@@ -39,7 +39,7 @@ def percentiles(
 
     References: Ioffe & Szegedy 2015, section 4.1, figure 1(b, c).
     """
-    x = _checks.inexact("x", x)
+    x = _checks.require_inexact("x", x)
     axes = _axes.canonical(axis, x.ndim)
     return jnp.percentile(x, jnp.asarray(q), axis=_axes.complement(axes, x.ndim))
 
@@ -68,8 +68,8 @@ def effective_rank(x: ArrayLike, *, axis: int | Sequence[int] = -1) -> jax.Array
 
     References: Roy & Vetterli 2007, of the covariance matrix.
     """
-    x = _checks.inexact("x", x)
-    x = x.astype(_dtypes.statistics(x.dtype))
+    x = _checks.require_inexact("x", x)
+    x = x.astype(_dtypes.statistics_dtype(x.dtype))
     axes = _axes.canonical(axis, x.ndim)
     rows = jnp.moveaxis(x, axes, range(-len(axes), 0))
     rows = rows.reshape(-1, math.prod(_axes.sizes(x.shape, axes)))

@@ -44,7 +44,7 @@ def affine(
     References: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
     _checks.epsilon(epsilon)
-    compute = _dtypes.statistics(
+    compute = _dtypes.statistics_dtype(
         mean, *(v for v in (var, scale, bias) if v is not None)
     )
     mean = jnp.asarray(mean, compute)
@@ -199,7 +199,7 @@ def _fold(kernel: jax.Array, axis: int, bias, by) -> tuple[jax.Array, jax.Array]
     axes = _axes.canonical(axis, kernel.ndim)
     features = _axes.sizes(kernel.shape, axes)
     _same_shape("mean", multiplier.shape, "the kernel's output features", features)
-    compute = _dtypes.statistics(kernel, multiplier)
+    compute = _dtypes.statistics_dtype(kernel, multiplier)
     factor = _axes.expand(multiplier.astype(compute), axes, kernel.ndim)
     folded = kernel.astype(compute) * factor
     if bias is not None:
@@ -216,7 +216,7 @@ def _kernel(kernel: ArrayLike, fits: bool, layout: str) -> jax.Array:
             "fold_dense for a matrix, fold_conv or fold_conv_transpose for a window, "
             "and move the axes of other libraries' kernels into Flax's order first."
         )
-    return _checks.inexact("kernel", kernel)
+    return _checks.require_inexact("kernel", kernel)
 
 
 def _same_shape(name: str, shape, other: str, expected) -> None:

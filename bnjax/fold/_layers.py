@@ -141,7 +141,7 @@ class Role(NamedTuple):
                 "dtype, or cast them."
             )
         output = self.dtypes[x.dtype]
-        y = x.astype(_dtypes.statistics(x.dtype, output))
+        y = x.astype(_dtypes.statistics_dtype(x.dtype, output))
         if not self.folded:
             axes = _axes.canonical(self.axis, y.ndim)
             vectors = (jnp.asarray(variables[name], y.dtype) for name in AFFINE)
@@ -189,7 +189,7 @@ def replaced(
         if path in pairs.untouched:
             continue
         of = {n: _own(new.pop(key), norm) for n, (key, _) in norm.variables.items()}
-        compute = _dtypes.statistics(*dtypes[path], *dtypes[path].values())
+        compute = _dtypes.statistics_dtype(*dtypes[path], *dtypes[path].values())
         by = [_in(compute, of.get(n)) for n in ("mean", "var", "scale", "bias")]
         epsilon = norm.layer.epsilon
         if path in pairs.folded:

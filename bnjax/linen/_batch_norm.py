@@ -24,8 +24,9 @@ Shape = tuple[int, ...]
 class Normalization(nn.Module):
     """The layers' common part; what differs between them is in `LayerOps`.
 
-    Those with the variables of Flax's BatchNorm, which infer as it does, are subclasses
-    of both, for public code asks for that class. This comes first: its call is theirs.
+    Layers with Flax's variables and inference also inherit from `flax.linen.BatchNorm`,
+    because user code tests for it with `isinstance`. `Normalization` comes first, so
+    that its `__call__` is used.
     """
 
     use_running_average: bool | None = None
@@ -49,7 +50,7 @@ class Normalization(nn.Module):
     frozen: bool = dataclasses.field(default=False, kw_only=True)
 
     force_float32_reductions = True  # a field of Flax's subclasses alone
-    trains_by_statistics = False  # whether training reads the running statistics
+    needs_running_stats_in_training = False
 
     @nn.nowrap
     def _layer_ops(self) -> _layer.LayerOps:
@@ -69,10 +70,11 @@ class Normalization(nn.Module):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature), of the sizes and dtypes that the function of
-                the layer's name takes; or integers or booleans, which are promoted.
+            x: (batch, *spatial, feature); see the corresponding function, such as
+                `bnjax.batch_norm`. Integers and booleans are promoted.
             use_running_average: see the attribute; exactly one of the two is given.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            mask: boolean, broadcastable to `x`; False leaves a value out of the
+                statistics.
             weights: real floats >= 0, broadcastable to `x`: how often each value counts
                 in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
@@ -119,55 +121,59 @@ def call(
     use_running = layer.frozen or nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )
-    _checks.weight("momentum", layer.momentum)
-    update = layer.update_stats if update_stats is None else update_stats
+    _checks.decay_rate("momentum", layer.momentum)
     given = jnp.asarray(x)
-    x = _layer.inexact(given)
+    x = _layer.to_inexact(given)
     features = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
     shape = ops.leading + features
-    update = not use_running if update is None else update and not layer.frozen
-    stats, stored = _running_statistics(
+    if update_stats is None:
+        update_stats = layer.update_stats
+    update = not use_running if update_stats is None else update_stats
+    update = update and not layer.frozen
+    variables, stored = _running_statistics(
         layer,
         ops,
         shape,
         x,
-        needed=bool(use_running or update or layer.trains_by_statistics),
+        needed=bool(use_running or update or layer.needs_running_stats_in_training),
     )
-    affine = {
-        **_parameters(layer, features if shared_affine else shape),
+    normalize_options = {
+        **_declare_parameters(layer, features if shared_affine else shape),
         "residual": residual,
     }
-    if layer.dtype is None and x.dtype != given.dtype:  # a widened x would tell it
-        dtype = _dtypes.result(given, affine.get("scale"), affine.get("bias"))
-        affine["dtype"] = dtype
-    reduction: dict[str, Any] = {"mask": mask, "weights": weights}
+    if layer.dtype is None and x.dtype != given.dtype:  # by x before it was promoted
+        dtype = _dtypes.result(
+            given, normalize_options.get("scale"), normalize_options.get("bias")
+        )
+        normalize_options["dtype"] = dtype
+    moments_options: dict[str, Any] = {"mask": mask, "weights": weights}
     if layer.is_initializing():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", _checks.BatchNormWarning)
             if use_running:
-                return ops.infer(x, *stored, **affine)
-            return ops.start(x, **reduction, **affine)[0]
+                return ops.infer(x, *stored, **normalize_options)
+            return ops.init_forward(x, **moments_options, **normalize_options)[0]
 
-    reduction["axis_name"] = layer.axis_name
-    reduction["axis_index_groups"] = layer.axis_index_groups
-    pools = _asks_for_moments(layer)
+    moments_options["axis_name"] = layer.axis_name
+    moments_options["axis_index_groups"] = layer.axis_index_groups
+    collects = _asks_for_moments(layer)
     y, batch = _layer.forward(
         x,
         stored,
-        affine,
-        reduction,
+        normalize_options,
+        moments_options,
         ops,
         use_running=use_running,
-        measure=bool(update or (pools and not layer.frozen)),
+        measure=bool(update or (collects and not layer.frozen)),
     )
     if update:
-        _update(layer, stats, stored, batch, x)
+        _update(layer, variables, stored, batch, x)
         if steps is not None:
             layer.put_variable("batch_stats", "steps", _layer.next_step(steps))
-    if pools:  # empty ones if frozen: what updates statistics by them leaves these
-        pool = layer.variable("batch_moments", "moments", ops.empty, shape)
-    if pools and not layer.frozen:
-        pool.value = ops.merge(pool.value, batch)
+    if collects:  # empty if frozen: nothing updates the statistics by them
+        collected = layer.variable("batch_moments", "moments", ops.empty, shape)
+    if collects and not layer.frozen:
+        collected.value = ops.merge(collected.value, batch)
     return y
 
 
@@ -176,21 +182,20 @@ def _running_statistics(
 ) -> tuple[list[nn.Variable], running.State]:
     """The variables of the running statistics, mean and var or cov, and their values.
 
-    Where a call neither uses nor writes them they may be missing: what falls back on
-    them, features without a valid value, finds their start then. The mean of complex
-    inputs is complex from the start: a loop over training steps needs one type, and so
-    does a checkpoint.
+    They may be missing if a call neither uses nor writes them. Features without a valid
+    value then fall back on the initial values. The mean of complex inputs is complex
+    from the start: a loop over training steps needs one type, and so does a checkpoint.
     """
     dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     dtype = _dtypes.real(dtype)
     if jnp.iscomplexobj(x):
         dtype = _dtypes.promote(dtype, x.dtype)
-    start = ops.begin(shape, dtype)
+    initial = ops.init_stats(shape, dtype)
     declares = needed or layer.is_initializing()
-    if not declares and not any(layer.has_variable("batch_stats", n) for n in start):
-        return [], running.State(*start.values())
+    if not declares and not any(layer.has_variable("batch_stats", n) for n in initial):
+        return [], running.State(*initial.values())
     stats = []
-    for name, value in start.items():
+    for name, value in initial.items():
         stored = layer.variable("batch_stats", name, lambda value=value: value)
         path = f"batch_stats/{name}"
         _checks.feature_shape(path, stored.value, value.shape, layer.axis)
@@ -198,8 +203,8 @@ def _running_statistics(
     return stats, running.State._make(variable.value for variable in stats)
 
 
-def _parameters(layer: Any, shape: Shape) -> dict[str, Any]:
-    """The arguments that `normalize` and `batch_norm` share; declares the params."""
+def _declare_parameters(layer: Any, shape: Shape) -> dict[str, Any]:
+    """Declares the params; returns the options of `normalize` and `batch_norm`."""
     shared: dict[str, Any] = {}
     if layer.use_scale:
         shared["scale"] = layer.param(
@@ -232,13 +237,15 @@ def _update(
     x: jax.Array,
 ) -> None:
     """Writes the running statistics after one batch, in the dtypes of Flax's."""
-    new = _layer.updated(
+    new = _layer.update_running_stats(
         stored,
         batch,
         momentum=layer.momentum,
         unbiased=layer.unbiased,
         skip_nonfinite=layer.skip_nonfinite_updates,
-        batch_dtype=_dtypes.statistics(x.dtype if layer.dtype is None else layer.dtype),
+        batch_dtype=_dtypes.statistics_dtype(
+            x.dtype if layer.dtype is None else layer.dtype
+        ),
         keep_dtype=not layer.force_float32_reductions,
     )
     for variable, value in zip(stats, new):
@@ -291,10 +298,10 @@ class BatchNorm(Normalization, nn.BatchNorm):
             leaves the running statistics as they were.
         activation: an elementwise function; its input is not stored for the backward
             pass.
-        frozen: whether the layer evaluates whatever the call says, in training too: the
-            running statistics are used, and never written; the Moments that it leaves
-            are empty, so that nothing else updates the statistics by them. Scale and
-            bias stay as they are by a mask, `bnjax.training.freeze_mask`.
+        frozen: if True, the layer runs in inference mode regardless of the call: it
+            uses the running statistics and never writes them, and the Moments that it
+            leaves are empty. To freeze scale and bias as well, mask the optimizer with
+            `bnjax.training.freeze_mask`.
 
     >>> import jax
     >>> import jax.numpy as jnp

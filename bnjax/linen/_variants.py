@@ -102,7 +102,7 @@ class BatchRenorm(Normalization, nn.BatchNorm):
     d_max: Limit = 5.0
     warmup_steps: int | None = None
 
-    trains_by_statistics = True
+    needs_running_stats_in_training = True
 
     @nn.compact
     def __call__(
@@ -121,8 +121,10 @@ class BatchRenorm(Normalization, nn.BatchNorm):
         Args:
             x: (batch, *spatial, feature), real; integers and booleans are promoted.
             use_running_average: see `BatchNorm`; exactly one of the two is given.
-            step: (), integer: the training step, for schedules; None for the counter.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            step: (), integer: the training step, for schedules. None: the layer's own
+                counter, which exists only with `warmup_steps`.
+            mask: boolean, broadcastable to `x`; False leaves a value out of the
+                statistics.
             weights: real floats >= 0, broadcastable to `x`: how often each value counts
                 in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
@@ -206,7 +208,8 @@ class SplitBatchNorm(Normalization):
             domain: integers: () for the whole batch, (batch,) by example. None: in
                 training the batch is `num_splits` equal parts in turn, in inference
                 all of it belongs to domain 0.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            mask: boolean, broadcastable to `x`; False leaves a value out of the
+                statistics.
             weights: real floats >= 0, broadcastable to `x`: how often each value counts
                 in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.

@@ -23,7 +23,7 @@ from bnjax.moments._batch import (
     mask_with_weights,
     merged_rows,
     multiply_by_weights,
-    valid_or_finite,
+    valid_or_bounded,
     zero_where_masked,
 )
 from bnjax.moments._moments import (
@@ -37,26 +37,26 @@ from bnjax.moments._moments import (
     variance_from_m2,
 )
 from bnjax.moments._statistics import (
-    NAME,
-    exact_statistics,
+    CHECKPOINT_NAME,
+    compute_moments,
     is_zero,
     merged_statistics,
+    moments_with_mean_error,
     name_for_remat,
     nested_statistics,
     reduction_spec,
-    statistics,
 )
 
 __all__ = [
-    "NAME",
+    "CHECKPOINT_NAME",
     "Moments",
     "ReductionSpec",
     "Union",
     "as_count",
     "broadcast_count",
+    "compute_moments",
     "count_valid",
     "drop_last_bit",
-    "exact_statistics",
     "gradient_mask",
     "is_weighted",
     "is_zero",
@@ -66,12 +66,12 @@ __all__ = [
     "merged_rows",
     "merged_statistics",
     "moments",
+    "moments_with_mean_error",
     "multiply_by_weights",
     "name_for_remat",
     "nested_statistics",
     "reduction_spec",
-    "statistics",
-    "valid_or_finite",
+    "valid_or_bounded",
     "variance_from_m2",
     "zero_where_masked",
 ]
@@ -129,10 +129,10 @@ def moments(
 
     References: Chan, Golub & LeVeque 1979; Ioffe & Szegedy 2015, Algorithm 1.
     """
-    x = _checks.inexact("x", x)
+    x = _checks.require_inexact("x", x)
     mask, weights = _checks.mask(mask, x.shape), _checks.weights(weights, x.shape)
     mask = mask_with_weights(x, mask, weights)
-    plain = _backend.chosen(None, x)
+    plain = _backend.resolve_implementation(None, x)
     spec = reduction_spec(x, axis, axis_name, axis_index_groups, plain)
     features = _axes.sizes(x.shape, _axes.complement(spec.axes, x.ndim))
     shift = _checks.shift(shift, features, axis, x.dtype)
@@ -143,4 +143,6 @@ def moments(
 def _moments(
     x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: ReductionSpec
 ) -> Moments:
-    return statistics(x.astype(_dtypes.statistics(x.dtype)), mask, shift, spec)
+    return compute_moments(
+        x.astype(_dtypes.statistics_dtype(x.dtype)), mask, shift, spec
+    )

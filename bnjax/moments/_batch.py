@@ -1,4 +1,4 @@
-"""The moments of one batch, from sums that wait for nothing computed from it.
+"""The moments of one batch, from sums that depend on no earlier reduction of it.
 
     s1 = sum d,   s2 = sum |d|^2,   d = x - shift        (valid values, by weight)
     mean = shift + s1/n,   m2 = s2 - |s1|^2/n
@@ -18,8 +18,8 @@ from the same sums, so they take the same branch of the condition.
 What differs by platform:
 
     TPU   as above: a branch that is not taken costs nothing.
-    CPU   the first sums are about 0, which takes two thirds of the time of sums about a
-          shift; the mean is known then.
+    CPU   the first sums are about 0: they take two thirds of the time of shifted sums,
+          and give the mean for the second pass.
     GPU   the host would have to wait for the condition. Convolutions are kernels of
           their own, so nothing is lost by a shift taken from `x`: the mean of a
           subsample, which is near enough to the mean whatever the data. Only where
@@ -54,13 +54,13 @@ from bnjax.moments._moments import (
     two_sum,
 )
 
-# Beyond it, what does not count is read as 0.
-_GARBAGE = 1e9
+# Masked values larger than this are replaced by 0.
+_MAX_MASKED_VALUE = 1e9
 
-# Sums are exact enough where (mean - shift)^2 <= _LOSS var: the variance is right to
-# 4e-6. A shift this near to the mean, relative to it, is as good as float32 can tell:
-# a feature that is constant has no variance to compare with.
-_LOSS = 9
+# The first sums are used where (mean - shift)^2 <= _MAX_SHIFT_SQUARED var: the variance
+# is then right to 4e-6. A shift within _NEAR |mean| of the mean is accepted as well:
+# float32 resolves no better, and a constant feature would fail the first test.
+_MAX_SHIFT_SQUARED = 9
 _NEAR = 3e-5
 
 # The shift on a GPU is the mean of one value in this many; of four values at least.
@@ -77,8 +77,8 @@ class ReductionSpec(NamedTuple):
         storage: the dtype that the input had before it was widened.
         axis_name: the named axis or axes to merge over, bound; or None.
         groups: a partition of the named axis, or None.
-        implementation: see `_backend`.
-        local: whether no set of values lies on several devices, nor is to.
+        implementation: see `batch_norm`.
+        local: whether each reduction stays on one device.
     """
 
     axes: tuple[int, ...]
@@ -96,8 +96,8 @@ def sums_about(
     spec: ReductionSpec,
 ) -> tuple[jax.Array, jax.Array]:
     """sum w d and sum w |d|^2 over the valid values, d = x - centre; None for 0."""
-    first = _fresh(x, centre, spec)
-    again = _fresh(*first, spec)
+    first = _reread_operands(x, centre, spec)
+    again = _reread_operands(*first, spec)
     values = multiply_by_weights(_deviation(*first, mask, spec), mask)
     d = _deviation(*again, mask, spec)
     squares = abs_product(d, multiply_by_weights(d, mask))
@@ -122,11 +122,11 @@ def _sums_together(x: jax.Array, y: jax.Array, axes: tuple[int, ...]):
     return tuple(lax.reduce((x, y), zeros, add, axes))
 
 
-def deviation(
+def deviation_for_gradient(
     x: jax.Array, mask: jax.Array | None, mean: jax.Array, spec: ReductionSpec
 ) -> tuple[jax.Array, jax.Array | None]:
-    """x - mean, and 0 where it has no derivative; and where: one more read of `x`."""
-    x, centre = _fresh(x, mean, spec)
+    """Returns x - mean, 0 outside the gradient mask, and that mask. Reads `x` again."""
+    x, centre = _reread_operands(x, mean, spec)
     where = gradient_mask(x, mask)
     return _deviation(x, centre, where, spec), where
 
@@ -140,7 +140,8 @@ def count_valid(
         return jnp.full((), math.prod(x.shape[a] for a in axes), dtype)
     repeats = math.prod(x.shape[a] for a in axes if mask.shape[a] == 1)
     flags = math.prod(mask.shape[a] for a in axes)
-    # Where jit splits the batch, sums of one dtype are sent together.
+    # Count in float where that is exact: XLA can then combine this all-reduce with
+    # those of the float sums.
     exact = isinstance(flags, int) and flags <= 1 / jnp.finfo(dtype).eps
     exact = exact or is_weighted(mask)
     counts = mask.sum(axes, dtype=dtype if exact else jnp.int32).astype(dtype)
@@ -155,10 +156,13 @@ def count_valid(
 def mask_with_weights(
     x: jax.Array, mask: jax.Array | None, weights: jax.Array | None
 ) -> jax.Array | None:
-    """One array for both, checked already: see the module."""
+    """Combines mask and weights into one array: the weights, 0 where the mask is False.
+
+    Returns the mask if there are no weights. Both must have been checked.
+    """
     if weights is None:
         return mask
-    weights = weights.astype(_dtypes.real(_dtypes.statistics(x.dtype)))
+    weights = weights.astype(_dtypes.real(_dtypes.statistics_dtype(x.dtype)))
     if mask is not None:
         shape = jnp.broadcast_shapes(mask.shape, weights.shape)
         weights = jnp.broadcast_to(weights, shape)
@@ -169,35 +173,38 @@ def mask_with_weights(
 
 
 def is_weighted(mask: jax.Array | None) -> bool:
-    """Whether it holds weights."""
+    """Returns whether the mask holds weights."""
     return mask is not None and mask.dtype != bool
 
 
 def multiply_by_weights(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """w x; only `zero_where_masked` values may be summed."""
+    """Returns w x. Apply `zero_where_masked` before summing."""
     return x * mask.astype(x.dtype) if mask is not None and is_weighted(mask) else x
 
 
 def zero_where_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`x` with 0 where the mask is False."""
+    """Returns `x` with 0 where the mask is False."""
     if mask is None:
         return x
     return _axes.where(mask.astype(bool), x, jnp.zeros((), x.dtype))
 
 
-def valid_or_finite(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Where `x` counts, or is no garbage: NaN, infinity, huge padding.
+def valid_or_bounded(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns where `x` is unmasked, or small enough not to overflow in a derivative.
 
-    The square and cube of what is left, times those of rstd, must not overflow: a
-    derivative multiplies them by 0, the cotangent of what does not count.
+    There the square and cube of a masked value, times those of rstd, are multiplied by
+    its cotangent, 0.
     """
-    limit = min(_GARBAGE, float(jnp.finfo(x.dtype).max))
+    limit = min(_MAX_MASKED_VALUE, float(jnp.finfo(x.dtype).max))
     return mask.astype(bool) | (jnp.abs(x) <= limit)
 
 
 def gradient_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
-    """Where sums depend on `x` or on its weight; on a weight of 0 as on any other."""
-    return valid_or_finite(x, mask) if mask is not None and is_weighted(mask) else mask
+    """Returns where the derivative by `x` or by its weight may be nonzero.
+
+    This includes weights of 0: the derivative by the weight does not vanish there.
+    """
+    return valid_or_bounded(x, mask) if mask is not None and is_weighted(mask) else mask
 
 
 def _deviation(
@@ -206,10 +213,10 @@ def _deviation(
     mask: jax.Array | None,
     spec: ReductionSpec,
 ) -> jax.Array:
-    """x - centre, and 0 where the mask is False.
+    """Returns x - centre, and 0 where the mask is False.
 
-    There the centre is put for `x` before the subtraction: of 0 put behind it XLA:GPU
-    may write an array as large as x, before it sums.
+    Masked values are set to the centre before the subtraction. Zeroing the difference
+    instead can make XLA:GPU write an array as large as x.
     """
     if centre is None:
         return zero_where_masked(x, mask)
@@ -217,10 +224,10 @@ def _deviation(
     return (x if mask is None else _axes.where(mask.astype(bool), x, centre)) - centre
 
 
-def _fresh(x: jax.Array, centre: jax.Array | None, spec: ReductionSpec):
-    """Both, for one more sum: see `_backend.reread`."""
+def _reread_operands(x: jax.Array, centre: jax.Array | None, spec: ReductionSpec):
+    """Returns both behind a fence, so that the next sum reads `x` again on a CPU."""
     vectors = [] if centre is None else [centre]
-    values = _replicas.cast_together(x, *vectors)
+    values = _replicas.pvary_together(x, *vectors)
     x, *vectors = _backend.reread(spec.storage, spec.implementation, *values)
     return x, vectors[0] if vectors else None
 
@@ -231,10 +238,10 @@ def batch_moments(
     shift: jax.Array | None,
     spec: ReductionSpec,
 ) -> tuple[Moments, jax.Array]:
-    """The Moments over every replica, and what the rounded mean lacks.
+    """Returns the Moments over every replica, and the rounding error of the mean.
 
-    At |mean|/std = 1e4 that is 1e-3 of a standard deviation, and the distances between
-    the means of several sets of values need it.
+    The error reaches 1e-3 standard deviations at |mean|/std = 1e4. A merge needs it for
+    the distances between the means.
     """
     features = _axes.complement(spec.axes, x.ndim)
     zero = jnp.zeros(_axes.sizes(x.shape, features), x.dtype)
@@ -245,45 +252,45 @@ def batch_moments(
         # JAX batches a condition in a typed shard_map only if all that its branches use
         # varies over the same axes.
         if mask is None:
-            x, shift = _replicas.cast_together(x, shift)
+            x, shift = _replicas.pvary_together(x, shift)
         else:
-            x, shift, mask = _replicas.cast_together(x, shift, mask)
-    split = _replicas.split_by_jit(x)
+            x, shift, mask = _replicas.pvary_together(x, shift, mask)
+    split = _replicas.may_be_sharded_by_jit(x)
     local = _is_local(x, spec)
 
-    def taken_by(implementation):
+    def moments_for(implementation):
         known = spec._replace(implementation=implementation)
         if known.axis_name is not None:
-            return functools.partial(_of_batch, spec=known)
+            return functools.partial(_moments_by_shift, spec=known)
         if local if split else implementation == "subsample":
-            return functools.partial(_subsampled, spec=known)
-        return functools.partial(_batched_together, spec=known)
+            return functools.partial(_moments_by_subsample, spec=known)
+        return functools.partial(_moments_by_shift_vmappable, spec=known)
 
-    choose = _backend.by_platform(spec.implementation, taken_by)
+    choose = _backend.by_platform(spec.implementation, moments_for)
     return choose(x, mask, shift, count)
 
 
-def _subsampled(x, mask, shift, count, spec: ReductionSpec):
-    """The Moments from sums about the mean of a subsample; see `_subsample_mean`."""
+def _moments_by_subsample(x, mask, shift, count, spec: ReductionSpec):
+    """Returns the Moments from sums about the mean of a subsample."""
     shift = _subsample_mean(x, mask, spec)
     return _from_sums(count, shift, *sums_about(x, mask, shift, spec))
 
 
-def _batched_together(x, mask, shift, count, spec: ReductionSpec):
-    """The guarded Moments; a batch of them has one condition for all.
+def _moments_by_shift_vmappable(x, mask, shift, count, spec: ReductionSpec):
+    """As `_moments_by_shift`; under vmap all batches share one condition.
 
-    A condition for each would be a selection, with both of its sides computed.
+    A condition for each batch would become a select, which computes both branches.
     """
 
     @jax.custom_batching.custom_vmap
     def guarded(x, mask, shift, count):
-        (_, mean, m2), rest = _of_batch(x, mask, shift, count, spec)
+        (_, mean, m2), rest = _moments_by_shift(x, mask, shift, count, spec)
         return mean, m2, rest
 
     @guarded.def_vmap
     def _(size, batched, x, mask, shift, count):
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
-        (_, mean, m2), rest = _of_batch(x, mask, shift, count, spec, size, axes)
+        (_, mean, m2), rest = _moments_by_shift(x, mask, shift, count, spec, size, axes)
         return (mean, m2, rest), (True, True, True)
 
     mean, m2, rest = guarded(x, mask, shift, count)
@@ -291,14 +298,14 @@ def _batched_together(x, mask, shift, count, spec: ReductionSpec):
 
 
 def _is_local(x: jax.Array, spec: ReductionSpec) -> bool:
-    """Whether no sum is one over several devices, as far as is known."""
+    """Returns whether every sum is known to stay on one device."""
     kinds = set(jax.typeof(x).sharding.mesh.axis_types)
     typed = kinds == {AxisType.Explicit}
-    split = any(_replicas.typed_parts(x, a) > 1 for a in spec.axes)
+    split = any(_replicas.num_shards(x, a) > 1 for a in spec.axes)
     return spec.local or (typed and not split)
 
 
-def _of_batch(
+def _moments_by_shift(
     x,
     mask,
     shift,
@@ -307,7 +314,7 @@ def _of_batch(
     size: int | None = None,
     axes=(),
 ) -> tuple[Moments, jax.Array]:
-    """The guarded Moments; or those of `size` batches, along the `axes` of vmap."""
+    """Returns the Moments; or those of `size` batches, along the `axes` of vmap."""
 
     def each(function, *axes):
         return function if size is None else jax.vmap(function, axes, axis_size=size)
@@ -330,7 +337,7 @@ def _of_batch(
 
     if size is not None and axes[3] is None:
         count = jnp.broadcast_to(count, (size, *count.shape))
-    return _guarded(
+    return _moments_with_retry(
         sums,
         count,
         each(first, *axes[:3])(x, mask, shift),
@@ -349,13 +356,13 @@ def merged_rows(
     mean_errors: jax.Array | None = None,
     shift: jax.Array | None = None,
 ) -> Moments:
-    """The merge of rows of Moments, and of those of every replica.
+    """Merges rows of Moments, and the rows of every replica.
 
     Args:
         rows: of sets of values; their axis leads.
         axis_name: of the replicas to merge over, or None.
         groups: a partition of that axis, or None.
-        mean_errors: what each rounded mean lacks, if known.
+        mean_errors: the rounding error of each mean, if known.
         shift: see the module; of the shape of the merged mean.
     """
 
@@ -367,14 +374,16 @@ def merged_rows(
 
     count = rows.count.sum(0)
     zero = jnp.zeros(rows.mean.shape[1:], rows.mean.dtype)
-    if axis_name is None and not _replicas.split_by_jit(rows.mean):
+    if axis_name is None and not _replicas.may_be_sharded_by_jit(rows.mean):
         centre = drop_last_bit(mean_from_sum(sums(None)[0], count))
         return _from_sums(count, centre, *sums(centre))[0]
     shift = _finite(shift, axis_name, zero)
-    return _guarded(sums, count, (shift, *sums(shift)), axis_name, groups, "xla")[0]
+    return _moments_with_retry(
+        sums, count, (shift, *sums(shift)), axis_name, groups, "xla"
+    )[0]
 
 
-def _guarded(
+def _moments_with_retry(
     sums: Sums,
     count: jax.Array,
     first: tuple[jax.Array, jax.Array, jax.Array],
@@ -384,7 +393,9 @@ def _guarded(
     *,
     same_count: bool = False,
 ) -> tuple[Moments, jax.Array]:
-    """The Moments from the first sums, or from those about the mean if it is far off.
+    """Returns the Moments from the first sums, or from a second pass about the mean.
+
+    The second pass is for shifts that are too far from the mean.
 
     Args:
         sums: (centre) -> this replica's sum d and sum |d|^2 about it; None for 0.
@@ -392,7 +403,7 @@ def _guarded(
         first: a centre that is the same on every replica, and the sums about it.
         axis_name: of the replicas to sum over, or None.
         groups: a partition of that axis, or None.
-        implementation: see `_backend`.
+        implementation: see `batch_norm`.
         same_count: whether every replica has that count, so that none is sent.
     """
 
@@ -410,14 +421,14 @@ def _guarded(
     else:
         count, s1, s2 = total(count, s1, s2)
     # All groups decide together: the collectives of the branch are of all replicas.
-    exact = _exact(count, s1, s2, centre)
+    exact = _shift_is_near_enough(count, s1, s2, centre)
     count, s1, s2 = own(count, s1, s2)
-    divisor = _replicas.cast_like(s1, count)
+    divisor = _replicas.pvary_like(s1, count)
 
-    def as_they_are():
-        return _replicas.cast_together(centre, s1, s2)
+    def keep_first_sums():
+        return _replicas.pvary_together(centre, s1, s2)
 
-    def about_the_mean():
+    def recompute_about_mean():
         known = s1 if implementation == "reread" else own(*total(sums(None)[0]))[0]
         mean = drop_last_bit(mean_from_sum(known, divisor))
         return [mean, *own(*total(*sums(mean)))]
@@ -428,17 +439,20 @@ def _guarded(
 
     if implementation == "reread":  # else XLA:CPU takes the mean again for each value
         mean, m2, rest = lax.cond(
-            exact, lambda: found(as_they_are()), lambda: found(about_the_mean())
+            exact,
+            lambda: found(keep_first_sums()),
+            lambda: found(recompute_about_mean()),
         )
     else:  # a GPU computes both branches, unless one returns no more than it is given
-        mean, m2, rest = found(lax.cond(exact, as_they_are, about_the_mean))
+        mean, m2, rest = found(lax.cond(exact, keep_first_sums, recompute_about_mean))
     return Moments(count, mean, m2), rest
 
 
 def _from_sums(count, centre, s1, s2) -> tuple[Moments, jax.Array]:
-    """The Moments and the rest of the mean, from the sums about a centre.
+    """Returns the Moments and the rounding error of the mean.
 
-    Those of nothing have mean 0, whatever the centre.
+    From s1 = sum d and s2 = sum |d|^2, where d = x - centre. An empty set has mean 0,
+    for any centre.
     """
     centre = centre * broadcast_count(count > 0, centre)
     delta = mean_from_sum(s1, count)
@@ -447,18 +461,21 @@ def _from_sums(count, centre, s1, s2) -> tuple[Moments, jax.Array]:
     return Moments(count, mean, m2), rest
 
 
-def _exact(count, s1, s2, centre) -> jax.Array:
-    """Whether the sums are exact enough for every feature, or cannot become finite."""
+def _shift_is_near_enough(count, s1, s2, centre) -> jax.Array:
+    """Returns whether the first sums are accurate enough for every feature.
+
+    A feature that is not finite counts as accurate: a second pass would not help.
+    """
     delta = mean_from_sum(s1, count)
     square = abs_product(s1, delta)
     mean = jnp.broadcast_to(centre, delta.shape) + delta
     near = jnp.abs(delta) <= _NEAR * jnp.abs(mean)
-    exact = (square <= _LOSS * (s2 - square)) | near | ~jnp.isfinite(delta)
+    exact = (square <= _MAX_SHIFT_SQUARED * (s2 - square)) | near | ~jnp.isfinite(delta)
     return jnp.all(exact)
 
 
 def _finite(shift, axis_name, zero: jax.Array) -> jax.Array:
-    """The shift, with 0 where it is not finite; 0 if replicas may have different ones.
+    """Returns the shift, 0 where it is not finite, or 0 if replicas may differ in it.
 
     Only shard_map(check_vma=True) tells that a value is the same on every replica.
     """
@@ -491,7 +508,7 @@ def _subsample_mean(
     masked = [a for a in axes if mask is not None and mask.shape[a] != 1]
     for a in [a for a in axes[1:] + axes[:1] if a not in masked] + masked:
         size = x.shape[a]
-        if rest == 1 or _replicas.typed_parts(x, a) > 1:
+        if rest == 1 or _replicas.num_shards(x, a) > 1:
             continue
         if a not in masked:
             x = lax.slice_in_dim(x, 0, size, stride=rest, axis=a)

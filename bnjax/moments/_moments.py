@@ -162,7 +162,7 @@ class Union(NamedTuple):
 
 
 def as_count(value: ArrayLike) -> jax.Array:
-    """A count, in a dtype that can count on: at least float32 or int32."""
+    """Converts a count to at least float32 or int32, so that it can be increased."""
     if not isinstance(value, jax.Array):
         value = np.asarray(value)
         dtype = jax.dtypes.canonicalize_dtype(value.dtype)
@@ -170,7 +170,7 @@ def as_count(value: ArrayLike) -> jax.Array:
             value = value.astype(float)  # of int64, which JAX would cut to int32
     value = jnp.asarray(value)
     if jnp.issubdtype(value.dtype, jnp.inexact):
-        return value.astype(_dtypes.statistics(value))
+        return value.astype(_dtypes.statistics_dtype(value))
     narrow = value.dtype == bool or jnp.iinfo(value.dtype).bits < 32
     return value.astype(jnp.int32) if narrow else value
 
@@ -187,7 +187,7 @@ def _inexact(value: ArrayLike) -> jax.Array:
 
 
 def broadcast_count(count: jax.Array, value: jax.Array) -> jax.Array:
-    """`count` in the rank and dtype of `value`.
+    """Returns `count` in the rank and dtype of `value`.
 
     The axes of a count are the leading ones: those that `vmap` adds, then all of the
     feature axes or none.
@@ -200,12 +200,12 @@ def _padded(count: jax.Array, rank: int) -> jax.Array:
 
 
 def mean_from_sum(total: jax.Array, count: jax.Array) -> jax.Array:
-    """total / count, where the sum of nothing stays 0."""
+    """Returns total / count, and 0 for an empty set."""
     return total / broadcast_count(_divisor(count), total)
 
 
 def variance_from_m2(m2: ArrayLike, count: ArrayLike, ddof: int) -> jax.Array:
-    """m2 / (count - ddof), and 0 where count <= ddof."""
+    """Returns m2 / (count - ddof), and 0 where count <= ddof."""
     m2, count = jnp.asarray(m2), as_count(count) - ddof
     if ddof:  # else m2 is 0 there already
         m2 = _axes.where(broadcast_count(count, m2) > 0, m2, jnp.zeros((), m2.dtype))
@@ -219,17 +219,20 @@ def abs_product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def two_sum(base: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """base + step, and what its rounding lost; the last bit of `base` was dropped."""
-    rounded = drop_last_bit(step)
-    total = base + rounded
-    return total, (rounded - (total - base)) + (step - rounded)
+    """Returns the rounded sum base + step, and its rounding error.
+
+    `base` must have passed `drop_last_bit`.
+    """
+    force_rounding = drop_last_bit(step)
+    total = base + force_rounding
+    return total, (force_rounding - (total - base)) + (step - force_rounding)
 
 
 def drop_last_bit(value: jax.Array) -> jax.Array:
-    """`value`, with a bit less: the same number wherever it is used.
+    """Rounds `value` to one mantissa bit less, so that all uses see the same number.
 
-    Otherwise XLA fuses the product or quotient that it is into each sum that it is
-    used in, and rounds both as one: what is subtracted is not what is added back.
+    XLA may fuse a product or quotient into each sum that uses it, and round only once.
+    The number that is subtracted then differs from the number that is added back.
     """
     if jnp.iscomplexobj(value):
         return lax.complex(drop_last_bit(value.real), drop_last_bit(value.imag))

@@ -12,7 +12,7 @@ from bnjax.moments._batch import (
     ReductionSpec,
     batch_moments,
     count_valid,
-    deviation,
+    deviation_for_gradient,
     is_weighted,
     merged_rows,
     multiply_by_weights,
@@ -20,8 +20,8 @@ from bnjax.moments._batch import (
 )
 from bnjax.moments._moments import Moments, abs_product, broadcast_count, mean_from_sum
 
-# What a checkpoint policy keeps: see normalize.
-NAME = "bnjax_moments"
+# The name under which a checkpoint policy saves the moments; see `normalize`.
+CHECKPOINT_NAME = "bnjax_moments"
 
 
 def reduction_spec(
@@ -36,31 +36,34 @@ def reduction_spec(
     return ReductionSpec(axes, x.dtype, axis_name, groups, implementation)
 
 
-def statistics(
+def compute_moments(
     x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: ReductionSpec
 ) -> Moments:
-    """The moments of a widened `x`, differentiable; arguments are checked already."""
-    return exact_statistics(x, mask, shift, spec)[0]
+    """Returns the Moments of `x` over all replicas. Differentiable.
+
+    `x` must be at least float32. The mask may hold weights; see `mask_with_weights`.
+    """
+    return moments_with_mean_error(x, mask, shift, spec)[0]
 
 
-def exact_statistics(
+def moments_with_mean_error(
     x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: ReductionSpec
 ) -> tuple[Moments, jax.Array]:
-    """`statistics`, and what the rounded mean lacks: a merge to come needs it."""
+    """As `compute_moments`, with the rounding error of the mean, for a merge."""
     if spec.implementation == _backend.PLAIN:
         batch = _two_pass(x, mask, spec)
         return batch, jnp.zeros_like(batch.mean)
-    return _exact_statistics(x, mask, shift, spec)
+    return _moments_with_mean_error(x, mask, shift, spec)
 
 
 def _two_pass(x: jax.Array, mask: jax.Array | None, spec: ReductionSpec) -> Moments:
-    """By the definition, for JAX to differentiate: the mean, then what is about it."""
+    """The two passes of the definition, without derivative rules of their own."""
     total = multiply_by_weights(zero_where_masked(x, mask), mask).sum(spec.axes)
     sums = count_valid(x, mask, spec.axes), total
     if spec.axis_name is not None:
         sums = _replicas.packed_sum(sums, spec.axis_name, spec.groups)
     count, mean = sums[0], mean_from_sum(sums[1], sums[0])
-    d, _ = deviation(x, mask, mean, spec)
+    d, _ = deviation_for_gradient(x, mask, mean, spec)
     m2 = abs_product(d, multiply_by_weights(d, mask)).sum(spec.axes)
     return Moments(count, mean, _replicas.all_sum(m2, spec.axis_name, spec.groups))
 
@@ -74,31 +77,37 @@ def _two_pass(x: jax.Array, mask: jax.Array | None, spec: ReductionSpec) -> Mome
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _exact_statistics(
+def _moments_with_mean_error(
     x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: ReductionSpec
 ) -> tuple[Moments, jax.Array]:
     return _traced_once(x, mask, shift, spec)
 
 
-# Traced for the value and for the derivative, which would take a fifth of the time that
-# a layer needs to be traced.
+# jit keeps the trace, so that value and derivative share it. A second trace would cost
+# a fifth of the time that a layer needs to be traced.
 _traced_once = jax.jit(batch_moments, static_argnums=3, inline=True)
 
 
-@functools.partial(_exact_statistics.defjvp, symbolic_zeros=True)
+@functools.partial(_moments_with_mean_error.defjvp, symbolic_zeros=True)
 def _(spec, primals, tangents):
     (x, mask, _), (dx, dw, _) = primals, tangents
-    # Named here, and not inside the call: a policy does not look into it.
-    result, rest = jax.tree.map(name_for_remat, _exact_statistics(*primals, spec))
+    # Named here: a checkpoint policy does not see names inside a jitted call.
+    result, rest = jax.tree.map(
+        name_for_remat, _moments_with_mean_error(*primals, spec)
+    )
     sums = _tangent_sums(x, mask, result.mean, dx, dw, spec)
-    several = spec.axis_name is not None or _replicas.several(x)
-    change = _change(result, sums, spec.axis_name, spec.groups, several)
+    several = spec.axis_name is not None or _replicas.may_span_devices(x)
+    change = _moments_tangent(result, sums, spec.axis_name, spec.groups, several)
     return (result, rest), (change, jnp.zeros_like(rest))
 
 
 def _tangent_sums(x, mask, mean, dx, dw, spec: ReductionSpec):
-    """sum w dx + dw c, sum conj(c) (w dx + dw c / 2), sum dw or None: a replica's."""
-    c, where = deviation(x, mask, mean, spec)
+    """Returns this replica's sums for the tangent, with c = x - mean.
+
+    (sum w dx + dw c, sum conj(c) (w dx + dw c / 2), sum dw). The 1/2 cancels the factor
+    2 in dm2. The third is None if the weights have no tangent.
+    """
+    c, where = deviation_for_gradient(x, mask, mean, spec)
     dx = _axes.split_like(x, jnp.zeros_like(x)) if is_zero(dx) else dx
     first = multiply_by_weights(zero_where_masked(dx, where), mask)
     second = jnp.conj(c) * first
@@ -110,8 +119,10 @@ def _tangent_sums(x, mask, mean, dx, dw, spec: ReductionSpec):
     return first.sum(spec.axes), second.sum(spec.axes), dn
 
 
-def _change(result: Moments, sums, axis_name, groups, several: bool) -> Moments:
-    """The tangent of the Moments from the sums of each replica; one collective."""
+def _moments_tangent(
+    result: Moments, sums, axis_name, groups, several: bool
+) -> Moments:
+    """Returns the tangent of the Moments, summed over replicas in one collective."""
     *sums, dn = sums
     if dn is not None and axis_name is not None:
         *sums, dn = _replicas.packed_sum((*sums, dn), axis_name, groups)
@@ -127,7 +138,7 @@ def _change(result: Moments, sums, axis_name, groups, several: bool) -> Moments:
 
 
 def is_zero(tangent) -> bool:
-    """Whether a rule with symbolic zeros was given one."""
+    """Returns whether a tangent is a symbolic zero."""
     return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
 
 
@@ -195,7 +206,7 @@ def nested_statistics(
     Args:
         x: widened.
         mask: of the rank of `x`, or None.
-        shift: see `_batch`.
+        shift: see `moments`.
         spec: with the name of an axis, and groups of its replicas, or None for one.
         pools: a partition of the axis that does not part a group; None for one of all.
     """
@@ -226,13 +237,13 @@ def _(spec, pools, primals, tangents):
         about_pool[0] = first + apart * weight
         about_pool[1] = about_pool[1] + jnp.conj(apart) * apart * weight / 2
     return (group, pool), (
-        _change(group, (first, second, dn), spec.axis_name, spec.groups, True),
-        _change(pool, about_pool, spec.axis_name, pools, True),
+        _moments_tangent(group, (first, second, dn), spec.axis_name, spec.groups, True),
+        _moments_tangent(pool, about_pool, spec.axis_name, pools, True),
     )
 
 
 def name_for_remat(value: jax.Array) -> jax.Array:
-    """`value`, under the name that the checkpoint policy keeps."""
+    """Returns `value`, under the name that the checkpoint policy saves."""
     if jnp.iscomplexobj(value):  # jax.checkpoint keeps no complex value
         return lax.complex(name_for_remat(value.real), name_for_remat(value.imag))
-    return checkpoint_name(value, NAME)
+    return checkpoint_name(value, CHECKPOINT_NAME)

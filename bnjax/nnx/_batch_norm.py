@@ -113,10 +113,10 @@ class Normalization(nnx.Module):
         """Sets variables and arguments; what `_layer_ops` reads is set before."""
         ops = self._layer_ops()
         shape = (*ops.leading, num_features)
-        start = ops.begin(shape, _statistics_dtype(dtype, param_dtype))
-        for name, value in start.items():
+        initial = ops.init_stats(shape, _statistics_dtype(dtype, param_dtype))
+        for name, value in initial.items():
             setattr(self, name, nnx.BatchStat(value))
-        self.statistics = tuple(start)  # their names
+        self.statistics = tuple(initial)  # their names
         of_affine = (num_features,) if shared_affine else shape
 
         def parameter(wanted, init, metadata):
@@ -159,10 +159,11 @@ class Normalization(nnx.Module):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature), of the sizes and dtypes that the function of
-                the layer's name takes; or integers or booleans, which are promoted.
+            x: (batch, *spatial, feature); see the corresponding function, such as
+                `bnjax.batch_norm`. Integers and booleans are promoted.
             use_running_average: takes precedence over the attribute.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            mask: boolean, broadcastable to `x`; False leaves a value out of the
+                statistics.
             weights: real floats >= 0, broadcastable to `x`: how often each value counts
                 in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
@@ -200,12 +201,14 @@ class Normalization(nnx.Module):
         if use_running_average is None:
             use_running_average = self.use_running_average
         use_running = self.frozen or _checks.chosen(use_running_average)
-        _checks.weight("momentum", self.momentum)
-        update = self.update_stats if update_stats is None else update_stats
-        update = not use_running if update is None else update and not self.frozen
+        _checks.decay_rate("momentum", self.momentum)
+        if update_stats is None:
+            update_stats = self.update_stats
+        update = not use_running if update_stats is None else update_stats
+        update = update and not self.frozen
         record = self.record_moments and not self.frozen
         given = jnp.asarray(x)
-        x = _layer.inexact(given)
+        x = _layer.to_inexact(given)
         variables = [getattr(self, name) for name in self.statistics]
         stored = running.State._make(variable[...] for variable in variables)
         if update and jnp.iscomplexobj(x) and not jnp.iscomplexobj(stored.mean):
@@ -214,7 +217,7 @@ class Normalization(nnx.Module):
                     dtype=x.dtype, mean=stored.mean.dtype, layer=type(self).__name__
                 )
             )
-        reduction = {
+        moments_options = {
             "mask": mask,
             "weights": weights,
             "axis_name": self.axis_name,
@@ -223,8 +226,8 @@ class Normalization(nnx.Module):
         y, batch = _layer.forward(
             x,
             stored,
-            {**self._affine(given, stored), "residual": residual},
-            reduction,
+            {**self._normalize_options(given, stored), "residual": residual},
+            moments_options,
             ops,
             use_running=use_running,
             measure=bool(update or record),
@@ -251,7 +254,7 @@ class Normalization(nnx.Module):
             ops = self._layer_ops()
             own = (*ops.leading, self.num_features)
             stacked = self.mean.shape[: self.mean.ndim - len(own)]
-            empty = ops.empty(own, _dtypes.statistics(self.mean.dtype))
+            empty = ops.empty(own, _dtypes.statistics_dtype(self.mean.dtype))
             self.moments = BatchMoments(
                 jax.tree.map(lambda v: jnp.broadcast_to(v, (*stacked, *v.shape)), empty)
             )
@@ -282,7 +285,7 @@ class Normalization(nnx.Module):
         if frozen is not None:
             self.frozen = frozen
 
-    def _affine(self, x: jax.Array, stored: running.State) -> dict[str, Any]:
+    def _normalize_options(self, x: jax.Array, stored: running.State) -> dict[str, Any]:
         """The arguments that `normalize` and `batch_norm` share."""
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
@@ -302,13 +305,13 @@ class Normalization(nnx.Module):
 
     def _update(self, stored: running.State, batch: Any, x: jax.Array) -> None:
         """Writes the running statistics after one batch; they keep their dtypes."""
-        new = _layer.updated(
+        new = _layer.update_running_stats(
             stored,
             batch,
             momentum=self.momentum,
             unbiased=self.unbiased,
             skip_nonfinite=self.skip_nonfinite_updates,
-            batch_dtype=_dtypes.statistics(x.dtype),
+            batch_dtype=_dtypes.statistics_dtype(x.dtype),
             keep_dtype=True,
         )
         for name, value in zip(self.statistics, new, strict=True):
@@ -381,10 +384,10 @@ class BatchNorm(Normalization, nnx.BatchNorm):
             leaves the running statistics as they were.
         activation: an elementwise function; its input is not stored for the backward
             pass.
-        frozen: whether the layer evaluates whatever the call or `train()` says: the
-            running statistics are used, and never written, and `moments` stay empty.
-            See `bnjax.nnx.freeze`. Scale and bias stay as they are by a mask,
-            `bnjax.training.freeze_mask`.
+        frozen: if True, the layer runs in inference mode regardless of the call and of
+            `train()`: it uses the running statistics and never writes them, and
+            `moments` stay empty. See `bnjax.nnx.freeze`. To freeze scale and bias as
+            well, mask the optimizer with `bnjax.training.freeze_mask`.
 
     >>> layer = BatchNorm(6, rngs=nnx.Rngs(0))
     >>> y = layer(jax.random.normal(jax.random.key(0), (5, 6)))

@@ -130,8 +130,10 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
         Args:
             x: (batch, *spatial, feature), real; integers and booleans are promoted.
             use_running_average: takes precedence over the attribute.
-            step: (), integer: the training step, for schedules; None for the counter.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            step: (), integer: the training step, for schedules. None: the layer's own
+                counter, which exists only with `warmup_steps`.
+            mask: boolean, broadcastable to `x`; False leaves a value out of the
+                statistics.
             weights: real floats >= 0, broadcastable to `x`: how often each value counts
                 in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
@@ -214,7 +216,8 @@ class SplitBatchNorm(Normalization):
             domain: integers: () for the whole batch, (batch,) by example. None: in
                 training the batch is `num_splits` equal parts in turn, in inference
                 all of it belongs to domain 0.
-            mask: boolean, broadcastable to `x`; True = takes part in the statistics.
+            mask: boolean, broadcastable to `x`; False leaves a value out of the
+                statistics.
             weights: real floats >= 0, broadcastable to `x`: how often each value counts
                 in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.

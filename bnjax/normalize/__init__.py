@@ -38,12 +38,12 @@ from bnjax.normalize._transform import (
     Options,
     TransformSpec,
     add_residual_and_activate,
-    keep_moments,
+    apply_training_transform,
+    checkpoint_saving_moments,
     normalize_with_batch_stats,
     normalize_with_stats,
     remat_policy,
     stats_or_fallback,
-    train,
     zero_masked_garbage,
     zero_masked_overflow,
 )
@@ -57,17 +57,17 @@ __all__ = [
     "TransformSpec",
     "add_residual_and_activate",
     "affine_spec",
+    "apply_training_transform",
     "batch_axis",
     "batch_norm",
     "check_devices",
+    "checkpoint_saving_moments",
     "feature_vectors",
-    "keep_moments",
     "normalize",
     "normalize_groups",
     "normalize_with_stats",
     "remat_policy",
     "stats_or_fallback",
-    "train",
     "zero_masked_garbage",
     "zero_masked_overflow",
 ]
@@ -122,9 +122,11 @@ def normalize(
 
     References: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
-    x = _checks.inexact("x", x)
+    x = _checks.require_inexact("x", x)
     arrays = x, mean, var, scale, bias, residual
-    implementation = _backend.chosen(implementation, *arrays) or "xla"  # one read of x
+    implementation = (
+        _backend.resolve_implementation(implementation, *arrays) or "xla"
+    )  # one read of x
     spec = affine_spec(
         x,
         (scale, bias),
@@ -142,7 +144,7 @@ def normalize(
         return add_residual_and_activate(y, residual, activation, spec)
 
     if implementation != _backend.PLAIN:
-        transform = keep_moments(transform)
+        transform = checkpoint_saving_moments(transform)
     return transform(x, vectors, epsilon, residual)
 
 
@@ -242,4 +244,4 @@ def batch_norm(
         "shift": shift,
         "fallback": fallback,
     }
-    return train(normalize_with_batch_stats, x, scale, bias, options)
+    return apply_training_transform(normalize_with_batch_stats, x, scale, bias, options)

@@ -12,15 +12,15 @@ from bnjax.moments import is_zero
 
 
 class AffineSpec(NamedTuple):
-    """What is done to each value; static.
+    """The static configuration of the affine map.
 
     Attributes:
         feature_axes: ascending.
         storage: the dtype of the input, before it is widened.
         compute: the dtype of the arithmetic.
         output: the dtype of the result.
-        cotangent: the dtype that the cotangent of the affine map is widened from.
-        implementation: see `_backend`.
+        cotangent: the dtype of the incoming cotangent, before it is widened.
+        implementation: see `batch_norm`.
     """
 
     feature_axes: tuple[int, ...]
@@ -42,7 +42,7 @@ def affine_spec(
         output = _dtypes.promote(x, *(p for p in given if p is not None))
     else:
         output = _checks.output_dtype(dtype)
-    compute = _dtypes.statistics(x.dtype, output)
+    compute = _dtypes.statistics_dtype(x.dtype, output)
     cotangent = output if activation is None else compute
     axes = _axes.canonical(axis, x.ndim)
     return AffineSpec(axes, x.dtype, compute, output, cotangent, implementation)
@@ -83,7 +83,7 @@ def affine(x, mean, var, scale, bias, spec: AffineSpec):
 
 def _value(x, mean, var, scale, bias, spec: AffineSpec):
     a = lax.rsqrt(var).astype(spec.compute) * scale
-    x, mean, a, bias = _fresh(spec, x, mean, a, bias)
+    x, mean, a, bias = _reread_operands(spec, x, mean, a, bias)
     return (x - mean) * a + bias
 
 
@@ -97,11 +97,13 @@ def _(spec, primals, tangents):
     rstd = lax.rsqrt(var).astype(spec.compute)
     a = rstd * scale
     dx, dmean, dvar, dscale, dbias = (None if is_zero(t) else t for t in tangents)
-    slope = _sum(dscale, None if dvar is None else a * rstd * dvar.astype(a.dtype) / -2)
-    offset = _sum(dbias, None if dmean is None else -a * dmean)
-    slope, offset = _cast_like(x, slope, offset)
+    slope = _add_tangents(
+        dscale, None if dvar is None else a * rstd * dvar.astype(a.dtype) / -2
+    )
+    offset = _add_tangents(dbias, None if dmean is None else -a * dmean)
+    slope, offset = _pvary_like(x, slope, offset)
 
-    x, mean, rstd, a = _fresh(spec, x, mean, rstd, a)
+    x, mean, rstd, a = _reread_operands(spec, x, mean, rstd, a)
     again = functools.partial(
         _backend.reread_cotangent, spec.cotangent, spec.implementation
     )
@@ -111,28 +113,28 @@ def _(spec, primals, tangents):
         dy = again(_axes.expand(offset, spec.feature_axes, x.ndim) + zeros)
     if slope is not None:
         slope = _axes.expand(slope, spec.feature_axes, x.ndim)
-        dy = again(_sum((x - mean) * rstd * slope, dy))
-    return y, _sum(None if dx is None else dx * a, dy)
+        dy = again(_add_tangents((x - mean) * rstd * slope, dy))
+    return y, _add_tangents(None if dx is None else dx * a, dy)
 
 
-def _sum(first, second):
+def _add_tangents(first, second):
     """The sum, where None is zero."""
     if first is None or second is None:
         return second if first is None else first
     return first + second
 
 
-def _cast_like(x, *vectors) -> list:
+def _pvary_like(x, *vectors) -> list:
     """The vectors that are not None, cast together to vary over the replicas as x."""
     given = [v for v in vectors if v is not None]
-    if not given or not _replicas.several(x):
+    if not given or not _replicas.may_span_devices(x):
         return list(vectors)
-    cast = iter(_replicas.cast_like(x, jnp.stack(given)))
+    cast = iter(_replicas.pvary_like(x, jnp.stack(given)))
     return [None if v is None else next(cast) for v in vectors]
 
 
-def _fresh(spec: AffineSpec, x, *vectors):
+def _reread_operands(spec: AffineSpec, x, *vectors):
     """`x`, to be read again, and the per-feature vectors in its rank."""
-    values = _replicas.cast_together(x, *vectors)
+    values = _replicas.pvary_together(x, *vectors)
     x, *vectors = _backend.reread(spec.storage, spec.implementation, *values)
     return x, *(_axes.expand(v, spec.feature_axes, x.ndim) for v in vectors)

@@ -1,4 +1,4 @@
-"""Groups of examples, each normalized by itself: the batch axis as two."""
+"""Groups of examples, each normalized by its own statistics."""
 
 import math
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _checks, _replicas
-from bnjax.moments import Moments, exact_statistics, is_weighted
+from bnjax.moments import Moments, is_weighted, moments_with_mean_error
 from bnjax.normalize._transform import (
     Inputs,
     Options,
     TransformSpec,
+    apply_training_transform,
     normalize_with_stats,
     stats_or_fallback,
-    train,
 )
 
 _NO_BATCH = (
@@ -34,7 +34,7 @@ _ASTRAY = (
 
 
 class GroupMoments(NamedTuple):
-    """The Moments of each group, its axis leading, and what the rounded means lack."""
+    """The Moments of each group, with a leading group axis; the means' rounding."""
 
     moments: Moments
     mean_errors: jax.Array
@@ -46,19 +46,24 @@ def normalize_groups(
     vectors: Mapping[str, ArrayLike | None],
     groups: int,
 ) -> tuple[jax.Array, GroupMoments]:
-    """Batch normalization of each of `groups` equal, adjacent parts of the batch.
+    """Normalizes each of `groups` contiguous blocks of the batch by its own statistics.
 
         (batch, *spatial, feature) = (groups x size, *spatial, feature)
 
-    Written as one call for (group, feature) features: one read, no collective where
-    no group lies on several devices, and the derivative of `batch_norm`.
+    The batch axis becomes (groups, size), and (group, feature) are the feature axes:
+    `x` is read once, the gradient is that of `batch_norm`, and no collective is needed
+    if each group lies on one device.
 
     Args:
         x: (batch, *spatial, feature).
-        options: of `batch_norm`, but for `axis_name` and `fallback`.
-        vectors: mean, var (of groups without a valid value), scale, bias and shift;
-            each None, (feature,), or (groups, feature).
-        groups: their number, which divides the batch.
+        options: those of `batch_norm`, except `axis_name` and `fallback`.
+        vectors: by name, mean, var, scale, bias and shift; mean and var replace the
+            statistics of groups without a valid value. Each is None, (feature,) or
+            (groups, feature).
+        groups: the number of groups; it must divide the batch size.
+
+    Returns:
+        y, of the shape of `x`, and the GroupMoments.
     """
     axes = _axes.canonical(options.get("axis", -1), x.ndim)
     batch = batch_axis(x, options)
@@ -94,7 +99,9 @@ def normalize_groups(
         reduced = [x.shape[a] for a in _axes.complement(axes, x.ndim)]
         count = math.prod(reduced) // groups
         _checks.warn_single_value(count, x.shape, options.get("axis", -1), groups)
-    y, rows = train(_each_group, cut(x), scale, bias, inner, warns=False)
+    y, rows = apply_training_transform(
+        _each_group, cut(x), scale, bias, inner, warns=False
+    )
 
     def leading(value: jax.Array) -> jax.Array:
         return value if value.ndim == 0 else jnp.moveaxis(value, before, 0)
@@ -110,7 +117,7 @@ def normalize_groups(
 
 
 def batch_axis(x: jax.Array, options: Options) -> int:
-    """The first axis that is no feature axis."""
+    """Returns the first axis that is not a feature axis."""
     axis = options.get("axis", -1)
     reduced = _axes.complement(_axes.canonical(axis, x.ndim), x.ndim)
     if not reduced:
@@ -120,22 +127,24 @@ def batch_axis(x: jax.Array, options: Options) -> int:
 
 def _each_group(given: Inputs, spec: TransformSpec) -> tuple[jax.Array, GroupMoments]:
     reduction = spec.reduction._replace(local=True)
-    batch, mean_errors = exact_statistics(given.x, given.mask, given.shift, reduction)
+    batch, mean_errors = moments_with_mean_error(
+        given.x, given.mask, given.shift, reduction
+    )
     if not is_weighted(given.mask):  # a constant, and the merge is to know it
         batch = batch._replace(count=lax.stop_gradient(batch.count))
     vectors = *stats_or_fallback(batch, given, spec), given.scale, given.bias
-    y = normalize_with_stats(given.finite_x(), vectors, given.epsilon, spec.affine)
+    y = normalize_with_stats(given.bounded_x(), vectors, given.epsilon, spec.affine)
     return y, GroupMoments(batch, mean_errors)
 
 
 def _with(axes: tuple[int, ...], batch: int) -> tuple[int, ...]:
-    """The feature axes, and that of the groups, after the batch axis became two."""
+    """Returns the feature axes and the group axis, after the batch axis became two."""
     return (*(a + (a > batch) for a in axes), batch)
 
 
 def check_devices(x: jax.Array, batch: int, groups: int, *, equal: bool = True) -> None:
     """Raises where Explicit mesh axes tell that a group lies on several devices."""
-    devices = _replicas.typed_parts(x, batch)
+    devices = _replicas.num_shards(x, batch)
     if devices > 1 and (groups % devices or not equal):
         raise ValueError(
             _ASTRAY.format(groups=groups, axis=batch, shape=x.shape, devices=devices)

@@ -1,13 +1,13 @@
-"""What training transforms are made of: batch_norm, and the variants in their rooms.
+"""What the training transforms share: batch_norm and its variants.
 
 A transform is a pure function of the checked arrays,
 
     (Inputs, TransformSpec, *extra) -> (normalized x, Moments)
 
-that takes its statistics from `moments.statistics` and its output from
-`normalize_with_stats`. Their derivatives compose, so it needs none of its own. `train`
-does all that is around it: the checks, what is stored for the backward pass, the
-residual, the activation.
+that takes its statistics from `moments.compute_moments` and its output from
+`normalize_with_stats`. Their derivatives compose, so it needs none of its own.
+`apply_training_transform` does the rest: the checks, what is stored for the backward
+pass, the residual, the activation.
 """
 
 import functools
@@ -21,13 +21,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _axes, _backend, _checks, _dtypes, _replicas
 from bnjax.moments import (
-    NAME,
+    CHECKPOINT_NAME,
     Moments,
     ReductionSpec,
+    compute_moments,
     mask_with_weights,
     reduction_spec,
-    statistics,
-    valid_or_finite,
+    valid_or_bounded,
     zero_where_masked,
 )
 from bnjax.normalize._affine import AffineSpec, affine, affine_spec, feature_vectors
@@ -53,27 +53,35 @@ class Options(TypedDict, total=False):
 
 
 class Inputs(NamedTuple):
-    """The arrays; `mean` and `var` are those of features without a valid value.
+    """The arrays that a transform is given, checked.
 
-    The mask is boolean, or holds weights, as `moments.joined` makes it.
+    Attributes:
+        x: (batch, *spatial, feature).
+        fallback_mean: normalizes features without a valid value.
+        fallback_var: likewise.
+        scale: per feature, as all vectors.
+        bias: per feature.
+        shift: see `moments`.
+        epsilon: added to the variance.
+        mask: boolean, or weights; `moments.mask_with_weights` builds it. None for all.
     """
 
     x: jax.Array
-    mean: jax.Array
-    var: jax.Array
+    fallback_mean: jax.Array
+    fallback_var: jax.Array
     scale: jax.Array
     bias: jax.Array
     shift: jax.Array
     epsilon: ArrayLike
     mask: jax.Array | None
 
-    def finite_x(self) -> jax.Array:
-        """`x`, with 0 for garbage that does not count."""
+    def bounded_x(self) -> jax.Array:
+        """Returns `x` with 0 for masked values that are NaN, infinite or huge."""
         return zero_masked_garbage(self.x, self.mask)
 
 
 class TransformSpec(NamedTuple):
-    """What is done to them; static."""
+    """The static configuration of a transform."""
 
     reduction: ReductionSpec
     affine: AffineSpec
@@ -83,21 +91,21 @@ Transform = Callable[..., tuple[jax.Array, Any]]
 
 
 def zero_masked_garbage(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`x`, with 0 for NaN, infinity and huge padding that do not count."""
-    return x if mask is None else zero_where_masked(x, valid_or_finite(x, mask))
+    """Returns `x` with 0 for masked values that are NaN, infinite or huge."""
+    return x if mask is None else zero_where_masked(x, valid_or_bounded(x, mask))
 
 
 def zero_masked_overflow(y: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`y`, with 0 where what does not count overflows, once normalized.
+    """Returns `y` with 0 for masked entries that overflowed.
 
-    It may in float16 alone, of the values that `zero_masked_garbage` leaves.
+    After `zero_masked_garbage` only float16 can overflow.
     """
     if mask is None or y.dtype != jnp.float16:
         return y
     return zero_where_masked(y, mask.astype(bool) | jnp.isfinite(y))
 
 
-def train(
+def apply_training_transform(
     transform: Transform,
     x: ArrayLike,
     scale: ArrayLike | None,
@@ -110,19 +118,22 @@ def train(
     """activation(transform(x) + residual), and the Moments; all arguments checked.
 
     Args:
-        transform: see the module; the same function at each call, for it is static.
+        transform: see the module. It is a static argument of jit: pass the same
+            function at each call.
         x: (batch, *spatial, feature).
         scale: (*leading, feature), or None.
         bias: (*leading, feature), or None.
         options: of `batch_norm`.
-        *extra: arrays that `transform` needs beside the Inputs.
+        *extra: arrays that `transform` needs in addition to the Inputs.
         leading: the axes of the per-feature values before those of the features.
-        warns: whether one value per feature is warned of here.
+        warns: whether to warn if there is one value per feature.
     """
     axis, activation = options.get("axis", -1), options.get("activation")
-    x = _checks.inexact("x", x)
+    x = _checks.require_inexact("x", x)
     arrays = x, scale, bias, options.get("residual")
-    implementation = _backend.chosen(options.get("implementation"), *arrays)
+    implementation = _backend.resolve_implementation(
+        options.get("implementation"), *arrays
+    )
     spec = affine_spec(
         x,
         (scale, bias),
@@ -158,7 +169,7 @@ def train(
     mean, var, scale, bias, shift = vectors
     mask = mask_with_weights(x, mask, weights)
     inputs = Inputs(x, mean, var, scale, bias, shift, epsilon, mask)
-    run = run if implementation == _backend.PLAIN else keep_moments(run)
+    run = run if implementation == _backend.PLAIN else checkpoint_saving_moments(run)
     y, batch = run(inputs, residual, *extra)
     return y, jax.tree.map(jnp.asarray, batch)  # a constant count is no array yet
 
@@ -169,8 +180,8 @@ def stats_or_fallback(
     """The mean and variance to normalize by; those given where there is no value."""
     mean, var = batch.mean.astype(spec.affine.compute), batch.variance()
     if given.mask is not None or 0 in (given.x.shape[a] for a in spec.reduction.axes):
-        mean = _axes.where(batch.count > 0, mean, given.mean)
-        var = _axes.where(batch.count > 0, var, given.var)
+        mean = _axes.where(batch.count > 0, mean, given.fallback_mean)
+        var = _axes.where(batch.count > 0, var, given.fallback_var)
     return mean, var
 
 
@@ -180,8 +191,8 @@ def stats_or_fallback(
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _compiled(transform: Transform, given: Inputs, spec: TransformSpec, *extra):
-    x = given.x.astype(_dtypes.statistics(given.x.dtype))
-    x = _backend.round_cotangent(x, given.x.dtype, spec.affine.implementation)
+    x = given.x.astype(_dtypes.statistics_dtype(given.x.dtype))
+    x = _backend.force_cotangent_rounding(x, given.x.dtype, spec.affine.implementation)
     return transform(given._replace(x=x), spec, *extra)
 
 
@@ -189,10 +200,10 @@ def normalize_with_batch_stats(
     given: Inputs, spec: TransformSpec
 ) -> tuple[jax.Array, Moments]:
     """Batch normalization itself: Algorithm 1."""
-    batch = statistics(given.x, given.mask, given.shift, spec.reduction)
+    batch = compute_moments(given.x, given.mask, given.shift, spec.reduction)
     vectors = *stats_or_fallback(batch, given, spec), given.scale, given.bias
     return normalize_with_stats(
-        given.finite_x(), vectors, given.epsilon, spec.affine
+        given.bounded_x(), vectors, given.epsilon, spec.affine
     ), batch
 
 
@@ -211,11 +222,11 @@ def add_residual_and_activate(
     shape = y.shape
     if residual is not None:
         y = y + residual.astype(y.dtype)
-        y = _backend.round_cotangent(y, residual.dtype, spec.implementation)
+        y = _backend.force_cotangent_rounding(y, residual.dtype, spec.implementation)
     if activation is not None:
         y = activation(y)
         _checks.elementwise(activation, shape, y, spec.output)
-    return _backend.rounded(y.astype(spec.output), spec.implementation)
+    return _backend.force_rounding(y.astype(spec.output), spec.implementation)
 
 
 def _smallest_count(shape: Sequence[int], reduction: ReductionSpec):
@@ -231,12 +242,14 @@ def _smallest_count(shape: Sequence[int], reduction: ReductionSpec):
 # What is kept for the backward pass, and what is computed again.
 
 
-_moments = jax.checkpoint_policies.save_only_these_names(NAME)
-_products = jax.checkpoint_policies.dots_saveable
+_save_moments = jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
+_save_products = jax.checkpoint_policies.dots_saveable
 
 # Keeps the moments (and with them one collective) and recomputes all else; XLA may
 # still share the recomputation with the forward pass inside one jit.
-keep_moments = functools.partial(jax.checkpoint, policy=_moments, prevent_cse=False)
+checkpoint_saving_moments = functools.partial(
+    jax.checkpoint, policy=_save_moments, prevent_cse=False
+)
 
 
 def remat_policy(primitive: Any, *avals: Any, **parameters: Any) -> Any:
@@ -274,5 +287,5 @@ def remat_policy(primitive: Any, *avals: Any, **parameters: Any) -> Any:
 
     References: Chen et al. 2016, section 3; Rota Bulo et al. 2018 (in-place).
     """
-    kept = _moments(primitive, *avals, **parameters)
-    return kept or _products(primitive, *avals, **parameters)
+    kept = _save_moments(primitive, *avals, **parameters)
+    return kept or _save_products(primitive, *avals, **parameters)

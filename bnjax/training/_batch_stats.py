@@ -115,7 +115,7 @@ def _layers(leaves: Mapping[str, Any]) -> dict[str, set[str]]:
 def _merge(stats: State, counts, axis_name, path: str) -> tuple[jax.Array, ...]:
     """The merged mean and var of one layer."""
     given = [jnp.asarray(value) for value in stats]
-    mean, var = (v.astype(_dtypes.statistics(v.dtype)) for v in given)
+    mean, var = (v.astype(_dtypes.statistics_dtype(v.dtype)) for v in given)
     if axis_name is None:
         _checks.replicas(path, mean.shape, None if counts is None else counts.shape)
     lead = mean.shape[:1] if axis_name is None else ()
@@ -268,7 +268,7 @@ def accumulate(
 
     params = variables["params"]
     start = jax.tree.map(
-        lambda p: jnp.zeros(p.shape, _dtypes.statistics(p.dtype)), params
+        lambda p: jnp.zeros(p.shape, _dtypes.statistics_dtype(p.dtype)), params
     )
     state = jax.tree.map(jnp.asarray, state)
     carry, (losses, (output, rows)) = lax.scan(step, (start, state), batches)

@@ -23,9 +23,9 @@ from bnjax.normalize import (
     Options,
     add_residual_and_activate,
     affine_spec,
+    apply_training_transform,
+    checkpoint_saving_moments,
     feature_vectors,
-    keep_moments,
-    train,
 )
 from bnjax.whiten import _layout
 from bnjax.whiten._co_moments import CoMoments, co_moments, merge
@@ -121,7 +121,7 @@ def whiten_by(
     _checks.epsilon(epsilon)
     residual = _checks.residual(residual, x.shape, spec.compute)
 
-    @keep_moments
+    @checkpoint_saving_moments
     def transform(x, covariance, vectors, epsilon, residual):
         y = normalize_with_stats(x, covariance, vectors, epsilon, whitening, spec)
         return add_residual_and_activate(y, residual, activation, spec)
@@ -229,4 +229,4 @@ def decorrelate(
     }
     if mean is not None:
         options["fallback"] = mean, jnp.ones_like(mean)
-    return train(whitening, x, scale, bias, options, covariance)
+    return apply_training_transform(whitening, x, scale, bias, options, covariance)

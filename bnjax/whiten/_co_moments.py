@@ -15,6 +15,7 @@ from bnjax import _axes, _checks, _dtypes, _replicas
 from bnjax.moments import (
     ReductionSpec,
     Union,
+    compute_moments,
     count_valid,
     drop_last_bit,
     gradient_mask,
@@ -25,7 +26,6 @@ from bnjax.moments import (
     multiply_by_weights,
     name_for_remat,
     reduction_spec,
-    statistics,
     variance_from_m2,
     zero_where_masked,
 )
@@ -197,7 +197,7 @@ def co_moments(
 def _co_moments(
     x: jax.Array, mask: jax.Array | None, shift: jax.Array | None, spec: CoReductionSpec
 ) -> CoMoments:
-    return co_statistics(x.astype(_dtypes.statistics(x.dtype)), mask, shift, spec)
+    return co_statistics(x.astype(_dtypes.statistics_dtype(x.dtype)), mask, shift, spec)
 
 
 # The derivative. With c = x - mean, over the valid positions of every replica:
@@ -216,7 +216,7 @@ def co_statistics(
     The mean is rounded at its own magnitude: the products are corrected by the mean
     deviation from it.
     """
-    count, mean, _ = statistics(x, mask, shift, spec.reduction)
+    count, mean, _ = compute_moments(x, mask, shift, spec.reduction)
     d = _deviation(x, drop_last_bit(mean), mask, spec)
     d, weighed_d = (
         _layout.split(v, spec.layout) for v in (d, multiply_by_weights(d, mask))
@@ -254,7 +254,7 @@ def _(spec, primals, tangents):
 
 def _deviation(x, centre, where, spec: CoReductionSpec) -> jax.Array:
     """x - centre, and 0 where `where` is False."""
-    x, centre = _replicas.cast_together(x, centre)
+    x, centre = _replicas.pvary_together(x, centre)
     return zero_where_masked(
         x - _axes.expand(centre, (spec.layout.axis,), x.ndim), where
     )
@@ -267,6 +267,6 @@ def _sum(x: jax.Array) -> jax.Array:
 
 def _total(sums, x: jax.Array, reduction: ReductionSpec):
     """The sums over the replicas; together also where jit communicates them."""
-    if reduction.axis_name is None and not _replicas.several(x):
+    if reduction.axis_name is None and not _replicas.may_span_devices(x):
         return sums
     return _replicas.packed_sum(sums, reduction.axis_name, reduction.groups)

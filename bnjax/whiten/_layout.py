@@ -49,7 +49,7 @@ def layout(x: jax.Array, axis: int, group_size: int | None) -> Layout:
 
 def real(name: str, x: ArrayLike) -> jax.Array:
     """`x` as a JAX array of a real floating dtype."""
-    x = _checks.inexact(name, x)
+    x = _checks.require_inexact(name, x)
     if jnp.iscomplexobj(x):
         raise TypeError(
             f"{name} has dtype {x.dtype}: expected a real floating dtype, for complex "
@@ -148,6 +148,6 @@ def outer(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def whitened(matrices: jax.Array, x: jax.Array, spec: Layout) -> jax.Array:
-    """Each group's matrix times its features of `x`."""
+    """Multiplies the features of each group by its matrix; subtracts no mean."""
     y = jnp.einsum("gij,...gj->...gi", matrices, split(x, spec), precision=HIGHEST)
     return _join(y, spec)

@@ -136,7 +136,7 @@ def _fit_range(
     x: ArrayLike, mask: ArrayLike | None = None, *, axis: Axis, low: float, high: float
 ) -> Scaling:
     x = _not_empty(x, axis)
-    x = _layout.real("x", x).astype(_dtypes.statistics(x.dtype))
+    x = _layout.real("x", x).astype(_dtypes.statistics_dtype(x.dtype))
     axes = _axes.complement(_axes.canonical(axis, x.ndim), x.ndim)
     where = jnp.broadcast_to(_mask(mask, x), x.shape)
     smallest = jnp.min(x, axes, where=where, initial=jnp.inf)
@@ -238,19 +238,19 @@ def _hashable(axis: Axis) -> Axis:
 
 def _beside(x: ArrayLike, axis: Axis, **vectors: jax.Array):
     """`x`, widened, and the per-feature vectors in its rank; checked."""
-    x = _checks.inexact("x", x)
+    x = _checks.require_inexact("x", x)
     axes = _axes.canonical(axis, x.ndim)
     for name, value in vectors.items():
         _checks.feature_shape(
             name, jnp.asarray(value), _axes.sizes(x.shape, axes), axis
         )
-    x = x.astype(_dtypes.statistics(x.dtype))
+    x = x.astype(_dtypes.statistics_dtype(x.dtype))
     return x, [_axes.expand(jnp.asarray(v), axes, x.ndim) for v in vectors.values()]
 
 
 def _not_empty(x: ArrayLike, axis: Axis) -> jax.Array:
     """`x`, which must have a value for each feature."""
-    x = _checks.inexact("x", x)
+    x = _checks.require_inexact("x", x)
     axes = _axes.complement(_axes.canonical(axis, x.ndim), x.ndim)
     if 0 in (x.shape[a] for a in axes):
         raise ValueError(

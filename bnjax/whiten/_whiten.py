@@ -78,7 +78,7 @@ def inverse_sqrt(
         )
     method, iterations = check_method(method, iterations)
     _checks.epsilon(epsilon)
-    covariance = covariance.astype(_dtypes.statistics(covariance.dtype))
+    covariance = covariance.astype(_dtypes.statistics_dtype(covariance.dtype))
     return root(covariance, epsilon, method, iterations)
 
 
@@ -225,10 +225,10 @@ class Whitening(NamedTuple):
             given.x.shape[a] for a in spec.reduction.axes
         ):
             seen = batch.count > 0
-            mean = _axes.where(seen, mean, given.mean)
+            mean = _axes.where(seen, mean, given.fallback_mean)
             own = _axes.where(seen, own, covariance.astype(compute))
         vectors = mean, given.scale, given.bias
-        x = given.finite_x()
+        x = given.bounded_x()
         return normalize_with_stats(
             x, own, vectors, given.epsilon, self, spec.affine
         ), batch
@@ -261,4 +261,4 @@ def _cast(x: jax.Array, *values: jax.Array):
     if not _replicas.varying(x):
         return values
     vector, unpack = _replicas.pack(values)
-    return unpack(_replicas.cast_like(x, vector))
+    return unpack(_replicas.pvary_like(x, vector))
