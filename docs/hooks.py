@@ -1,10 +1,18 @@
-"""Adds files from outside of docs/pages to the site: the experiments' pictures."""
+"""Adds to the site what lies outside of docs/pages: pictures, and tables of results."""
 
+import re
+import sys
 from pathlib import Path
 
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import tables  # noqa: E402
+
+# <!-- table: mnist -->  or, what the newest run of it ran on,  <!-- run: mnist -->
+PLACE = re.compile(r"^<!-- (table|run): (\w+) -->$", re.MULTILINE)
 
 
 def on_files(files: Files, config) -> Files:
@@ -12,3 +20,11 @@ def on_files(files: Files, config) -> Files:
         uri = f"figures/{picture.name}"
         files.append(File.generated(config, uri, abs_src_path=str(picture)))
     return files
+
+
+def on_page_markdown(markdown: str, page, config, files: Files) -> str:
+    def filled(place: re.Match) -> str:
+        kind, name = place.groups()
+        return tables.TABLES[name]() if kind == "table" else tables.versions(name)
+
+    return PLACE.sub(filled, markdown)
