@@ -7,6 +7,8 @@ A page names one in a comment, which `hooks.py` replaces by the table:
 Nothing but Python is needed: the site is built where neither JAX nor NumPy is.
 """
 
+# ruff: noqa: RUF001 (signs of typography)
+
 import ast
 import functools
 import json
@@ -153,18 +155,14 @@ def population() -> str:
     steps = sorted({row["step"] for row in rows})
     shown = [step for step in steps if step in (20, 50, 100, 200, 500, steps[-1])]
     names = constant("population", "NAMES")
+
+    def accuracy(kind: str, step: int) -> str:
+        found = (row["accuracy"][kind] for row in rows if row["step"] == step)
+        return f"{100 * mean(found):.1f}"
+
     return markdown(
         ["test accuracy, %, after steps", *(f"{step:,}" for step in shown)],
-        (
-            [
-                name,
-                *(
-                    f"{100 * mean(r['accuracy'][kind] for r in rows if r['step'] == s):.1f}"
-                    for s in shown
-                ),
-            ]
-            for kind, name in names.items()
-        ),
+        ([n, *(accuracy(kind, step) for step in shown)] for kind, n in names.items()),
     )
 
 
@@ -205,7 +203,9 @@ def inception() -> str:
 
 def inception_ablated() -> str:
     results, changes = _inception(), constant("inception", "CHANGES")
-    best = {model: 100 * max(r["accuracy"], default=NAN) for model, r in results.items()}
+    best = {
+        model: 100 * max(r["accuracy"], default=NAN) for model, r in results.items()
+    }
     rows = [["nothing (BN-x5)", f"{best['bn_x5']:.1f}"]]
     for model in sorted(changes, key=best.__getitem__):
         rows.append([changes[model], f"{best[model]:.1f}"])
@@ -220,7 +220,9 @@ def saturation() -> str:
         row = [f"{activation}, {'with' if normalize else 'without'} BN"]
         for depth in depths:
             of = {"activation": activation, "normalize": normalize, "depth": depth}
-            test = [numbers(r["test"]) for c, r in every if of.items() <= flat(c).items()]
+            test = [
+                numbers(r["test"]) for c, r in every if of.items() <= flat(c).items()
+            ]
             trained = [accuracy > 0.5 for accuracy in numbers(test)]
             row.append(f"{100 * mean(trained):.0f}")
         return row
@@ -344,7 +346,13 @@ def normalizers() -> str:
         wrong = [[1 - a for a in final[method].get(r, [])] for r in (best, 1.0)]
         time = seconds[method] / seconds["batch"]
         rows.append([name, f"{best:g}", *map(percent, wrong), f"{time:.2f}"])
-    head = "", "best rate", "test error, %", "at rate 1", "time of a step over batch norm's"
+    head = (
+        "",
+        "best rate",
+        "test error, %",
+        "at rate 1",
+        "time of a step over batch norm's",
+    )
     return markdown(head, rows)
 
 
@@ -452,7 +460,9 @@ def bench_compile() -> str:
     head = [f"{size} input: {phase}" for size in sizes for phase in phases]
 
     def ratios(variant: str) -> list[str]:
-        return [f"{of[s, variant][p] / of[s, 'flax'][p]:.2f}" for s in sizes for p in phases]
+        return [
+            f"{of[s, variant][p] / of[s, 'flax'][p]:.2f}" for s in sizes for p in phases
+        ]
 
     shown = ("bnjax", "bnjax fused")
     return markdown(["", *head], ([VARIANTS[v], *ratios(v)] for v in shown))
@@ -536,7 +546,9 @@ def versions(name: str) -> str:
     """What the newest run of an experiment ran on."""
     first = [r for r in read(name) if "versions" in r][-1]
     hardware, known = first["hardware"], first["versions"]
-    rest = (f"{n} {v}" for n, v in known.items() if n in ("jax", "flax", "torch", "keras"))
+    rest = (
+        f"{n} {v}" for n, v in known.items() if n in ("jax", "flax", "torch", "keras")
+    )
     where = f"{hardware['cores']} cores of {hardware['cpu']}"
     return f"*Records of {first['time'][:10]}: {where}; {', '.join(rest)}.*"
 
@@ -548,7 +560,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "successors": functools.partial(
         of_readme, "Its successors", "claim", "from", "the paper", "measured"
     ),
-    "library": functools.partial(of_readme, "The library", "claim", "command", "measured"),
+    "library": functools.partial(
+        of_readme, "The library", "claim", "command", "measured"
+    ),
     **{
         table.__name__: table
         for table in (
