@@ -417,7 +417,7 @@ def bench_layer() -> str:
         table.append([f"**{dtype}**", *[""] * (len(rivals) + 1)])
         own = [row for row in rows if row["dtype"] == dtype]
         for row in own:
-            shape = f"({', '.join(map(str, row['shape']))})"
+            shape = f"({',&nbsp;'.join(map(str, row['shape']))})"
             table.append([shape, *(f"{value:.2f}" for value in values(row))])
         columns = zip(*map(values, own), strict=True)
         means = (statistics.geometric_mean(column) for column in columns)
@@ -456,16 +456,18 @@ def bench_compile() -> str:
     _, rows = last_run("bench_compile")
     of = {(row["input"], row["variant"]): row for row in rows}
     sizes = list(dict.fromkeys(row["input"] for row in rows))
-    phases = "trace", "lower", "compile", "total"
-    head = [f"{size} input: {phase}" for size in sizes for phase in phases]
-
-    def ratios(variant: str) -> list[str]:
-        return [
-            f"{of[s, variant][p] / of[s, 'flax'][p]:.2f}" for s in sizes for p in phases
-        ]
-
     shown = ("bnjax", "bnjax fused")
-    return markdown(["", *head], ([VARIANTS[v], *ratios(v)] for v in shown))
+
+    def row_of(size: str, phase: str) -> list[str]:
+        flax = of[size, "flax"][phase]
+        ratios = (of[size, variant][phase] / flax for variant in shown)
+        return [f"{size} input: {phase}", *(f"{ratio:.2f}" for ratio in ratios)]
+
+    phases = "trace", "lower", "compile", "total"
+    return markdown(
+        ["over Flax's", *(VARIANTS[variant] for variant in shown)],
+        (row_of(size, phase) for size in sizes for phase in phases),
+    )
 
 
 def bench_whitening() -> str:
