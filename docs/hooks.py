@@ -1,11 +1,18 @@
-"""What comes from outside of docs/pages: the experiments' pictures, the changelog."""
+"""What comes from outside of docs/pages: pictures, tables of results, the changelog."""
 
+import re
+import sys
 from pathlib import Path
 
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import tables  # noqa: E402
+
+# <!-- table: mnist -->  or, what the newest run of it ran on,  <!-- run: mnist -->
+PLACE = re.compile(r"^<!-- (table|run): (\w+) -->$", re.MULTILINE)
 
 
 def on_files(files: Files, config) -> Files:
@@ -15,7 +22,12 @@ def on_files(files: Files, config) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, **_) -> str:
+def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     if page.file.src_uri == "changelog.md":
         return (ROOT / "CHANGELOG.md").read_text()
-    return markdown
+
+    def filled(place: re.Match) -> str:
+        kind, name = place.groups()
+        return tables.TABLES[name]() if kind == "table" else tables.versions(name)
+
+    return PLACE.sub(filled, markdown)
