@@ -46,7 +46,7 @@ def of_readme(heading: str, *columns: str) -> str:
     lines = [[row[i].strip("| ") for i in chosen] for row in rows]
     lines.insert(1, ["---"] * len(chosen))
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return table.replace("../README.md#on-tpus-and-gpus", "performance.md")
+    return table.replace("../docs/pages/performance.md", "performance.md")
 
 
 # Records

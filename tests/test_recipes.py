@@ -1,4 +1,4 @@
-"""The README's recipes for what needs no class of its own, against float64."""
+"""The guides' recipes for what needs no class of its own, against float64."""
 
 import functools
 import operator

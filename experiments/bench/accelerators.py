@@ -27,7 +27,7 @@ are marked with "on chip" and compare nothing; take larger shapes.
 A program is recorded as soon as it is compiled, and not compiled again when it has been
 recorded, unless `--again`. The tables have the newest record of each.
 
-Measured: see the README. Another layer is an entry of `LINEN` or `NNX`.
+Measured: see docs/pages/performance.md. Another layer is an entry of `LINEN` or `NNX`.
 """
 
 import dataclasses

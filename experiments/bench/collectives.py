@@ -9,7 +9,7 @@ Nothing is timed: the devices are those that XLA makes of one CPU. Bytes are wha
 device hands in, and what a ring then sends it: (R - 1) s of a gather of s bytes from
 each of R devices, 2 (R - 1)/R s of a reduction.
 
-Measured: see the table in the README. Nothing is recorded.
+Measured: see docs/pages/performance.md. Nothing is recorded.
 """
 
 import sys

@@ -11,8 +11,8 @@ used, and a ratio is one of medians. Above 1, bnjax takes longer.
 
 Two sizes, because a compiler may choose other kernels for small arrays. Nothing is run.
 
-Measured: see the README. What is compiled is `Network`; another layer is an entry of
-`NETWORKS`.
+Measured: see docs/pages/performance.md. What is compiled is `Network`; another
+layer is an entry of `NETWORKS`.
 """
 
 import dataclasses

@@ -30,8 +30,8 @@ megabytes are page-faulted anew on every call otherwise); with GOMP_SPINCOUNT, e
 PyTorch's idle threads hold a core for milliseconds after each of its calls; and without
 the worker processes of torch.compile, which start as the first calls are timed.
 
-Measured: see the README. Another library is a function like `haiku`, named in `MODELS`
-and `RIVALS`.
+Measured: see docs/pages/performance.md. Another library is a function like
+`haiku`, named in `MODELS` and `RIVALS`.
 """
 
 import dataclasses

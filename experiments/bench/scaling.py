@@ -12,7 +12,7 @@ The devices are those that XLA makes of one CPU, and they share its cores: with 
 batch split over more of them nothing can become faster. How much slower it becomes is
 what the split costs, and all that the times against devices show.
 
-Measured: see the README.
+Measured: see docs/pages/performance.md.
 """
 
 import dataclasses

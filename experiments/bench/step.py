@@ -18,7 +18,8 @@ between the passes (parameters included), and what the device says it had in use
 most, where it says so. The data are random, of the sizes of CIFAR-10 (ResNet-18, 3x3
 stem) or ImageNet (ResNet-50).
 
-Measured: see the README. The network is `ResNet`; another layer is an entry of `NORMS`.
+Measured: see docs/pages/performance.md. The network is `ResNet`; another layer is an
+entry of `NORMS`.
 
 References: He et al. 2016 (Deep residual learning), table 1; the stride of a bottleneck
 is in its 3x3 convolution.
