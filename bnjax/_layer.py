@@ -4,6 +4,7 @@ What differs between the layers is a `LayerOps`: pure functions, one set for eac
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +26,6 @@ from bnjax.split import split_batch_norm, split_moments, split_normalize
 Shape = tuple[int, ...]
 
 
-def _batch_norm(x: jax.Array, stored: running.State, **options: Any):
-    return batch_norm(x, fallback=stored, **options)
-
-
 def _zero_and_one(shape: Shape, dtype: DTypeLike) -> dict[str, jax.Array]:
     return running.ema().init(shape, dtype)._asdict()
 
@@ -37,7 +34,8 @@ class LayerOps(NamedTuple):
     """The pure functions that a layer calls, of one paper.
 
     Attributes:
-        train: (x, stored, **options of batch_norm) -> (y, Moments).
+        train: (x, **options of batch_norm) -> (y, Moments); `fallback` has the running
+            statistics.
         infer: (x, mean, var, **options of normalize) -> y.
         measure: (x, **options of moments) -> Moments.
         init_forward: (x, **options of batch_norm) -> (y, Moments): the output during
@@ -48,7 +46,7 @@ class LayerOps(NamedTuple):
         leading: the axes of the statistics before those of the features.
     """
 
-    train: Callable[..., tuple[jax.Array, Any]] = _batch_norm
+    train: Callable[..., tuple[jax.Array, Any]] = batch_norm
     infer: Callable[..., jax.Array] = normalize
     measure: Callable[..., Any] = moments
     init_forward: Callable[..., tuple[jax.Array, Any]] = batch_norm
@@ -60,17 +58,8 @@ class LayerOps(NamedTuple):
 
 def ghost(virtual_batch_size: int, remainder: Remainder) -> LayerOps:
     """The functions of `GhostBatchNorm`."""
-
-    def train(x, stored, **options):
-        return ghost_batch_norm(
-            x,
-            virtual_batch_size=virtual_batch_size,
-            remainder=remainder,
-            fallback=stored,
-            **options,
-        )
-
-    return LayerOps(train)
+    by = {"virtual_batch_size": virtual_batch_size, "remainder": remainder}
+    return LayerOps(partial(ghost_batch_norm, **by))
 
 
 def renorm(
@@ -90,12 +79,12 @@ def renorm(
         warmup_steps: None if it does not count.
     """
 
-    def train(x, stored, **options):
+    def train(x, *, fallback, **options):
         at = steps if step is None else step
         limits = at_step("r_max", r_max, at), at_step("d_max", d_max, at)
         if steps is not None and warmup_steps is not None:
             limits = warmed_up(*limits, steps, warmup_steps)
-        return batch_renorm(x, *stored, r_max=limits[0], d_max=limits[1], **options)
+        return batch_renorm(x, *fallback, r_max=limits[0], d_max=limits[1], **options)
 
     return LayerOps(train)
 
@@ -115,45 +104,23 @@ def split(num_splits: int, domain: ArrayLike | None) -> LayerOps:
     """The functions of `SplitBatchNorm`."""
     main = 0 if domain is None else domain
 
-    def train(x, stored, **options):
-        return split_batch_norm(
-            x, num_splits=num_splits, domain=domain, fallback=stored, **options
-        )
-
-    def init_forward(x, **options):
-        return split_batch_norm(x, num_splits=num_splits, domain=main, **options)
-
-    def infer(x, *vectors, **options):
-        return split_normalize(x, *vectors, domain=main, **options)
-
-    def measure(x, **options):
-        return split_moments(x, num_splits=num_splits, domain=domain, **options)
-
     def empty(shape: Shape, dtype: DTypeLike = jnp.float32) -> Moments:
         nothing = Moments.empty(shape, dtype)
         return nothing._replace(count=jnp.zeros(num_splits, nothing.count.dtype))
 
-    leading = (num_splits,)
-    return LayerOps(train, infer, measure, init_forward, empty=empty, leading=leading)
+    return LayerOps(
+        train=partial(split_batch_norm, num_splits=num_splits, domain=domain),
+        infer=partial(split_normalize, domain=main),
+        measure=partial(split_moments, num_splits=num_splits, domain=domain),
+        init_forward=partial(split_batch_norm, num_splits=num_splits, domain=main),
+        empty=empty,
+        leading=(num_splits,),
+    )
 
 
 def decorrelated(group_size: int | None, method: str, iterations: int) -> LayerOps:
     """The functions of `DecorrelatedBatchNorm`."""
     by = {"method": method, "iterations": iterations}
-
-    def train(x, stored, **options):
-        return whiten.decorrelate(
-            x, group_size=group_size, fallback=stored, **by, **options
-        )
-
-    def infer(x, *vectors, **options):
-        return whiten.whiten_by(x, *vectors, **by, **options)
-
-    def measure(x, **options):
-        return whiten.co_moments(x, group_size=group_size, **options)
-
-    def init_forward(x, **options):
-        return whiten.decorrelate(x, group_size=group_size, **by, **options)
 
     def grouped(shape: Shape) -> tuple[int, int]:  # `decorrelate` checks the size
         size = max(group_size or shape[-1], 1)
@@ -168,8 +135,15 @@ def decorrelated(group_size: int | None, method: str, iterations: int) -> LayerO
     def empty(shape: Shape, dtype: DTypeLike = jnp.float32) -> whiten.CoMoments:
         return whiten.CoMoments.empty(*grouped(shape), dtype)
 
+    decorrelate = partial(whiten.decorrelate, group_size=group_size, **by)
     return LayerOps(
-        train, infer, measure, init_forward, init_stats, empty, whiten.merge
+        train=decorrelate,
+        infer=partial(whiten.whiten_by, **by),
+        measure=partial(whiten.co_moments, group_size=group_size),
+        init_forward=decorrelate,
+        init_stats=init_stats,
+        empty=empty,
+        merge=whiten.merge,
     )
 
 
@@ -206,7 +180,7 @@ def forward(
         measure: whether to return the Moments with running statistics too; else None.
     """
     if not use_running:
-        return ops.train(x, stored, **moments_options, **normalize_options)
+        return ops.train(x, fallback=stored, **moments_options, **normalize_options)
     mask, weights = (
         _checks.mask(moments_options["mask"], x.shape),
         moments_options["weights"],
