@@ -475,7 +475,10 @@ def replica_axis(path: str, shape: Sequence[int], axis: int) -> None:
 
 
 def replicas(path: str, shape: Sequence[int], counts: Sequence[int] | None) -> None:
-    """Raises unless the leading axis is one of replicas, one for each count."""
+    """Raises unless there is a leading replica axis, as long as the counts, if given.
+
+    `counts` is their shape.
+    """
     if not shape or (counts is not None and tuple(counts) != tuple(shape[:1])):
         expected = "a leading axis of replicas"
         if counts is not None:

@@ -4,8 +4,9 @@
     pooled        mean = E[mean_B],    var = E[mean_B^2 + var_B] - E[mean_B]^2
 
 The weights are frozen meanwhile. `pooled` is the variance of all values, however they
-are split into batches. `algorithm_2` leaves the variance of the batches' means out: the
-smaller the batches, the further it stays below.
+are split into batches. `algorithm_2` leaves out the variance of the batches' means.
+Where the examples of a batch are independent, m/(m-1) makes up for that. Where they are
+not, the result is too small: the smaller the batches, the more.
 
 A model is seen through `apply_fn(variables, batch)`. It normalizes by the statistics of
 the batch, and returns the Moments that its layers leave in `batch_moments`; for Linen:

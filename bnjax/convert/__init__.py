@@ -134,7 +134,8 @@ def from_keras(
         weights: {w.path: w for w in model.weights}; {w.name: w for w in layer.weights};
             or the four arrays gamma, beta, moving_mean, moving_variance that
             BatchNormalization's `get_weights` returns.
-        names: as in `from_torch`; Keras's paths have slashes too.
+        names: as in `from_torch`; Keras's paths have slashes too. The paths of a
+            `Sequential` begin with its name: names={"sequential": ""}.
         kinds: class names by Keras's layer path, for what names and shapes do not tell:
             `{layer.path: type(layer).__name__ for layer in model.layers}`.
         like: as in `from_torch`.

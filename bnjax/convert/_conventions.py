@@ -184,7 +184,10 @@ def leaf_of(
 
 
 def to_flax(array: np.ndarray, package: str, kind: str) -> np.ndarray:
-    """A weight in the order of Flax's axes: *IO."""
+    """Converts a parameter to Flax's layout: kernels become (*window, in, out).
+
+    Kernels of transposed convolutions are flipped if the package stores them mirrored.
+    """
     if kind == "slope":  # Flax has one of no axes
         return array.reshape(()) if array.size == 1 else array
     if kind == "layer_norm":  # of as many axes as it normalizes

@@ -385,7 +385,7 @@ def _channels(flags: Channels) -> dict[str, str]:
     for name, flag in flags._asdict().items():
         which = np.flatnonzero(flag)
         if which.size:
-            first = ", ".join(_index(i, np.shape(flag)) for i in which[:5])
+            first = ", ".join(_format_index(i, np.shape(flag)) for i in which[:5])
             first += ", ..." * (which.size > 5)
             what = name.replace("_", " ")
             figures[what] = f"{which.size} of {np.size(flag)} channels ({first})"
@@ -438,20 +438,20 @@ def _drifts(
     figures = {}
     if (shift > largest).any():
         i = np.argmax(shift)
-        channel = _index(i, shift.shape)
+        channel = _format_index(i, shift.shape)
         figures["mean drifted"] = (
             f"{shift.flat[i]:.2g} standard deviations (channel {channel})"
         )
     if (either_way > largest).any():
         i = np.argmax(either_way)
-        channel = _index(i, ratio.shape)
+        channel = _format_index(i, ratio.shape)
         figures["variance drifted"] = (
             f"{ratio.flat[i]:.2g} running standard deviations (channel {channel})"
         )
     return figures
 
 
-def _index(i: Any, shape: tuple[int, ...]) -> str:
-    """'3'; with several axes, such as domains, '[1, 3]'."""
+def _format_index(i: Any, shape: tuple[int, ...]) -> str:
+    """Formats a flat index: '3'; for several axes, such as domains, '[1, 3]'."""
     index = [int(j) for j in np.unravel_index(i, shape)]
     return str(index if len(shape) > 1 else index[0])

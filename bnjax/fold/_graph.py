@@ -434,7 +434,7 @@ def pair(program: Program) -> Pairs:
             pairs.untouched.add(path)
             pairs.kept[path] = f"its {changed}"
             continue
-        found = _before(program, calls)
+        found = _foldable_linear(program, calls)
         if isinstance(found, Call):
             pairs.folded[path] = found
         else:
@@ -457,8 +457,8 @@ def _changed(program: Program, call: Call) -> str | None:
     return None
 
 
-def _before(program: Program, calls: list[Call]) -> Call | str:
-    """The linear layer to fold a normalization into, or why there is none."""
+def _foldable_linear(program: Program, calls: list[Call]) -> Call | str:
+    """Returns the linear layer to fold a normalization into, or why it cannot be."""
     norm = calls[0]
     if len(calls) > 1:
         return f"it is called {len(calls)} times"

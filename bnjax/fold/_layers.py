@@ -30,13 +30,13 @@ _BATCH_STATISTICS = (
 
 
 class Reader(NamedTuple):
-    """Stands in for the layers' calls while the model is traced.
+    """Intercepts the layers' calls while the model is traced: runs and records them.
 
     Attributes:
-        recorder: of the calls.
-        write: what to write where a model is not in evaluation.
-        dtypes: of the output of each normalization, by that of its input.
-        others: the layers that are neither, in words.
+        recorder: stores the calls.
+        write: the advice for a model that is not in evaluation.
+        dtypes: for each normalization, its output dtypes by input dtype.
+        others: for each layer that is not known, the reason why it is not folded.
     """
 
     recorder: Recorder
@@ -46,17 +46,17 @@ class Reader(NamedTuple):
 
     @classmethod
     def new(cls, write: str) -> "Reader":
-        """One that has read nothing."""
+        """Makes a reader that has recorded no call."""
         return cls(Recorder(), write, {}, {})
 
     def other(self, path: Path, layer: Any, variables: Iterable[str]) -> None:
         """Notes a layer that is not known."""
         self.others[path] = unknown(layer, variables)
 
-    def left(self, layers: Iterable[Path]) -> dict[Path, str]:
-        """Those of these layers with statistics that were not read, and why."""
-        unread = (path for path in layers if path not in self.recorder.norms)
-        return {path: self.others.get(path, _UNSEEN) for path in unread}
+    def unread(self, layers: Iterable[Path]) -> dict[Path, str]:
+        """Returns, for each of these layers without a recorded call, the reason."""
+        paths = (path for path in layers if path not in self.recorder.norms)
+        return {path: self.others.get(path, _UNSEEN) for path in paths}
 
     def norm(self, path, layer, variables, run, x, *args, **kwargs):
         """Calls a normalization on its marked input."""
@@ -102,16 +102,16 @@ class Reader(NamedTuple):
 
 
 class Role(NamedTuple):
-    """What replaces a normalization.
+    """The function that the folded model calls instead of a normalization.
 
     Attributes:
-        folded: whether the layer before it has taken it in.
-        shifted: whether it has not taken in the offset, which is the bias here.
-        axis: of the features.
-        activation: of the layer, if it has one.
-        dtypes: of its output, by that of its input.
+        folded: whether the multiplier was folded into the linear layer before it.
+        shifted: whether the offset was not folded: it is added here, as the bias.
+        axis: the feature axis.
+        activation: the activation of the layer, if it has one.
+        dtypes: its output dtypes by input dtype.
         row: see `Call`.
-        name: of the layer, for messages.
+        name: the name of the layer, for messages.
     """
 
     folded: bool
@@ -321,15 +321,15 @@ class Folded(NamedTuple):
     kept: tuple[tuple[str, str], ...]
 
 
-def finished(
+def checked_result(
     apply: Callable[..., Any],
     params: Any,
     inputs: Inputs,
     program: Program,
     pairs: Pairs,
-    left: Mapping[Path, str],
+    unread: Mapping[Path, str],
 ) -> Folded:
-    """The result, once `apply` is seen to return what the model does."""
+    """Returns the result, if `apply` returns the shapes and dtypes of the model."""
 
     def run(params, arrays):
         arguments, keywords = inputs.fill(arrays)
@@ -350,7 +350,7 @@ def finished(
         )
     names = {path: "/".join(path) for path in program.recorder.norms}
     folded = [("/".join(pairs.folded[p].path), names[p]) for p in pairs.folded]
-    reasons = {**pairs.kept, **left}
+    reasons = {**pairs.kept, **unread}
     kept = [("/".join(path), reason) for path, reason in reasons.items()]
     return Folded(apply, params, tuple(folded), tuple(kept))
 

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax.fold import _layers
 from bnjax.fold._graph import Path, pair, trace
 from bnjax.fold._known import is_linear, is_norm
-from bnjax.fold._layers import Folded, finished
+from bnjax.fold._layers import Folded, checked_result
 
 _WRITE = (
     "Pass what makes the model evaluate, for example "
@@ -49,8 +49,8 @@ def fold(model: nn.Module, variables: Any, *arguments: Any, **keywords: Any) -> 
         with nn.intercept_methods(intercept):
             return model.apply({**others, "params": params}, *arguments, **options)
 
-    left = reader.left(sorted({k[1:-1] for k in stored if k[0] == "batch_stats"}))
-    return finished(apply, params, inputs, program, pairs, left)
+    unread = reader.unread(sorted({k[1:-1] for k in stored if k[0] == "batch_stats"}))
+    return checked_result(apply, params, inputs, program, pairs, unread)
 
 
 def _place(path: Path, name: str) -> Path:

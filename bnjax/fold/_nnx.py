@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax.fold import _layers
 from bnjax.fold._graph import Pairs, Path, pair, trace
 from bnjax.fold._known import is_linear, is_norm
-from bnjax.fold._layers import Folded, finished
+from bnjax.fold._layers import Folded, checked_result
 
 _CALL = "_bnjax_fold_call"
 _WRITE = "Call model.eval() first, or fold nnx.view(model, use_running_average=True)."
@@ -37,7 +37,7 @@ def fold(model: nnx.Module, *arguments: Any, **keywords: Any) -> Folded:
     new = _layers.replaced(program, pairs, reader.dtypes, stored, _place)
     copy = nnx.clone(model)
     _convert(copy, new, _layers.roles(reader, pairs), pairs)
-    left = reader.left(p for p, m in _modules(copy) if _variables(m, nnx.BatchStat))
+    unread = reader.unread(p for p, m in _modules(copy) if _variables(m, nnx.BatchStat))
     graph, state, others = nnx.split(copy, nnx.Param, ...)
     params, merge = _by_path(state)
     constants, merge_others = _by_path(others)
@@ -47,7 +47,7 @@ def fold(model: nnx.Module, *arguments: Any, **keywords: Any) -> Folded:
         folded = nnx.merge(graph, state, rest)  # each trace has variables of its own
         return folded(*arguments, **{**inputs.static, **keywords})
 
-    return finished(apply, unflatten_dict(params), inputs, program, pairs, left)
+    return checked_result(apply, unflatten_dict(params), inputs, program, pairs, unread)
 
 
 def _place(path: Path, name: str) -> Path:

@@ -143,8 +143,9 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
             An array of the shape of `x`.
 
         Raises:
-            TypeError: `x` is complex.
-            ValueError: a schedule without a step, and as `BatchNorm`.
+            TypeError: `x` is complex, or as for `BatchNorm`.
+            ValueError: in training, r_max or d_max is a schedule, and there is neither
+                a `step` nor a counter; or as for `BatchNorm`.
         """
         return self._normalize(
             x,
@@ -213,9 +214,9 @@ class SplitBatchNorm(Normalization):
         Args:
             x: (batch, *spatial, feature); integers and booleans are promoted.
             use_running_average: takes precedence over the attribute.
-            domain: integers: () for the whole batch, (batch,) by example. None: in
-                training the batch is `num_splits` equal parts in turn, in inference
-                all of it belongs to domain 0.
+            domain: integers: () if all examples belong to one domain, (batch,) for one
+                each. None: in training the batch is `num_splits` equal contiguous
+                blocks, block d for domain d; in inference all is domain 0.
             mask: boolean, broadcastable to `x`; False leaves a value out of the
                 statistics.
             weights: real floats >= 0, broadcastable to `x`: how often each value counts
@@ -227,9 +228,9 @@ class SplitBatchNorm(Normalization):
             An array of the shape of `x`.
 
         Raises:
-            TypeError: `domain` is not integer.
-            ValueError: a batch that does not fall into equal parts, a `domain` that is
-                known to be out of range, and as `BatchNorm`.
+            TypeError: `domain` is not integer, or as for `BatchNorm`.
+            ValueError: `domain` is None and `num_splits` does not divide the batch; a
+                `domain` that is known to be out of range; or as for `BatchNorm`.
         """
         return self._normalize(
             x,

@@ -122,10 +122,11 @@ def _safe_trace(a: jax.Array) -> jax.Array:
 
 
 def _newton_schulz(a: jax.Array, iterations: int) -> jax.Array:
-    """The iterates P_k of the paper, and Q_k = A P_k / tr A.
+    """Approximates A^(-1/2) by Newton-Schulz steps (Huang et al. 2019, Algorithm 1).
 
-    The pair has P's values in exact arithmetic, and does not amplify rounding errors
-    as P alone does: iterations beyond convergence change nothing.
+    Updates Q_k = A P_k / tr A alongside the paper's P_k. In exact arithmetic P_k is the
+    same. In floating point the pair is more stable: iterations beyond convergence do
+    not amplify rounding errors.
     """
     trace = _safe_trace(a)
     p, q = _eye(a), a / trace
