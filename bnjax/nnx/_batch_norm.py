@@ -72,22 +72,21 @@ class Settings(TypedDict, total=False):
 class Normalization(nnx.Module):
     """The layers' common part; what differs between them is in `LayerOps`.
 
-    Those with the variables of Flax's BatchNorm, which infer as it does, are subclasses
-    of both, for public code asks for that class. This comes first: its methods are
-    theirs.
+    Layers with Flax's variables and inference also inherit from `flax.nnx.BatchNorm`,
+    because user code tests for it with `isinstance`. `Normalization` comes first, so
+    that its methods are used.
     """
 
     mean: nnx.BatchStat[jax.Array]
+    shared_affine = False
 
     def _layer_ops(self) -> _layer.LayerOps:
         raise NotImplementedError
 
-    def _declare(
+    def __init__(
         self,
         num_features: int,
-        rngs: nnx.Rngs,
         *,
-        shared_affine: bool = False,
         use_running_average: bool | None = False,
         axis: int = -1,
         momentum: float = 0.99,
@@ -102,6 +101,7 @@ class Normalization(nnx.Module):
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
         promote_dtype: Callable[..., Any] = flax_promote_dtype,
+        rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         unbiased: bool = False,
@@ -109,15 +109,15 @@ class Normalization(nnx.Module):
         skip_nonfinite_updates: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
         frozen: bool = False,
-    ) -> None:
-        """Sets variables and arguments; what `_layer_ops` reads is set before."""
+    ):
+        # A subclass sets what its `_layer_ops` reads before it calls this.
         ops = self._layer_ops()
         shape = (*ops.leading, num_features)
         initial = ops.init_stats(shape, _statistics_dtype(dtype, param_dtype))
         for name, value in initial.items():
             setattr(self, name, nnx.BatchStat(value))
         self.statistics = tuple(initial)  # their names
-        of_affine = (num_features,) if shared_affine else shape
+        of_affine = (num_features,) if self.shared_affine else shape
 
         def parameter(wanted, init, metadata):
             if not wanted:
@@ -396,59 +396,6 @@ class BatchNorm(Normalization, nnx.BatchNorm):
 
     References: Ioffe & Szegedy 2015.
     """
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        use_running_average: bool | None = False,
-        axis: int = -1,
-        momentum: float = 0.99,
-        epsilon: float = 1e-5,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Callable[..., Any] = initializers.zeros,
-        scale_init: Callable[..., Any] = initializers.ones,
-        axis_name: str | Sequence[str] | None = None,
-        axis_index_groups: Any = None,
-        use_fast_variance: bool = True,
-        promote_dtype: Callable[..., Any] = flax_promote_dtype,
-        rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
-        unbiased: bool = False,
-        update_stats: bool | None = None,
-        skip_nonfinite_updates: bool = False,
-        activation: Callable[[jax.Array], jax.Array] | None = None,
-        frozen: bool = False,
-    ):
-        self._declare(
-            num_features,
-            rngs,
-            use_running_average=use_running_average,
-            axis=axis,
-            momentum=momentum,
-            epsilon=epsilon,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            use_bias=use_bias,
-            use_scale=use_scale,
-            bias_init=bias_init,
-            scale_init=scale_init,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
-            bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
-            unbiased=unbiased,
-            update_stats=update_stats,
-            skip_nonfinite_updates=skip_nonfinite_updates,
-            activation=activation,
-            frozen=frozen,
-        )
 
     def _layer_ops(self) -> _layer.LayerOps:
         return _layer.LayerOps()

@@ -50,7 +50,7 @@ class GhostBatchNorm(Normalization, nnx.BatchNorm):
     ):
         self.virtual_batch_size = virtual_batch_size
         self.remainder: Remainder = remainder
-        self._declare(num_features, rngs, **settings)
+        super().__init__(num_features, rngs=rngs, **settings)
 
     def _layer_ops(self) -> _layer.LayerOps:
         return _layer.ghost(self.virtual_batch_size, self.remainder)
@@ -103,7 +103,7 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
         self.warmup_steps = warmup_steps
         if warmup_steps is not None:
             self.steps = nnx.BatchStat(_layer.no_steps())
-        self._declare(num_features, rngs, **settings)
+        super().__init__(num_features, rngs=rngs, **settings)
 
     def _layer_ops(self, step: ArrayLike | None = None) -> _layer.LayerOps:
         steps = None if self.warmup_steps is None else self.steps[...]
@@ -193,7 +193,7 @@ class SplitBatchNorm(Normalization):
     ):
         self.num_splits = num_splits
         self.shared_affine = shared_affine
-        self._declare(num_features, rngs, shared_affine=shared_affine, **settings)
+        super().__init__(num_features, rngs=rngs, **settings)
 
     def _layer_ops(self, domain: ArrayLike | None = None) -> _layer.LayerOps:
         return _layer.split(self.num_splits, domain)
@@ -287,7 +287,7 @@ class DecorrelatedBatchNorm(Normalization):
         self.group_size = group_size
         self.method = method
         self.iterations = iterations
-        self._declare(num_features, rngs, **settings)
+        super().__init__(num_features, rngs=rngs, **settings)
 
     def _layer_ops(self) -> _layer.LayerOps:
         return _layer.decorrelated(self.group_size, self.method, self.iterations)
