@@ -3,8 +3,6 @@
 A page names one in a comment, which `hooks.py` replaces by the table:
 
     <!-- table: mnist -->
-
-Nothing but Python is needed: the site is built where neither JAX nor NumPy is.
 """
 
 # ruff: noqa: RUF001 (signs of typography)
@@ -17,6 +15,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from experiments.common import results
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
@@ -54,15 +54,8 @@ def of_readme(heading: str, *columns: str) -> str:
 
 @functools.cache
 def read(name: str) -> list[Record]:
-    """The records of an experiment, without a line that was cut off."""
-    records = []
-    path = EXPERIMENTS / "results" / f"{name}.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    """The records of an experiment."""
+    return results.read(EXPERIMENTS / "results" / f"{name}.jsonl")
 
 
 def last_run(name: str, **settings: Any) -> tuple[Record, list[Record]]:
