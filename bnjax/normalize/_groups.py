@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from bnjax import _axes, _checks, _replicas
+from bnjax import _axes, _backend, _checks, _replicas
 from bnjax.moments import Moments, is_weighted, moments_with_mean_error
 from bnjax.normalize._transform import (
     Inputs,
@@ -81,6 +81,7 @@ def normalize_groups(
         value = jnp.asarray(value)
         if value.ndim == len(axes):
             value = jnp.broadcast_to(value, (groups, *value.shape))
+            value = _backend.fence_cotangent(value)
         return jnp.moveaxis(value, 0, before)
 
     mask = _checks.mask(options.get("mask"), x.shape)

@@ -59,15 +59,69 @@ from experiments.bench.programs import Program
 from experiments.bench.step import NORMS, ResNet, training_step
 from experiments.common import results, study
 
+
+class PlainGhost(nn.Module):
+    """`GhostBatchNorm` as Flax's users write it: Flax's formula for each group."""
+
+    use_running_average: bool
+    dtype: Any
+    axis_name: None = None
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        features = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (features,))
+        bias = self.param("bias", nn.initializers.zeros, (features,))
+        running = [
+            self.variable("batch_stats", name, start, (features,))
+            for name, start in (("mean", jnp.zeros), ("var", jnp.ones))
+        ]
+        z, mask = (
+            None if v is None else v.reshape(-1, GROUP, *v.shape[1:]) for v in (x, mask)
+        )
+        axes, wide = tuple(range(1, z.ndim - 1)), z.astype(jnp.float32)
+        mean = wide.mean(axes, where=mask, keepdims=True)
+        var = jnp.square(wide).mean(axes, where=mask, keepdims=True) - jnp.square(mean)
+        total = mean.mean(0).ravel(), (var.mean(0) + mean.var(0)).ravel()
+        for variable, value in zip(running, total, strict=True):
+            variable.value = 0.99 * variable.value + 0.01 * value
+        scale, bias = (jnp.expand_dims(v, (0, *axes)) for v in (scale, bias))
+        y = (z - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias
+        return y.astype(self.dtype).reshape(x.shape)
+
+
+class PlainSplit(nn.Module):
+    """`SplitBatchNorm` as Flax's users write it: a layer for each half of the batch."""
+
+    use_running_average: bool
+    dtype: Any
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        halves = jnp.split(x, 2)
+        masks = [None, None] if mask is None else jnp.split(mask, 2)
+        options = {"dtype": self.dtype, "axis_name": self.axis_name}
+        return jnp.concatenate(
+            [
+                nn.BatchNorm(self.use_running_average, **options)(half, mask=mask)
+                for half, mask in zip(halves, masks, strict=True)
+            ]
+        )
+
+
+GROUP = 32
 LINEN: dict[str, Any] = {
     "flax": nn.BatchNorm,
+    "flax-ghost": PlainGhost,
+    "flax-split": PlainSplit,
     "bnjax": bnjax.BatchNorm,
-    "ghost": partial(bnjax.linen.GhostBatchNorm, virtual_batch_size=32),
+    "ghost": partial(bnjax.linen.GhostBatchNorm, virtual_batch_size=GROUP),
     "renorm": bnjax.linen.BatchRenorm,
     "split": partial(bnjax.linen.SplitBatchNorm, num_splits=2),
 }
 NNX: dict[str, Any] = {"flax-nnx": nnx.BatchNorm, "bnjax-nnx": bnjax.nnx.BatchNorm}
-FLAX = ("flax", "flax-nnx")  # these know no activation and residual
+FLAX = ("flax", "flax-nnx", "flax-ghost", "flax-split")  # no activation, no residual
 SHAPES = ("256x56x56x256", "256x112x112x64", "256x28x28x512", "8192x4096")
 DIRECTIONS = ("forward", "both")
 STAGES = (3, 4, 6, 3)  # of ResNet-50
