@@ -63,8 +63,8 @@ _MAX_MASKED_VALUE = 1e9
 _MAX_SHIFT_SQUARED = 9
 _NEAR = 3e-5
 
-# The shift on a GPU is the mean of one value in this many.
-_SUBSAMPLE = 32
+# The shift on a GPU is the mean of one value in this many; of four values at least.
+_SUBSAMPLE, _FEWEST = 32, 4
 
 Sums = Callable[[jax.Array | None], tuple[jax.Array, jax.Array]]
 
@@ -504,7 +504,7 @@ def _subsample_mean(
     values = math.prod(x.shape[a] for a in axes)
     rest = _SUBSAMPLE
     if isinstance(values, int):
-        rest = min(rest, max(values, 1))
+        rest = min(rest, max(values // _FEWEST, 1))
     masked = [a for a in axes if mask is not None and mask.shape[a] != 1]
     for a in [a for a in axes[1:] + axes[:1] if a not in masked] + masked:
         size = x.shape[a]
