@@ -122,6 +122,8 @@ LINEN: dict[str, Any] = {
 }
 NNX: dict[str, Any] = {"flax-nnx": nnx.BatchNorm, "bnjax-nnx": bnjax.nnx.BatchNorm}
 FLAX = ("flax", "flax-nnx", "flax-ghost", "flax-split")  # no activation, no residual
+# In the picture. Layers of NNX make the same programs as those of Linen.
+DRAWN = ("flax", "bnjax", "renorm", "flax-ghost", "ghost", "flax-split", "split")
 SHAPES = ("256x56x56x256", "256x112x112x64", "256x28x28x512", "8192x4096")
 DIRECTIONS = ("forward", "both")
 STAGES = (3, 4, 6, 3)  # of ResNet-50
@@ -490,6 +492,8 @@ def draw_layers(records: list[results.Record], path: Path) -> None:
     """Passes of forward + backward for one shape: a panel for each target and dtype."""
     records = [r for r in records if r["direction"] == "both" and not r["on_chip"]]
     records = [r for r in records if r["shape"] == records[0]["shape"]]
+    order = [name for name in DRAWN if any(r["layer"] == name for r in records)]
+    records = [r for name in order for r in records if r["layer"] == name]
     panels: dict[str, charts.Groups] = {}
     for r in records:
         groups = panels.setdefault(f"{place(r)}\n{r['dtype']}", {})
@@ -504,7 +508,7 @@ def draw_layers(records: list[results.Record], path: Path) -> None:
     figure, axes = charts.panels(title, len(panels), height=5.5, share=True)
     for each, (name, groups) in zip(axes, panels.items(), strict=True):
         charts.horizontal_bars(each, groups)
-        each.set_xlim(0, 15)
+        each.set_xlim(0, 16)
         each.axvline(7, color="black", linewidth=0.8, linestyle=":")
         each.set_title(name, fontsize=9)
     charts.save(figure, path, axes[:1])
