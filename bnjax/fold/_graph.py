@@ -1,10 +1,11 @@
-"""Which normalization reads nothing but which linear layer, from a traced program.
+"""Which normalizations can be folded, and into which linear layers.
 
 While a model is traced, each call of a layer leaves marks: `checkpoint_name`, an
 identity that survives jit, remat, vmap and custom derivatives. The program is then
-followed value by value, through the calls that it makes. A normalization is folded if
-its input is the output of a linear layer, which nothing else reads, and the kernel and
-the bias get there through nothing but what a multiplier passes, see `Reach`.
+followed value by value, through the calls that it makes. A normalization is folded
+under two conditions: its input is the output of a linear layer, which nothing else
+reads; and on the way to that output the kernel and the bias pass only operations that
+folding commutes with, see `Reach`.
 """
 
 import dataclasses
@@ -25,118 +26,129 @@ _SAME = ("copy", "copy_p", "stop_gradient", "sharding_constraint", "layout_const
 _SAME += ("reshard", "mesh_cast", "pvary", "pcast")
 
 
-# How far a kernel or a bias gets through nothing but what folding may pass. Folding
-# multiplies both by feature, and adds an offset to the bias:
+# How far a kernel or a bias gets. Folding multiplies both by feature, and adds an
+# offset to the bias:
 #
 #     kernel -> kernel * multiplier,  bias -> bias * multiplier + offset
 #
-# The layer's output becomes output * multiplier + offset if on its way there a kernel
-# is cast, reshaped, broadcast, scaled or summed, and multiplied with the input; and a
-# bias is cast, reshaped, broadcast and added. Its features are followed along.
+# The layer's output becomes output * multiplier + offset if only these operations lie
+# on the way to it: a kernel is cast, reshaped, broadcast, scaled or summed, and
+# multiplied with the input; a bias is cast, reshaped, broadcast and added. `axis` says
+# where the features are meanwhile.
 
 
 class Reach(NamedTuple):
-    """What of a linear layer a value still is.
+    """The part of a linear layer that a value still is.
 
     Attributes:
         layer: the path of the layer.
-        what: "kernel", "bias" or "output".
-        axis: of the features.
-        shifted: whether the bias is in it.
-        dtype: the widest of those that it had.
-        widened: whether the product is wider than the kernel, which enters it as it is
-            stored.
+        part: "kernel", "bias" or "output".
+        axis: the axis of the features.
+        has_bias: whether the bias has been added, or it is the bias.
+        dtype: the widest dtype on the way.
+        widened: whether the product is wider than the kernel, which enters it in the
+            dtype that it is stored in.
     """
 
     layer: tuple[str, ...]
-    what: str
+    part: str
     axis: int
-    shifted: bool
+    has_bias: bool
     dtype: Any
     widened: bool = False
 
 
-def carried(
+def reach_of_result(
     eqn: JaxprEqn, reaches: Sequence[Reach | None], zeros: Sequence[bool]
 ) -> Reach | None:
-    """What the result of an equation is, if folding passes it; `zeros`: operands."""
-    held = [reach for reach in reaches if reach is not None]
+    """The reach of the result of an equation; None if folding does not commute with it.
+
+    Args:
+        eqn: the equation.
+        reaches: those of its operands.
+        zeros: whether each operand is known to be 0.
+    """
+    present = [reach for reach in reaches if reach is not None]
     several = len(eqn.outvars) > 1 and eqn.primitive.name != "split"
-    if not held or len({reach.layer for reach in held}) > 1 or several:
+    if not present or len({reach.layer for reach in present}) > 1 or several:
         return None
-    axis = _axis(eqn, reaches, held, zeros)
+    axis = _feature_axis(eqn, reaches, present, zeros)
     if axis is None:
         return None
-    first, aval = held[0], _aval(eqn.outvars[0])
-    what, widened = first.what, any(reach.widened for reach in held)
-    if len(held) > 1:
-        what = "output" if {r.what for r in held} != {first.what} else first.what
+    first, aval = present[0], _aval(eqn.outvars[0])
+    part, widened = first.part, any(reach.widened for reach in present)
+    if len(present) > 1:
+        part = first.part if {r.part for r in present} == {first.part} else "output"
     elif eqn.primitive.name in ("conv_general_dilated", "dot_general"):
         entered = _aval(eqn.invars[reaches.index(first)]).dtype
         exact = wider(first.dtype, entered) == entered
-        what, widened = "output", exact and wider(entered, aval.dtype) != entered
-    dtype = wider(aval.dtype, *(reach.dtype for reach in held))
-    shifted = any(reach.shifted for reach in held)
-    return Reach(first.layer, what, axis, shifted, dtype, widened)
+        part, widened = "output", exact and wider(entered, aval.dtype) != entered
+    dtype = wider(aval.dtype, *(reach.dtype for reach in present))
+    has_bias = any(reach.has_bias for reach in present)
+    return Reach(first.layer, part, axis, has_bias, dtype, widened)
 
 
 def wider(*dtypes: Any) -> Any:
     """The dtype that holds them all; JAX promotes none of less than 16 bits."""
     inexact = (d for d in dtypes if jnp.issubdtype(d, jnp.inexact))
     narrow = {jnp.dtype(d) for d in inexact if jnp.finfo(d).bits < 16}
-    kept = [d for d in dtypes if jnp.dtype(d) not in narrow]
-    return _dtypes.promote(*kept) if kept else jnp.dtype(dtypes[0])
+    others = [d for d in dtypes if jnp.dtype(d) not in narrow]
+    return _dtypes.promote(*others) if others else jnp.dtype(dtypes[0])
 
 
-def _axis(eqn, reaches, held, zeros) -> int | None:
-    """Where the features are in the result; None if folding does not pass it."""
-    name, given = eqn.primitive.name, eqn.params
-    first, shifted = held[0], any(reach.shifted for reach in held)
+def _feature_axis(eqn, reaches, present, zeros) -> int | None:
+    """The feature axis of the result; None if folding does not commute with `eqn`."""
+    name, params = eqn.primitive.name, eqn.params
+    first, has_bias = present[0], any(reach.has_bias for reach in present)
     source = _aval(eqn.invars[reaches.index(first)])
     axis, shape = first.axis, _aval(eqn.outvars[0]).shape
-    if len(held) > 1:
-        together = len({reach.axis for reach in held}) == 1
-        return axis if together and _sums(eqn, reaches, held, zeros) else None
+    if len(present) > 1:
+        together = len({reach.axis for reach in present}) == 1
+        return (
+            axis if together and _adds_or_joins(eqn, reaches, present, zeros) else None
+        )
     if name in _SAME:
         return axis
     if name == "convert_element_type":
-        return axis if _is_cast(source.dtype, given["new_dtype"]) else None
+        return axis if _is_cast(source.dtype, params["new_dtype"]) else None
     if name == "transpose":
-        return given["permutation"].index(axis)
+        return params["permutation"].index(axis)
     if name == "broadcast_in_dim":
-        new = given["broadcast_dimensions"][axis]
+        new = params["broadcast_dimensions"][axis]
         return new if shape[new] == source.shape[axis] else None
-    if name == "reshape" and given.get("dimensions") is None:
-        return _reshaped(source.shape, axis, shape)
+    if name == "reshape" and params.get("dimensions") is None:
+        return _axis_after_reshape(source.shape, axis, shape)
     if name == "squeeze":
-        return _without(given["dimensions"], axis)
+        return _axis_after_removal(params["dimensions"], axis)
     if name == "rev":
-        return None if axis in given["dimensions"] else axis
+        return None if axis in params["dimensions"] else axis
     if name in ("slice", "dynamic_slice", "split"):
         return axis if shape[axis] == source.shape[axis] else None
     if name in ("add", "add_any", "sub") and any(zeros):
         return axis if reaches[0] or name != "sub" else None
-    if shifted:  # what is left multiplies or sums
+    if has_bias:  # all others multiply or sum, and the offset with them
         return None
     if name == "neg" or (name == "div" and reaches[0]):
         return axis
     if name == "mul":
         return axis
     if name == "select_n":
-        rest = zip(reaches[1:], zeros[1:])
-        return axis if all(reach or zero for reach, zero in rest) else None
+        choices = zip(reaches[1:], zeros[1:])
+        return axis if all(reach or zero for reach, zero in choices) else None
     if name == "pad":
-        apart = reaches[0] and zeros[1] and given["padding_config"][axis] == (0, 0, 0)
-        return axis if apart else None
+        by_zeros = reaches[0] and zeros[1]
+        return (
+            axis if by_zeros and params["padding_config"][axis] == (0, 0, 0) else None
+        )
     if name == "reduce_sum":
-        return _without(given["axes"], axis)
+        return _axis_after_removal(params["axes"], axis)
     if name == "conv_general_dilated":
-        numbers = given["dimension_numbers"]
+        numbers = params["dimension_numbers"]
         fits = reaches[1] and numbers.rhs_spec[0] == axis
-        fits = fits and given["batch_group_count"] == 1
+        fits = fits and params["batch_group_count"] == 1
         return numbers.out_spec[1] if fits else None
     if name == "dot_general":
-        return _of_product(eqn, reaches, axis)
+        return _axis_of_product(eqn, reaches, axis)
     return None
 
 
@@ -145,55 +157,59 @@ def _aval(atom: Any) -> Any:
     return atom.aval
 
 
-def _sums(eqn, reaches, held, zeros) -> bool:
+def _adds_or_joins(eqn, reaches, present, zeros) -> bool:
     """Whether an equation of several values of one layer adds or joins them."""
-    name, shifts = eqn.primitive.name, [reach.shifted for reach in held]
+    name, biased = eqn.primitive.name, [reach.has_bias for reach in present]
     if name in ("add", "add_any"):
-        return sum(shifts) <= 1
+        return sum(biased) <= 1
     if name == "sub":
-        return not shifts[1]
+        return not biased[1]
     if name == "select_n":
-        alike = len(set(shifts)) == 1 and reaches[0] is None
-        return alike and all(r or (z and not shifts[0]) for r, z in zip(reaches, zeros))
+        alike = len(set(biased)) == 1 and reaches[0] is None
+        return alike and all(r or (z and not biased[0]) for r, z in zip(reaches, zeros))
     if name == "concatenate":
-        alike = len(set(shifts)) == 1 and len(held) == len(reaches)
-        return alike and eqn.params["dimension"] != held[0].axis
+        alike = len(set(biased)) == 1 and len(present) == len(reaches)
+        return alike and eqn.params["dimension"] != present[0].axis
     return False
 
 
 def _is_cast(old: Any, new: Any) -> bool:
-    """Whether the cast is no quantization, and keeps what a multiplier brings in."""
+    """Whether the cast neither quantizes nor drops an imaginary part."""
     if not jnp.issubdtype(new, jnp.inexact) or jnp.finfo(new).bits < 16:
         return False
     real = not jnp.issubdtype(new, jnp.complexfloating)
     return not (real and jnp.issubdtype(old, jnp.complexfloating))
 
 
-def _reshaped(old: Sequence[int], axis: int, new: Sequence[int]) -> int | None:
+def _axis_after_reshape(
+    old: Sequence[int], axis: int, new: Sequence[int]
+) -> int | None:
     """Where the axis is after a reshape that leaves it whole."""
     before = math.prod(old[:axis])
-    found = [
+    matches = [
         i
         for i, size in enumerate(new)
         if size == old[axis] and math.prod(new[:i]) == before
     ]
-    return found[-1] if found else None
+    return matches[-1] if matches else None
 
 
-def _without(axes: Sequence[int], axis: int) -> int | None:
+def _axis_after_removal(axes: Sequence[int], axis: int) -> int | None:
+    """Where `axis` is without `axes`; None if it is one of them."""
     return None if axis in axes else axis - sum(other < axis for other in axes)
 
 
-def _of_product(eqn: JaxprEqn, reaches, axis: int) -> int | None:
+def _axis_of_product(eqn: JaxprEqn, reaches, axis: int) -> int | None:
+    """Where `axis` of an operand is in the result of a dot_general."""
     contracted, batch = eqn.params["dimension_numbers"]
     side = 0 if reaches[0] else 1
-    apart = _without((*contracted[side], *batch[side]), axis)
-    if apart is None:
+    free = _axis_after_removal((*contracted[side], *batch[side]), axis)
+    if free is None:
         return None
     before = len(batch[0])
     if side == 1:
         before = _aval(eqn.invars[0]).ndim - len(contracted[0])
-    return before + apart
+    return before + free
 
 
 Path = tuple[str, ...]
@@ -212,14 +228,15 @@ class Call(NamedTuple):
     """One call of a layer.
 
     Attributes:
-        label: of its marks: its input if it normalizes, its output if it is linear.
-        path: of the layer in the model.
-        layer: the module; within the trace, so that only its settings are of use.
+        label: the name of its mark, on its input if it normalizes, on its output if it
+            is linear.
+        path: the path of the layer in the model.
+        layer: the module; it belongs to the trace, so that only its settings are used.
         variables: by name, where the model stores each, and its shape in the call.
         obstacle: what keeps it from being folded, wherever it stands, or None.
-        row: of its variables, that it reads, where they have one for each domain; None
-            if that is not one number, known in advance.
-        rank: of its marked input or output.
+        row: the row of its variables that it reads, where they have one for each
+            domain; None if that is not one number, known in advance.
+        rank: the rank of its marked input or output.
     """
 
     label: str
@@ -257,22 +274,22 @@ class Recorder:
         label = f"{self.prefix}{next(self._count)}"
         for name, (_, value) in variables.items():
             checkpoint_name(value, f"{label}.{name}")
-        seen = {name: (key, value.shape) for name, (key, value) in variables.items()}
-        call = Call(label, path, layer, seen, obstacle, row, x.ndim)
+        shapes = {name: (key, value.shape) for name, (key, value) in variables.items()}
+        call = Call(label, path, layer, shapes, obstacle, row, x.ndim)
         calls.setdefault(path, []).append(call)
         return checkpoint_name(x, label)
 
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """What a program computes.
+    """A value that a program computes.
 
     Attributes:
         origin: the mark that it left, or in words what it comes from.
-        shape: of a variable, or of what an equation returns.
-        dtype: of a variable.
-        readers: the marks and primitives that read it, marks of variables left out.
-        reach: of a kernel or bias that gets here, and is still what folding passes.
+        shape: the shape of a variable, or of the result of an equation.
+        dtype: the dtype of a variable.
+        readers: the marks and primitives that read it, without marks of variables.
+        reach: that of the kernel or bias that gets here, see `Reach`.
         zero: whether it is known to be 0.
     """
 
@@ -288,11 +305,11 @@ class Program(NamedTuple):
     """A traced model.
 
     Attributes:
-        recorder: of its calls.
-        variables: by where the model stores them.
-        marked: what each mark was put on, once for each time that the program has it.
-        lost: of each linear layer whose variables do not only get to its output, which,
-            and what else reads it.
+        recorder: the calls of its layers.
+        variables: the variables, by where the model stores them.
+        marked: the values that carry each mark: one for each time that it occurs.
+        lost: by linear layer, the first part that an operation reads that folding does
+            not commute with, and that operation.
         outputs: the shapes and dtypes of what the model returns.
     """
 
@@ -318,18 +335,19 @@ def trace(
     closed, outputs = traced([*variables.values()], inputs)
     stored = {k: Value("a variable", v.shape, v.dtype) for k, v in variables.items()}
     for call in itertools.chain(*recorder.linears.values()):
-        for what in ("kernel", "bias"):
-            key, shape = call.variables.get(what, (None, ()))
+        for part in ("kernel", "bias"):
+            key, shape = call.variables.get(part, (None, ()))
             if key in stored:
                 axis = len(shape) - 1
-                if what == "kernel" and getattr(call.layer, "transpose_kernel", False):
+                if part == "kernel" and getattr(call.layer, "transpose_kernel", False):
                     axis -= 1
-                dtype, shifted = stored[key].dtype, what == "bias"
-                stored[key].reach = Reach(call.path, what, axis, shifted, dtype)
-    rest = len(closed.jaxpr.invars) - len(stored)
-    given = [*stored.values(), *(Value("an input of the model") for _ in range(rest))]
+                dtype, has_bias = stored[key].dtype, part == "bias"
+                stored[key].reach = Reach(call.path, part, axis, has_bias, dtype)
+    operands = [*stored.values()]
+    while len(operands) < len(closed.jaxpr.invars):
+        operands.append(Value("an input of the model"))
     program = Program(recorder, stored, {}, {}, outputs)
-    for value in _follow(closed.jaxpr, given, program):
+    for value in _follow(closed.jaxpr, operands, program):
         _read(value, "the caller", program)
     return program
 
@@ -352,7 +370,7 @@ def _follow(jaxpr: Jaxpr, inputs: list[Value], program: Program) -> list[Value]:
             results = _follow(bodies[0], operands, program)
         else:
             results = _step(eqn, operands, program)
-            for body in bodies:  # of a loop or branch: its values are others each time
+            for body in bodies:  # of a loop or branch: its values change with each run
                 inside = Value(f"`{eqn.primitive.name}`")
                 _follow(body, [inside] * len(body.invars), program)
         values.update(zip(eqn.outvars, results, strict=True))
@@ -363,7 +381,9 @@ def _step(eqn: JaxprEqn, operands: list[Value], program: Program) -> list[Value]
     primitive = eqn.primitive.name
     if primitive == "name":
         return [_mark(eqn.params["name"], operands[0], program)]
-    reach = carried(eqn, [o.reach for o in operands], [o.zero for o in operands])
+    reach = reach_of_result(
+        eqn, [o.reach for o in operands], [o.zero for o in operands]
+    )
     for operand in operands:
         _read(operand, f"`{primitive}`", program, passes=reach is not None)
     zero = primitive in _ZERO and all(operand.zero for operand in operands)
@@ -372,15 +392,17 @@ def _step(eqn: JaxprEqn, operands: list[Value], program: Program) -> list[Value]
 
 
 def _mark(label: str, value: Value, program: Program) -> Value:
-    """What the mark makes of a value: the output of a layer; of a variable, itself."""
+    """The value behind a mark: a new one for a layer, the same for a variable."""
     recorder = program.recorder
     if not label.startswith(recorder.prefix):  # a name of the user's
         return value
     program.marked.setdefault(label, []).append(value)
     if "." in label.removeprefix(recorder.prefix):
         return value
-    mine = value.reach and [c.label for c in recorder.linears[value.reach.layer]]
-    _read(value, label, program, passes=label in (mine or ()))
+    outputs = []  # the marks of the layer whose part this is
+    if value.reach is not None:
+        outputs = [call.label for call in recorder.linears[value.reach.layer]]
+    _read(value, label, program, passes=label in outputs)
     return Value(label)
 
 
@@ -388,7 +410,7 @@ def _read(value: Value, reader: str, program: Program, passes: bool = False) -> 
     """Notes who reads a value, and whether a kernel or bias is lost there."""
     value.readers.append(reader)
     if value.reach is not None and not passes:
-        program.lost.setdefault(value.reach.layer, (value.reach.what, reader))
+        program.lost.setdefault(value.reach.layer, (value.reach.part, reader))
 
 
 def _bodies(eqn: JaxprEqn) -> list[Jaxpr]:
@@ -411,20 +433,22 @@ class Pairs(NamedTuple):
         folded: the linear layer that takes it in.
         kept: why it is not folded.
         untouched: those of `kept` that cannot even be one affine map.
-        shifted: those of `folded` whose offset is added in their own place.
+        adding_offset: those of `folded` whose offset is added in their own place.
     """
 
     folded: dict[Path, Call]
     kept: dict[Path, str]
     untouched: set[Path]
-    shifted: set[Path]
+    adding_offset: set[Path]
 
 
 def pair(program: Program) -> Pairs:
     """Finds for each normalization the linear layer to fold it into, or why not."""
     pairs = Pairs({}, {}, set(), set())
     for path, calls in program.recorder.norms.items():
-        changed = next(filter(None, (_changed(program, call) for call in calls)), None)
+        changed = next(
+            filter(None, (_changed_variable(program, call) for call in calls)), None
+        )
         if len({call.row for call in calls}) > 1 or calls[0].row is None:
             changed = (
                 "domain is not one number, known in advance, so that it is one affine "
@@ -434,16 +458,16 @@ def pair(program: Program) -> Pairs:
             pairs.untouched.add(path)
             pairs.kept[path] = f"its {changed}"
             continue
-        found = _foldable_linear(program, calls)
-        if isinstance(found, Call):
-            pairs.folded[path] = found
+        linear_or_reason = _foldable_linear(program, calls)
+        if isinstance(linear_or_reason, Call):
+            pairs.folded[path] = linear_or_reason
         else:
-            pairs.kept[path] = found
+            pairs.kept[path] = linear_or_reason
     return pairs
 
 
-def _changed(program: Program, call: Call) -> str | None:
-    """Which variable of a layer is not, in its call, what the model stores."""
+def _changed_variable(program: Program, call: Call) -> str | None:
+    """Which variable of a layer differs, in its call, from what the model stores."""
     for name, (key, shape) in call.variables.items():
         stored = program.variables.get(key)
         if stored is None:
@@ -484,10 +508,10 @@ def _foldable_linear(program: Program, calls: list[Call]) -> Call | str:
     if "kernel" not in linear.variables:
         names = ", ".join(linear.variables) or "none"
         return f"{linear}, before it, has no kernel among its variables, {names}"
-    if changed := _changed(program, linear):
+    if changed := _changed_variable(program, linear):
         return f"of {linear}, before it, the {changed}"
-    if lost := _lost(program, linear):
-        return lost
+    if reason := _why_not_linear(program, linear):
+        return reason
     values = [program.variables[key] for key, _ in norm.variables.values()]
     if not _is_complex(computed_in(program, linear)):
         if any(_is_complex(value.dtype) for value in values):
@@ -506,24 +530,24 @@ def _is_complex(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.complexfloating)
 
 
-def _lost(program: Program, linear: Call) -> str | None:
-    """Why the output is not linear in the kernel, with the bias added to it."""
+def _why_not_linear(program: Program, linear: Call) -> str | None:
+    """Why the output is not linear in the kernel with the bias added, or None."""
     (output,) = program.marked[linear.label]
     readers = program.variables[linear.variables["kernel"][0]].readers
     if linear.path in program.lost and readers:
-        what, reader = program.lost[linear.path]
-        what = "kernel" if what == "output" and len(readers) > 1 else what
+        part, reader = program.lost[linear.path]
+        part = "kernel" if part == "output" and len(readers) > 1 else part
         if not reader.startswith("`"):
             reader = "what comes after the layer"
         also = "also " * (len(readers) > 1)
         return (
-            f"the {what} of {linear}, before it, is {also}read by {reader}: expected "
+            f"the {part} of {linear}, before it, is {also}read by {reader}: expected "
             "nothing but casts, reshapes, scalings and the product with its input"
         )
     reach = output.reach
-    if reach is None or reach.what != "output":
+    if reach is None or reach.part != "output":
         return f"the kernel of {linear}, before it, does not reach its output"
-    if reach.shifted != ("bias" in linear.variables):
+    if reach.has_bias != ("bias" in linear.variables):
         return f"the bias of {linear}, before it, does not reach its output"
     last = len(output.shape) - 1
     if len(output.shape) == linear.rank and reach.axis != last:  # not under vmap

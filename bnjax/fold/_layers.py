@@ -1,4 +1,4 @@
-"""What Linen and NNX have in common: the layers, what replaces them, and the result."""
+"""What Linen and NNX have in common: known layers, their replacements, the result."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -14,19 +14,76 @@ from jax.core import Tracer
 from bnjax import _axes, _dtypes
 from bnjax.fold._graph import Call, Pairs, Path, Program, Recorder, computed_in, wider
 from bnjax.fold._kernels import affine, fold_conv, fold_conv_transpose, fold_dense
-from bnjax.fold._known import row_of, unknown
 
 AFFINE = ("mean", "multiplier", "bias")  # the variables of what is not folded
-_LINEAR = ("kernel", "bias")
-_UNSEEN = (
+
+_LINEAR = ("_Conv", "Conv", "ConvTranspose", "Dense", "Linear")
+_LINEAR_VARIABLES = ("kernel", "bias")
+_CONTRACTIONS = (  # attributes by which the user can replace the product of a layer
+    "dot_general",
+    "dot_general_cls",
+    "conv_general_dilated",
+    "conv_general_dilated_cls",
+)
+_NORMS = {  # the classes that define the call of layers that infer by an affine map
+    "flax": ("BatchNorm",),
+    "bnjax": ("Normalization", "BatchRenorm", "SplitBatchNorm"),
+}
+_RENORM_VARIABLES = ("steps", "r_max", "d_max")  # here and in SBX, for training alone
+
+_UNKNOWN = (
+    "a {layer} with the variables {variables} is not one that fold_model knows: "
+    "expected BatchNorm, GhostBatchNorm, BatchRenorm, SplitBatchNorm, with no "
+    "variables but mean, var, scale and bias"
+)
+_NOT_CALLED = (
     "no call of it was seen: these inputs do not call it, or a jit that was traced "
     "before does"
 )
-_OWN = "dot_general dot_general_cls conv_general_dilated conv_general_dilated_cls"
 _BATCH_STATISTICS = (
     "{layer} {does}, which cannot be folded: expected a model in evaluation, whose "
     "layers normalize by their running statistics and leave them alone. {write}"
 )
+
+# A method is known by where it is defined: a subclass that overrides it is not, but
+# what it inherits, or calls with super(), is.
+
+
+def is_linear(method: Any) -> bool:
+    """Whether this is the call of a convolution or dense layer of Flax's."""
+    package, name = _origin(method)
+    return package == "flax" and name in {f"{kind}.__call__" for kind in _LINEAR}
+
+
+def is_norm(method: Any, variables: Iterable[str]) -> bool:
+    """Whether this is the call of a layer that infers by the usual variables alone."""
+    package, name = _origin(method)
+    inference = {*variables} - {*_RENORM_VARIABLES}
+    usual = {"mean", "var"} <= inference <= {"mean", "var", "scale", "bias"}
+    known = {f"{layer}.__call__" for layer in _NORMS.get(package, ())}
+    return name in known and usual
+
+
+def _origin(method: Any) -> tuple[str, str]:
+    """The package that a method is defined in, and its name there."""
+    module = getattr(method, "__module__", None) or ""
+    return module.partition(".")[0], getattr(method, "__qualname__", "")
+
+
+def row_of(domain: Any) -> int | None:
+    """The row of a domain's variables; None if it is not one number, known here."""
+    if domain is None:
+        return 0
+    if isinstance(domain, Tracer) or np.ndim(domain):
+        return None
+    return int(domain)
+
+
+def _unknown_layer(layer: Any, variables: Iterable[str]) -> str:
+    """Why a layer of an unknown class is left alone."""
+    return _UNKNOWN.format(
+        layer=type(layer).__name__, variables=", ".join(sorted(variables))
+    )
 
 
 class Reader(NamedTuple):
@@ -36,27 +93,27 @@ class Reader(NamedTuple):
         recorder: stores the calls.
         write: the advice for a model that is not in evaluation.
         dtypes: for each normalization, its output dtypes by input dtype.
-        others: for each layer that is not known, the reason why it is not folded.
+        unknown: for each layer of an unknown class, the reason why it is not folded.
     """
 
     recorder: Recorder
     write: str
     dtypes: dict[Path, dict[Any, Any]]
-    others: dict[Path, str]
+    unknown: dict[Path, str]
 
     @classmethod
     def new(cls, write: str) -> "Reader":
         """Makes a reader that has recorded no call."""
         return cls(Recorder(), write, {}, {})
 
-    def other(self, path: Path, layer: Any, variables: Iterable[str]) -> None:
-        """Notes a layer that is not known."""
-        self.others[path] = unknown(layer, variables)
+    def note_unknown(self, path: Path, layer: Any, variables: Iterable[str]) -> None:
+        """Notes a layer of an unknown class."""
+        self.unknown[path] = _unknown_layer(layer, variables)
 
-    def unread(self, layers: Iterable[Path]) -> dict[Path, str]:
+    def without_call(self, layers: Iterable[Path]) -> dict[Path, str]:
         """Returns, for each of these layers without a recorded call, the reason."""
         paths = (path for path in layers if path not in self.recorder.norms)
-        return {path: self.others.get(path, _UNSEEN) for path in paths}
+        return {path: self.unknown.get(path, _NOT_CALLED) for path in paths}
 
     def norm(self, path, layer, variables, run, x, *args, **kwargs):
         """Calls a normalization on its marked input."""
@@ -75,8 +132,8 @@ class Reader(NamedTuple):
     def linear(self, path, layer, variables, run, *args, **kwargs):
         """Calls a linear layer, and marks its output."""
         usual = (None, lax.dot_general, lax.conv_general_dilated)
-        own = [n for n in _OWN.split() if getattr(layer, n, None) not in usual]
-        obstacle = f"has a {own[0]} of its own" if own else None
+        custom = [n for n in _CONTRACTIONS if getattr(layer, n, None) not in usual]
+        obstacle = f"has a {custom[0]} of its own" if custom else None
         if not getattr(layer, "shared_weights", True):
             obstacle = "has a kernel for each position"
         y, linears = run(*args, **kwargs), self.recorder.linears
@@ -86,10 +143,12 @@ class Reader(NamedTuple):
         """Raises unless the call reads the running statistics and writes nothing."""
         if getattr(layer, "frozen", False):
             return
-        given = args[0] if args else kwargs.get("use_running_average")
-        running = layer.use_running_average if given is None else given
+        running = args[0] if args else kwargs.get("use_running_average")
+        if running is None:
+            running = layer.use_running_average
         update = kwargs.get("update_stats")
-        update = getattr(layer, "update_stats", None) if update is None else update
+        if update is None:
+            update = getattr(layer, "update_stats", None)
         if running is None or (running and not update):  # None: the layer raises
             return
         raise ValueError(
@@ -101,12 +160,12 @@ class Reader(NamedTuple):
         )
 
 
-class Role(NamedTuple):
+class Replacement(NamedTuple):
     """The function that the folded model calls instead of a normalization.
 
     Attributes:
         folded: whether the multiplier was folded into the linear layer before it.
-        shifted: whether the offset was not folded: it is added here, as the bias.
+        adds_offset: whether the offset was not folded: it is added here, as the bias.
         axis: the feature axis.
         activation: the activation of the layer, if it has one.
         dtypes: its output dtypes by input dtype.
@@ -115,7 +174,7 @@ class Role(NamedTuple):
     """
 
     folded: bool
-    shifted: bool
+    adds_offset: bool
     axis: Any
     activation: Callable[[jax.Array], jax.Array] | None
     dtypes: Mapping[Any, Any]
@@ -147,7 +206,7 @@ class Role(NamedTuple):
             vectors = (jnp.asarray(variables[name], y.dtype) for name in AFFINE)
             mean, multiplier, bias = (_axes.expand(v, axes, y.ndim) for v in vectors)
             y = (y - mean) * multiplier + bias
-        elif self.shifted:
+        elif self.adds_offset:
             y = add_bias(y, variables["bias"])
         if residual is not None:
             y = y + jnp.asarray(residual, y.dtype)
@@ -156,50 +215,62 @@ class Role(NamedTuple):
         return y.astype(output)
 
 
-def roles(reader: Reader, pairs: Pairs) -> dict[Path, Role]:
+def replacements(reader: Reader, pairs: Pairs) -> dict[Path, Replacement]:
     """What replaces each normalization that is not left untouched."""
-    found = {}
+    by_path = {}
     for path, (call, *_) in reader.recorder.norms.items():
         if path not in pairs.untouched:
-            activation = getattr(call.layer, "activation", None)
-            dtypes = reader.dtypes[path]
-            how = path in pairs.folded, path in pairs.shifted, call.layer.axis
-            found[path] = Role(*how, activation, dtypes, call.row, str(call))
-    return found
+            by_path[path] = Replacement(
+                folded=path in pairs.folded,
+                adds_offset=path in pairs.adding_offset,
+                axis=call.layer.axis,
+                activation=getattr(call.layer, "activation", None),
+                dtypes=reader.dtypes[path],
+                row=call.row,
+                name=str(call),
+            )
+    return by_path
 
 
-def replaced(
+def folded_variables(
     program: Program,
     pairs: Pairs,
     dtypes: Mapping[Path, Mapping[Any, Any]],
     variables: Mapping[Path, Any],
     place: Callable[[Path, str], Path],
 ) -> dict[Path, Any]:
-    """The variables after folding, and in `pairs` what has come of it.
+    """The variables after folding; moves pairs that overflow to `pairs.kept`.
 
     Args:
-        program: of the model.
-        pairs: what to fold; what overflows is kept.
-        dtypes: of the output of each normalization, by that of its input.
-        variables: of the model, by where it stores them.
-        place: says where a layer's are stored.
+        program: the traced model.
+        pairs: what to fold. Also written: what overflows is kept, and where an offset
+            is added in its own place.
+        dtypes: for each normalization, its output dtypes by input dtype.
+        variables: those of the model, by where it stores them.
+        place: (path of a layer, name) -> where that variable is stored.
     """
     new = dict(variables)
     for path, (norm, *_) in program.recorder.norms.items():
         if path in pairs.untouched:
             continue
-        of = {n: _own(new.pop(key), norm) for n, (key, _) in norm.variables.items()}
         compute = _dtypes.statistics_dtype(*dtypes[path], *dtypes[path].values())
-        by = [_in(compute, of.get(n)) for n in ("mean", "var", "scale", "bias")]
+        stored = {
+            name: _inference_row(new.pop(key), norm)
+            for name, (key, _) in norm.variables.items()
+        }
+        vectors = [
+            _at_least(compute, stored.get(name))
+            for name in ("mean", "var", "scale", "bias")
+        ]
         epsilon = norm.layer.epsilon
         if path in pairs.folded:
             linear = pairs.folded[path]
-            old: list[Any] = [new.get(place(linear.path, n)) for n in _LINEAR]
+            old: list[Any] = [new.get(place(linear.path, n)) for n in _LINEAR_VARIABLES]
             ((input_dtype, output_dtype),) = dtypes[path].items()
-            shifted = wider(input_dtype, output_dtype) != input_dtype
+            adds_offset = wider(input_dtype, output_dtype) != input_dtype
             dtype = wider(computed_in(program, linear), old[0].dtype)
-            folded = _fold(linear.layer, old, by, epsilon, dtype, shifted)
-            if _overflows(folded[:2], [*old, *by], input_dtype):
+            folded = _fold(linear.layer, old, vectors, epsilon, dtype, adds_offset)
+            if _overflows(folded[:2], [*old, *vectors], input_dtype):
                 del pairs.folded[path]
                 pairs.kept[path] = (
                     f"the kernel or the bias of {linear}, before it, would overflow "
@@ -212,43 +283,54 @@ def replaced(
                     new[place(linear.path, "bias")] = bias
                 if offset is not None:
                     new[place(path, "bias")] = offset
-                    pairs.shifted.add(path)
+                    pairs.adding_offset.add(path)
                 continue
-        multiplier, offset = affine(by[0], by[1], by[2], epsilon=epsilon)
-        bias = jnp.zeros_like(offset) if by[3] is None else by[3]
-        values = by[0], multiplier, bias
-        new.update((place(path, n), v) for n, v in zip(AFFINE, values))
+        mean, var, scale, bias = vectors
+        multiplier, offset = affine(mean, var, scale, epsilon=epsilon)
+        bias = jnp.zeros_like(offset) if bias is None else bias
+        new.update(
+            (place(path, n), v) for n, v in zip(AFFINE, (mean, multiplier, bias))
+        )
     return new
 
 
-def _own(value: Any, norm: Call) -> Any:
+def _inference_row(value: Any, norm: Call) -> Any:
     """Of a variable with a row for each domain, the one that inference reads."""
     return value[norm.row] if jnp.ndim(value) > np.size(norm.layer.axis) else value
 
 
-def _in(dtype: Any, value: Any) -> Any:
+def _at_least(dtype: Any, value: Any) -> Any:
     """A variable in the dtype that the layer computes in, if that is wider."""
     if value is None:
         return None
-    real = not jnp.iscomplexobj(value)
-    return jnp.asarray(
-        value, wider(value.dtype, _dtypes.real(dtype) if real else dtype)
-    )
+    if not jnp.iscomplexobj(value):
+        dtype = _dtypes.real(dtype)
+    return jnp.asarray(value, wider(value.dtype, dtype))
 
 
-def _fold(layer, linear, by, epsilon, dtype, shifted):
-    """The kernel and the bias in `dtype`; with `shifted` the offset by itself."""
+def _fold(layer, linear, vectors, epsilon, dtype, adds_offset):
+    """The kernel, the bias, and an offset that is added in its own place.
+
+    Args:
+        layer: the linear layer.
+        linear: its kernel and its bias, or None.
+        vectors: the mean, var, scale and bias of the normalization.
+        epsilon: added to the variance.
+        dtype: that of the kernel and the bias.
+        adds_offset: whether the offset is returned by itself; otherwise it is None.
+    """
     (kernel, bias), offset = linear, None
-    if shifted:
-        _, offset = affine(*by, epsilon=epsilon)
-        by = [jnp.zeros_like(by[0]), *by[1:3], None]
+    if adds_offset:
+        _, offset = affine(*vectors, epsilon=epsilon)
+        mean, var, scale, _ = vectors
+        vectors = [jnp.zeros_like(mean), var, scale, None]
     fold = fold_dense if jnp.ndim(kernel) == 2 else fold_conv
     if hasattr(layer, "transpose_kernel"):
         fold = functools.partial(
             fold_conv_transpose, transpose_kernel=layer.transpose_kernel
         )
-    folded, new = fold(jnp.asarray(kernel, dtype), bias, *by, epsilon=epsilon)
-    return folded, None if shifted and bias is None else new, offset
+    kernel, new_bias = fold(jnp.asarray(kernel, dtype), bias, *vectors, epsilon=epsilon)
+    return kernel, None if adds_offset and bias is None else new_bias, offset
 
 
 def _overflows(new: Iterable[Any], old: Iterable[Any], dtype: Any) -> bool:
@@ -272,8 +354,8 @@ class Inputs(NamedTuple):
     """The arguments of a model, apart from its variables.
 
     Attributes:
-        arrays: those leaves that are traced.
-        static: the keywords without an array, which `apply` remembers.
+        arrays: the leaves that are traced.
+        static: the keyword arguments without an array, which `apply` remembers.
         fill: (arrays) -> (arguments, keywords).
     """
 
@@ -283,17 +365,17 @@ class Inputs(NamedTuple):
 
 
 def inputs(arguments: tuple, keywords: dict[str, Any]) -> Inputs:
-    """Tells the arrays in the arguments of a model from its settings."""
+    """Separates the arrays in the arguments of a model from its settings."""
     leaves, tree = jax.tree.flatten((arguments, keywords))
-    where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    positions = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
 
     def fill(arrays):
-        given = dict(zip(where, arrays, strict=True))
-        filled = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+        by_position = dict(zip(positions, arrays, strict=True))
+        filled = [by_position.get(i, leaf) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(tree, filled)
 
     static = {k: v for k, v in keywords.items() if not _has_array(v)}
-    return Inputs([leaves[i] for i in where], static, fill)
+    return Inputs([leaves[i] for i in positions], static, fill)
 
 
 def _has_array(tree: Any) -> bool:
@@ -327,7 +409,7 @@ def checked_result(
     inputs: Inputs,
     program: Program,
     pairs: Pairs,
-    unread: Mapping[Path, str],
+    not_called: Mapping[Path, str],
 ) -> Folded:
     """Returns the result, if `apply` returns the shapes and dtypes of the model."""
 
@@ -350,7 +432,7 @@ def checked_result(
         )
     names = {path: "/".join(path) for path in program.recorder.norms}
     folded = [("/".join(pairs.folded[p].path), names[p]) for p in pairs.folded]
-    reasons = {**pairs.kept, **unread}
+    reasons = {**pairs.kept, **not_called}
     kept = [("/".join(path), reason) for path, reason in reasons.items()]
     return Folded(apply, params, tuple(folded), tuple(kept))
 

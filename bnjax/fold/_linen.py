@@ -9,8 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.fold import _layers
 from bnjax.fold._graph import Path, pair, trace
-from bnjax.fold._known import is_linear, is_norm
-from bnjax.fold._layers import Folded, checked_result
+from bnjax.fold._layers import Folded, checked_result, is_linear, is_norm
 
 _WRITE = (
     "Pass what makes the model evaluate, for example "
@@ -36,21 +35,22 @@ def fold(model: nn.Module, variables: Any, *arguments: Any, **keywords: Any) -> 
 
     program = trace(evaluate, reader.recorder, stored, inputs.arrays)
     pairs = pair(program)
-    new = _layers.replaced(program, pairs, reader.dtypes, stored, _place)
+    new = _layers.folded_variables(program, pairs, reader.dtypes, stored, _place)
     new |= sown
     params = unflatten_dict({k[1:]: v for k, v in new.items() if k[0] == "params"})
     others = unflatten_dict({k: v for k, v in new.items() if k[0] != "params"})
     linears = {call.path for call in pairs.folded.values()}
     biased = {path for path in linears if _place(path, "bias") in new}
-    intercept = _replacing(_layers.roles(reader, pairs), biased)
+    intercept = _replacing(_layers.replacements(reader, pairs), biased)
 
     def apply(params: Any, *arguments: Any, **keywords: Any) -> Any:
         options = {**inputs.static, **keywords}
         with nn.intercept_methods(intercept):
             return model.apply({**others, "params": params}, *arguments, **options)
 
-    unread = reader.unread(sorted({k[1:-1] for k in stored if k[0] == "batch_stats"}))
-    return checked_result(apply, params, inputs, program, pairs, unread)
+    layers = sorted({k[1:-1] for k in stored if k[0] == "batch_stats"})
+    not_called = reader.without_call(layers)
+    return checked_result(apply, params, inputs, program, pairs, not_called)
 
 
 def _place(path: Path, name: str) -> Path:
@@ -72,7 +72,7 @@ def _reading(reader: _layers.Reader):
         variables = _variables(layer, "batch_stats", "params")
         if is_norm(method, variables):
             return reader.norm(path, layer, variables, run, *args, **kwargs)
-        reader.other(path, layer, variables)
+        reader.note_unknown(path, layer, variables)
         return run(*args, **kwargs)
 
     return intercept
@@ -80,15 +80,15 @@ def _reading(reader: _layers.Reader):
 
 def _variables(layer: nn.Module, *collections: str) -> dict[str, tuple[Path, Any]]:
     """By name, where a layer's variables are stored, and the variables."""
-    found, path = {}, layer.path if layer.scope is None else layer.scope.path
+    variables, path = {}, layer.path if layer.scope is None else layer.scope.path
     for collection in collections:
         for name, value in layer.variables.get(collection, {}).items():
-            found[name] = (collection, *path, name), nn.meta.unbox(value)
-    return found
+            variables[name] = (collection, *path, name), nn.meta.unbox(value)
+    return variables
 
 
-def _replacing(roles: dict[Path, _layers.Role], biased: set[Path]):
-    """Calls each normalization's role in its place, and adds the biases gained."""
+def _replacing(replacements: dict[Path, _layers.Replacement], biased: set[Path]):
+    """Calls the replacement of each normalization, and adds the biases gained."""
 
     def intercept(run, args, kwargs, context):
         layer = context.module
@@ -99,10 +99,10 @@ def _replacing(roles: dict[Path, _layers.Role], biased: set[Path]):
         if path in biased and is_linear(method) and not layer.use_bias:
             bias = layer.get_variable("params", "bias")
             return _layers.add_bias(run(*args, **kwargs), bias)
-        if path in roles and is_norm(method, ("mean", "var")):
+        if path in replacements and is_norm(method, ("mean", "var")):
             x = args[0] if args else kwargs["x"]
             options = {k: kwargs[k] for k in ("residual", "domain") if k in kwargs}
-            return roles[path](x, layer.variables.get("params", {}), **options)
+            return replacements[path](x, layer.variables.get("params", {}), **options)
         return run(*args, **kwargs)
 
     return intercept
