@@ -176,10 +176,12 @@ def to_torch(
 ) -> dict[str, np.ndarray]:
     """The state_dict of a torch layer or model from Flax variables.
 
-    The inverse of `from_torch`, exact; with `like` also for parameters of a user's
-    module that are called as Flax calls others. Load it with
-    `net.load_state_dict({name: torch.as_tensor(value) for name, value in
-    to_torch(...).items()})`.
+    The exact inverse of `from_torch`; with `like` also for parameters of a user's
+    module that are called as Flax calls others. Load the result with:
+
+        state_dict = to_torch(variables)
+        tensors = {name: torch.as_tensor(v) for name, v in state_dict.items()}
+        net.load_state_dict(tensors)
 
     Args:
         variables: {"params": ..., "batch_stats": ...} and the "buffers" of

@@ -1,19 +1,29 @@
-"""Entry by entry from one package to another, and the checks on the whole."""
+"""The conversion of all entries from one package to another, and its checks."""
 
+import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.convert import _checks, _readings, _tree
+from bnjax._checks import BatchNormWarning
+from bnjax.convert import _tree
 from bnjax.convert._conventions import (
+    BUFFERS,
     CONVENTIONS,
+    OPTIONAL_STATE,
     SEPARATORS,
+    STATISTICS,
+    Entries,
     check_guess,
+    choose_reading,
     from_flax,
     kind_by_rank,
-    known_kind,
+    kind_of_class,
+    modules_of,
     to_flax,
 )
 
@@ -22,14 +32,36 @@ _ADVICE = (
     "with names={'conv1': 'Conv_0'}, say what shapes do not with kinds={'up': "
     "'ConvTranspose2d'}, and take out what the other model lacks."
 )
-_KNOWN = {
+_LEAVES = {
     "params": ("kernel", "embedding", "scale", "bias", "negative_slope"),
-    "batch_stats": _readings.STATISTICS,
+    "batch_stats": STATISTICS,
 }
 _NORMS = ("layer_norm", "split")
-_FIXED = {"embedding": "embedding", "negative_slope": "slope"}
-# Numbers of axes that no layer of torch's has there: parameters of a user's module.
-_SCALARS = {"bias": (0, 2, 3, 4, 5), "scale": (0, 3, 4, 5)}
+_KIND_OF_LEAF = {"embedding": "embedding", "negative_slope": "slope"}
+# Ranks that no layer of torch's has there: parameters of a user's module.
+_RANKS_OF_USERS = {"bias": (0, 2, 3, 4, 5), "scale": (0, 3, 4, 5)}
+_CASTS = {
+    "torch": "net.to(torch.{dtype}).state_dict()",
+    "keras": '{{w.path: np.asarray(w, "{dtype}") for w in model.weights}}',
+    "flax": "jax.tree.map(lambda v: v.astype(jnp.{dtype}), variables)",
+}
+_NO_VARIABLES = (
+    "the variables are of type {received}: expected a dict of collections. Write "
+    "{{'params': params, 'batch_stats': batch_stats}}, or of a state "
+    "{{'params': state.params, 'batch_stats': state.batch_stats}}."
+)
+_EXPECTED_WEIGHTS = {
+    "torch": "the entries of a state_dict by name. Write {write}",
+    "keras": (
+        "weights by path. Write {{w.path: w for w in model.weights}}, or of a layer "
+        "{{w.name: w for w in layer.weights}}."
+    ),
+}
+_NARROWED = (
+    "{number} of {total} entries are {received}, {first} the first: they become "
+    "{becomes}, for JAX has no {received} unless it is told so. Cast before, "
+    "{cast}, or write jax.config.update('jax_enable_x64', True)."
+)
 
 
 def to_flax_variables(
@@ -40,21 +72,21 @@ def to_flax_variables(
     like: Any,
 ) -> dict[str, Any]:
     """Converts the weights of a package to Flax variables; see `from_torch`."""
-    _checks.weights(package, weights)
-    _checks.names_and_kinds(names, kinds)
+    _check_weights(package, weights)
+    _check_names_and_kinds(names, kinds)
     separator = SEPARATORS[package]
-    wanted = None if like is None else _tree.flat({**_collections(like), **like})
-    of = _readings.Entries(
+    like_leaves = None if like is None else _tree.flat({**_collections(like), **like})
+    entries = Entries(
         package,
-        _readings.modules_of(package, weights),
-        kinds,
-        names,
-        _tree.renamer(names, separator),
-        wanted,
+        modules=modules_of(package, weights),
+        kinds=kinds,
+        names=names,
+        rename=_tree.renamer(names, separator),
+        like=like_leaves,
     )
     problems = _tree.Problems()
-    found: _tree.Flat = {}
-    ordered: _tree.Flat = {}  # of which the axes are known
+    converted: _tree.Flat = {}
+    ordered: _tree.Flat = {}  # those whose axes are known
     sources: dict[str, str] = {}
     for entry, value in _tree.stacked(weights, kinds).items():
         module, _, name = entry.rpartition(separator)
@@ -62,32 +94,32 @@ def to_flax_variables(
             continue
         try:
             array = _tree.to_numpy(value)
-            reading = _readings.chosen(of, module, name, array)
+            reading = choose_reading(entries, module, name, array)
             if reading is None:
                 continue
             path, kind = reading.path, reading.kind
             check_guess(package, module, kinds.get(module), kind, array.ndim)
             if kind is not None:
                 array = ordered[path] = to_flax(array, package, kind)
-            if path in found:
+            if path in converted:
                 raise ValueError(f"{path} comes from {sources[path]} already")
         except ValueError as error:
             problems.append(f"{entry}: {error}")
         else:
-            found[path], sources[path] = array, entry
-    problems += _tree.unused(names, kinds, of.modules, separator)
+            converted[path], sources[path] = array, entry
+    problems += _tree.unused(names, kinds, entries.modules, separator)
     problems += _tree.disagreements(ordered)
-    dtypes = {path: array.dtype for path, array in found.items()}
-    if like is not None:
-        own, wanted = _tree.flat(_collections(like)), of.wanted or {}
-        problems += _tree.compare(
-            found, own | {p: wanted[p] for p in found.keys() & wanted}, sources
-        )
-        dtypes |= {path: wanted[path].dtype for path in found.keys() & wanted}
-    problems += _tree.overflows(found, dtypes, sources)
-    problems.check("the weights do not fit", _ADVICE, _checks.CASTS[package])
-    _checks.warn_narrowed(package, {sources[p]: dtype for p, dtype in dtypes.items()})
-    arrays = {p: jnp.asarray(a.astype(dtypes[p])) for p, a in found.items()}
+    dtypes = {path: array.dtype for path, array in converted.items()}
+    if like is not None and like_leaves is not None:
+        # Of the other collections of `like` only what was converted is compared.
+        compared = _tree.flat(_collections(like))
+        taken = {path: like_leaves[path] for path in converted.keys() & like_leaves}
+        problems += _tree.compare(converted, compared | taken, sources)
+        dtypes |= {path: leaf.dtype for path, leaf in taken.items()}
+    problems += _tree.overflows(converted, dtypes, sources)
+    problems.check("the weights do not fit", _ADVICE, _CASTS[package])
+    _warn_narrowed(package, {sources[p]: dtype for p, dtype in dtypes.items()})
+    arrays = {p: jnp.asarray(a.astype(dtypes[p])) for p, a in converted.items()}
     return _tree.nested(_tree.boxed(arrays, like))
 
 
@@ -99,39 +131,39 @@ def to_state_dict(
     count: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """Converts Flax variables to a torch state_dict; see `to_torch`."""
-    _checks.names_and_kinds(names, kinds)
+    _check_names_and_kinds(names, kinds)
     if like is not None:
-        _checks.weights("torch", like, "like")
+        _check_weights("torch", like, "like")
     module_of = _tree.inverse(names, SEPARATORS["torch"], like)
     problems = _tree.Problems()
-    found: _tree.Flat = {}
+    converted: _tree.Flat = {}
     sources: dict[str, str] = {}
-    for path, value in _tree.flat(_collections(variables, _readings.BUFFERS)).items():
+    for path, value in _tree.flat(_collections(variables, BUFFERS)).items():
         collection, *modules, leaf = path.split("/")
         try:
             module = module_of("/".join(modules))
-            given = kinds.get(module)
-            arrays = _to_torch(collection, module, leaf, np.asarray(value), given, like)
+            array, class_name = np.asarray(value), kinds.get(module)
+            arrays = _to_torch(collection, module, leaf, array, class_name, like)
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
-        found |= arrays
+        converted |= arrays
         sources |= dict.fromkeys(arrays, path)
         for entry in arrays if (collection, leaf) == ("batch_stats", "var") else ():
             owner = entry.rpartition(SEPARATORS["torch"])[0]
             counter = _entry(owner, CONVENTIONS["torch"].count)
             if like is None or counter in like:
-                found[counter], sources[counter] = count, path
-    dtypes = {entry: array.dtype for entry, array in found.items()}
+                converted[counter], sources[counter] = count, path
+    dtypes = {entry: array.dtype for entry, array in converted.items()}
     if like is not None:
-        wanted = {entry: _tree.to_numpy(value) for entry, value in like.items()}
-        state = {e for e in wanted if e.rpartition(".")[2] in _readings.STATE["torch"]}
-        for entry in state - found.keys():
-            found[entry], sources[entry] = wanted[entry], "like"
-        problems += _tree.compare(found, wanted, sources)
-        dtypes |= {entry: value.dtype for entry, value in wanted.items()}
-    problems.check("the variables do not fit", _ADVICE, _checks.CASTS["flax"])
-    return {e: a.astype(dtypes[e], order="C") for e, a in found.items()}
+        target = {entry: _tree.to_numpy(value) for entry, value in like.items()}
+        state = {e for e in target if e.rpartition(".")[2] in OPTIONAL_STATE["torch"]}
+        for entry in state - converted.keys():
+            converted[entry], sources[entry] = target[entry], "like"
+        problems += _tree.compare(converted, target, sources)
+        dtypes |= {entry: value.dtype for entry, value in target.items()}
+    problems.check("the variables do not fit", _ADVICE, _CASTS["flax"])
+    return {e: a.astype(dtypes[e], order="C") for e, a in converted.items()}
 
 
 def _to_torch(
@@ -139,30 +171,30 @@ def _to_torch(
     module: str,
     leaf: str,
     array: np.ndarray,
-    given: str | None,
+    class_name: str | None,
     like: Mapping[str, Any] | None,
 ) -> dict[str, np.ndarray]:
-    """A variable as torch has it, by the names of entries."""
-    as_it_is, known = _entry(module, leaf), _KNOWN.get(collection, ())
-    if leaf not in known:
-        if as_it_is in like if like is not None else collection != "batch_stats":
-            return {as_it_is: array}
-        if collection == _readings.BUFFERS:
+    """The entries of a state_dict that a variable becomes, by name."""
+    same_name = _entry(module, leaf)
+    if leaf not in _LEAVES.get(collection, ()):
+        if same_name in like if like is not None else collection != "batch_stats":
+            return {same_name: array}
+        if collection == BUFFERS:
             return {}
-        expected = ", ".join(leaf for leaves in _KNOWN.values() for leaf in leaves)
-        other = "" if like is None else f", or that `like` has {as_it_is}"
+        expected = ", ".join(leaf for leaves in _LEAVES.values() for leaf in leaves)
+        other = "" if like is None else f", or that `like` has {same_name}"
         raise ValueError(f"its name is not known: expected one of {expected}{other}")
     name = getattr(CONVENTIONS["torch"], leaf, CONVENTIONS["torch"].kernel)
-    entry, is_split = _entry(module, name), _tree.is_split(given)
-    if like is not None and as_it_is in like and entry not in like:
-        return {as_it_is: array}
-    if array.ndim in _SCALARS.get(leaf, ()) and not is_split:
-        return {as_it_is: array}
-    of_class = known_kind("torch", given)
-    kind = _FIXED.get(leaf, of_class if of_class in _NORMS else "norm")
+    entry, is_split = _entry(module, name), _tree.is_split(class_name)
+    if like is not None and same_name in like and entry not in like:
+        return {same_name: array}
+    if array.ndim in _RANKS_OF_USERS.get(leaf, ()) and not is_split:
+        return {same_name: array}
+    of_class = kind_of_class("torch", class_name)
+    kind = _KIND_OF_LEAF.get(leaf, of_class if of_class in _NORMS else "norm")
     if leaf == "kernel":
         kind = of_class or kind_by_rank(array.ndim)
-        check_guess("torch", module, given, kind, array.ndim)
+        check_guess("torch", module, class_name, kind, array.ndim)
     array = from_flax(array, "torch", kind)
     return _tree.unstacked(module, name, array) if is_split else {entry: array}
 
@@ -174,12 +206,72 @@ def _entry(module: str, name: str) -> str:
 def _collections(variables: Mapping[str, Any], *others: str) -> dict[str, Any]:
     """The parameters and the running statistics, without other collections."""
     if not isinstance(variables, Mapping):
-        raise TypeError(_checks.NO_VARIABLES.format(received=type(variables).__name__))
+        raise TypeError(_NO_VARIABLES.format(received=type(variables).__name__))
     names = ("params", "batch_stats", *others)
-    given = {c: variables[c] for c in names if c in variables}
-    if not given:
+    collections = {c: variables[c] for c in names if c in variables}
+    if not collections:
         raise ValueError(
             f"the variables have the collections {list(variables)}: expected 'params', "
             "'batch_stats' or both. Write {'params': params, 'batch_stats': stats}."
         )
-    return given
+    return collections
+
+
+def _check_weights(package: str, weights: Any, name: str = "") -> None:
+    """Raises on a model, a path or anything else in place of its weights."""
+    name = name or {"torch": "state_dict", "keras": "weights"}[package]
+    if isinstance(weights, Mapping) and all(isinstance(key, str) for key in weights):
+        return
+    write = "net.state_dict() for a network `net`."
+    if isinstance(weights, (str, bytes, os.PathLike)):
+        write = "torch.load(path, weights_only=True)."
+    received = f"a {type(weights).__name__}"
+    if isinstance(weights, Mapping):
+        received = f"a {type(weights).__name__} whose keys are no strings"
+    expected = _EXPECTED_WEIGHTS[package].format(write=write)
+    raise TypeError(f"{name} is {received}: expected {expected}")
+
+
+def _check_names_and_kinds(names: Any, kinds: Any) -> None:
+    """Raises on tables of other things than strings."""
+    if names is not None and not callable(names) and not _is_table(names):
+        raise TypeError(
+            f"names={names!r}: expected a dict of module paths, or a function of one. "
+            "Write names={'conv1': 'Conv_0'}."
+        )
+    if not _is_table(kinds):
+        raise TypeError(
+            f"kinds={kinds!r}: expected names of classes by module path. Write "
+            "kinds={name: type(module).__name__ for name, module in "
+            "net.named_modules()}."
+        )
+
+
+def _warn_narrowed(package: str, dtypes: Mapping[str, Any]) -> None:
+    """Warns of entries that are wider than JAX's arrays."""
+    wide = [
+        entry
+        for entry, dtype in dtypes.items()
+        if jnp.issubdtype(dtype, jnp.inexact)
+        and jax.dtypes.canonicalize_dtype(dtype) != dtype
+    ]
+    if not wide:
+        return
+    received = dtypes[wide[0]]
+    narrow = jax.dtypes.canonicalize_dtype(received)
+    message = _NARROWED.format(
+        number=len(wide),
+        total=len(dtypes),
+        received=received,
+        first=repr(wide[0]),
+        becomes=narrow,
+        cast=_CASTS[package].format(dtype=narrow),
+    )
+    warnings.warn(message, BatchNormWarning, stacklevel=4)
+
+
+def _is_table(table: Any) -> bool:
+    """Whether it is a mapping to strings; Keras's layers without weights lack a key."""
+    return isinstance(table, Mapping) and all(
+        isinstance(value, str) for value in table.values()
+    )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import _trees
-from bnjax.convert._conventions import CONVENTIONS, KINDS, has_weights, plain
+from bnjax.convert._conventions import CONVENTIONS, KINDS, has_weights, without_rank
 
 Names = Mapping[str, str] | Callable[[str], str] | None
 Flat = dict[str, Any]  # by "collection/module/leaf"
@@ -29,10 +29,10 @@ class Problems(list[str]):
         """Raises a ValueError that lists them, if there are any.
 
         Args:
-            what: does not fit.
-            advice: on layers, names and shapes.
-            cast: the code that casts to a {dtype}, given in its place where nothing
-                else is wrong.
+            what: the clause that begins the message, "the weights do not fit".
+            advice: what to write about layers, names and shapes.
+            cast: code that casts to {dtype}. It replaces the advice where only dtypes
+                are wrong.
         """
         if self:
             lines = "".join(f"\n  {line}" for line in self)
@@ -48,7 +48,7 @@ def to_numpy(value: Any) -> np.ndarray:
     """The array behind a torch tensor, a Keras variable or an array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # which torch does not give to NumPy
+        if str(value.dtype) == "torch.bfloat16":  # torch does not convert it to NumPy
             return value.float().numpy().astype(jnp.bfloat16)
         return value.numpy()
     array = np.asarray(value)
@@ -61,7 +61,7 @@ def to_numpy(value: Any) -> np.ndarray:
 
 
 def renamer(names: Names, separator: str) -> Callable[[str], str]:
-    """Module paths to module paths: `names` by its longest key that leads the path."""
+    """The function from module paths to Flax's; a dict acts by the longest prefix."""
     if names is None:
         return lambda module: module.replace(separator, "/")
     if callable(names):
@@ -71,8 +71,8 @@ def renamer(names: Names, separator: str) -> Callable[[str], str]:
     def rename(module: str) -> str:
         for key in longest_first:
             if leads(key, module, separator):
-                rest = module[len(key) :].split(separator)
-                return "/".join(filter(None, [names[key], *rest]))
+                below = module[len(key) :].split(separator)
+                return "/".join(filter(None, [names[key], *below]))
         raise ValueError(f"names has no key for the module {module!r}")
 
     return rename
@@ -90,21 +90,21 @@ def _call(names: Callable[[str], str], module: str) -> str:
 def inverse(
     names: Names, separator: str, like: Iterable[str] | None
 ) -> Callable[[str], str]:
-    """From Flax's module paths back to those of the entries in `like`."""
+    """The function from Flax's module paths back to those of the entries in `like`."""
     rename = renamer(names, separator)
     if like is not None:
         known: dict[str, str] = {}
         for module in {entry.rpartition(separator)[0] for entry in like}:
             with contextlib.suppress(ValueError):  # not in names: reported as missing
                 known[rename(module)] = module
-        return functools.partial(_known, known)
+        return functools.partial(_look_up, known)
     if callable(names):
         raise ValueError(
             "names is a function, which has no inverse: pass like=net.state_dict() "
             "too, to whose modules it is applied, or a dict of names."
         )
-    turned = names and {v: k.replace(separator, "/") for k, v in names.items()}
-    back = renamer(turned, "/")
+    inverted = names and {v: k.replace(separator, "/") for k, v in names.items()}
+    back = renamer(inverted, "/")
 
     def checked(path: str) -> str:
         module = back(path).replace("/", separator)
@@ -120,7 +120,7 @@ def leads(key: str, module: str, separator: str) -> bool:
     return key in ("", module) or module.startswith(key + separator)
 
 
-def _known(modules: Mapping[str, str], path: str) -> str:
+def _look_up(modules: Mapping[str, str], path: str) -> str:
     if path not in modules:
         raise ValueError(f"names leads no module of `like` to {path!r}")
     return modules[path]
@@ -129,7 +129,7 @@ def _known(modules: Mapping[str, str], path: str) -> str:
 def unused(
     names: Names, kinds: Mapping[str, str], modules: Iterable[str], separator: str
 ) -> list[str]:
-    """The keys of `names` that lead no module, and of `kinds` that have no weight."""
+    """Lines on keys of `names` that match no module, and of `kinds` without weights."""
     keys = list(names) if isinstance(names, Mapping) else []
     return [
         f"missing: names has {key!r}, of which there are no weights"
@@ -143,7 +143,7 @@ def unused(
 
 
 def flat(tree: Any) -> Flat:
-    """The leaves of nested dictionaries, by path, out of Flax's metadata boxes."""
+    """The leaves of nested dictionaries by path, without Flax's metadata boxes."""
     leaves = jax.tree.flatten_with_path(_trees.unboxed(tree))[0]
     return {_path(keys): leaf for keys, leaf in leaves}
 
@@ -152,12 +152,12 @@ def boxed(leaves: Flat, like: Any) -> Flat:
     """The leaves in the boxes that `like` has at their paths."""
     nodes = jax.tree.flatten_with_path(like, is_leaf=_trees.is_box)[0]
     boxes = {_path(keys): node for keys, node in nodes if _trees.is_box(node)}
-    put = {
+    boxed_leaves = {
         path: jax.tree.unflatten(jax.tree.structure(box), [leaves[path]])
         for path, box in boxes.items()
         if path in leaves
     }
-    return leaves | put
+    return leaves | boxed_leaves
 
 
 def _path(keys: tuple) -> str:
@@ -176,10 +176,10 @@ def nested(leaves: Flat) -> dict[str, Any]:
     return tree
 
 
-def disagreements(found: Flat) -> list[str]:
+def disagreements(leaves: Flat) -> list[str]:
     """Layers whose entries have different numbers of features, or lack one of two."""
     layers: dict[str, dict[str, int]] = {}
-    for path, array in found.items():
+    for path, array in leaves.items():
         _, *module, leaf = path.split("/")
         if leaf != "negative_slope":
             layers.setdefault("/".join(module), {})[leaf] = array.shape[-1]
@@ -195,12 +195,12 @@ def disagreements(found: Flat) -> list[str]:
     return lines
 
 
-def compare(found: Flat, like: Flat, sources: Mapping[str, str]) -> list[str]:
-    """What is missing in `found`, extra, of another shape or a wider dtype."""
+def compare(converted: Flat, like: Flat, sources: Mapping[str, str]) -> list[str]:
+    """Lines on what is missing in `converted`, extra, of another shape or too wide."""
     lines = [
-        f"missing: {path} {tuple(like[path].shape)}" for path in like.keys() - found
+        f"missing: {path} {tuple(like[path].shape)}" for path in like.keys() - converted
     ]
-    for path, value in found.items():
+    for path, value in converted.items():
         what = f"{sources[path]} -> {path}"
         if path not in like:
             lines.append(f"extra: {what} {value.shape}")
@@ -211,10 +211,10 @@ def compare(found: Flat, like: Flat, sources: Mapping[str, str]) -> list[str]:
     return sorted(lines)
 
 
-def overflows(found: Flat, dtypes: Flat, sources: Mapping[str, str]) -> list[str]:
-    """Integers that JAX would wrap: it has 32 bits unless told otherwise."""
+def overflows(converted: Flat, dtypes: Flat, sources: Mapping[str, str]) -> list[str]:
+    """Lines on integers that JAX would wrap: it has 32 bits unless told otherwise."""
     lines = []
-    for path, value in found.items():
+    for path, value in converted.items():
         dtype = jax.dtypes.canonicalize_dtype(dtypes[path])
         if jnp.issubdtype(dtype, jnp.integer) and not _fits(value, dtype):
             what = f"{sources[path]} -> {path} {value.dtype}"
@@ -223,7 +223,7 @@ def overflows(found: Flat, dtypes: Flat, sources: Mapping[str, str]) -> list[str
 
 
 def _fits(value: np.ndarray, dtype: Any) -> bool:
-    """Whether the dtype holds all that the dtype of `value` can, or whole `value`."""
+    """Whether `dtype` holds every value of that of `value`, or these integers."""
     if jnp.issubdtype(value.dtype, jnp.integer) and jnp.issubdtype(dtype, jnp.integer):
         return bool((value.astype(dtype) == value).all())
     return jnp.promote_types(value.dtype, dtype) == dtype
@@ -243,24 +243,25 @@ _NAMES = (_TORCH.scale, _TORCH.bias, _TORCH.mean, _TORCH.var)
 
 def is_split(kind: str | None) -> bool:
     """Whether modules of this class keep statistics for each domain."""
-    return kind is not None and KINDS.get(plain(kind)) == "split"
+    return kind is not None and KINDS.get(without_rank(kind)) == "split"
 
 
 def stacked(weights: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
-    """The entries of a state_dict, those of each split layer as one with rows."""
-    found = dict(weights)
+    """The entries of a state_dict, with those of each split layer stacked to rows."""
+    entries = dict(weights)
     for module in filter(lambda module: is_split(kinds[module]), kinds):
         for name in _NAMES:
-            if (entry := _entry(module, 0, name)) in found:
-                entries = (_entry(module, row, name) for row in itertools.count())
-                rows = [*itertools.takewhile(found.__contains__, entries)]
-                values = [to_numpy(found.pop(entry)) for entry in rows]
-                found[entry] = np.stack(values)
-    return found
+            if (first := _entry(module, 0, name)) in entries:
+                rows = (_entry(module, row, name) for row in itertools.count())
+                present = [*itertools.takewhile(entries.__contains__, rows)]
+                entries[first] = np.stack(
+                    [to_numpy(entries.pop(row)) for row in present]
+                )
+    return entries
 
 
 def unstacked(module: str, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
-    """The entries of a state_dict that an array with rows comes from."""
+    """The entries of a state_dict that an array with rows becomes."""
     return {_entry(module, row, name): value for row, value in enumerate(array)}
 
 

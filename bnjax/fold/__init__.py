@@ -34,11 +34,12 @@ def fold_model(model: Any, *arguments: Any, **keywords: Any) -> Folded:
 
     The model is traced with these arguments. A BatchNorm, GhostBatchNorm, BatchRenorm
     or SplitBatchNorm is folded into a Conv, ConvTranspose or Dense (Linear) whose
-    output it reads, if nothing else does. Any other becomes `(x - mean) * multiplier +
-    bias`, or stays as it is where its variables are not its own, as under `nn.scan`. Of
-    a SplitBatchNorm the row is taken that these arguments lead to, 0 without a domain;
-    it stays as it is where the domain is an array. A residual and an activation of
-    bnjax's layers remain. Nothing that is passed in is changed.
+    output it reads, if nothing else does. Any other normalization becomes
+    `(x - mean) * multiplier + bias`. It stays as it is where its variables are not its
+    own, as under `nn.scan`. Of a SplitBatchNorm the row is taken that these arguments
+    lead to, 0 without a domain; the layer stays as it is where the domain is an array.
+    A residual and an activation of bnjax's layers remain. Nothing that is passed in is
+    changed.
 
     A kernel that is transformed before it is used (by more than casts, reshapes and
     scalings) takes in nothing. A folded kernel and bias are stored at least in the
@@ -49,8 +50,8 @@ def fold_model(model: Any, *arguments: Any, **keywords: Any) -> Folded:
         model: a `flax.linen.Module`, or a `flax.nnx.Module` in evaluation mode.
         *arguments: for Linen first the variables, {params, batch_stats, ...}; then
             example inputs, or `jax.ShapeDtypeStruct`s for them.
-        **keywords: as for the model; arrays are inputs, which `apply` expects too; what
-            else there is, such as `train=False`, it remembers.
+        **keywords: keyword arguments of the model. Arrays are inputs, which `apply`
+            expects too; all others, such as `train=False`, it remembers.
 
     Returns:
         Folded. `apply(params, *inputs)` returns what the model does; `params` is a
@@ -59,7 +60,7 @@ def fold_model(model: Any, *arguments: Any, **keywords: Any) -> Folded:
         reason.
 
     Raises:
-        TypeError: a model of neither kind.
+        TypeError: a model of another library.
         ValueError: a layer that normalizes by the batch or updates its statistics; a
             model that reads the variables of a normalization by itself.
 
