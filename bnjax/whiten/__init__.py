@@ -27,8 +27,17 @@ from bnjax.normalize import (
     checkpoint_saving_moments,
     feature_vectors,
 )
-from bnjax.whiten import _layout
-from bnjax.whiten._co_moments import CoMoments, co_moments, merge
+from bnjax.whiten._co_moments import (
+    CoMoments,
+    co_moments,
+    group_covariances,
+    group_size_of,
+    layout_of,
+    mask_and_weights,
+    merge,
+    require_real,
+    require_real_result,
+)
 from bnjax.whiten._scaling import Scaler, min_max_scale, standardize, zca_whiten
 from bnjax.whiten._whiten import (
     Whitening,
@@ -102,12 +111,12 @@ def whiten_by(
 
     References: Huang et al. 2018, section 3.3 (inference).
     """
-    x = _layout.real("x", x)
-    covariance = _layout.real("covariance", covariance)
-    layout = _layout.layout(x, axis, _layout.size_of(covariance))
-    _layout.real_result(dtype, scale=scale, bias=bias)
+    x = require_real("x", x)
+    covariance = require_real("covariance", covariance)
+    layout = layout_of(x, axis, group_size_of(covariance))
+    require_real_result(dtype, scale=scale, bias=bias)
     whitening = Whitening(layout, *check_method(method, iterations))
-    covariance = _layout.covariances(covariance, layout)
+    covariance = group_covariances(covariance, layout)
     spec = affine_spec(
         x,
         (scale, bias),
@@ -209,13 +218,13 @@ def decorrelate(
     References: Huang et al. 2018 (decorrelated batch normalization), Algorithm 1;
     Huang et al. 2019 (IterNorm), Algorithm 1.
     """
-    x = _layout.real("x", x)
-    layout = _layout.layout(x, axis, group_size)
-    _layout.real_result(dtype, scale=scale, bias=bias)
+    x = require_real("x", x)
+    layout = layout_of(x, axis, group_size)
+    require_real_result(dtype, scale=scale, bias=bias)
     whitening = Whitening(layout, *check_method(method, iterations))
     mean, covariance = fallback or (None, None)
-    covariance = _layout.covariances(covariance, layout)
-    mask, weights = _layout.positions(mask, weights, x, layout.axis)
+    covariance = group_covariances(covariance, layout)
+    mask, weights = mask_and_weights(mask, weights, x, layout.axis)
     options: Options = {
         "axis": axis,
         "epsilon": epsilon,

@@ -1,14 +1,18 @@
 """Co-moments: a count, a mean and the summed products of deviations.
 
-Their merge; those of a batch, over all replicas; and the derivative.
+The groups of features whose deviations are multiplied; the merge; the co-moments of a
+batch, over all replicas; and their derivative.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _axes, _checks, _dtypes, _replicas
@@ -29,8 +33,155 @@ from bnjax.moments import (
     variance_from_m2,
     zero_where_masked,
 )
-from bnjax.whiten import _layout
-from bnjax.whiten._layout import Layout, outer
+from bnjax.moments._batch import _deviation
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+# Groups of adjacent features, and the products within them.
+
+
+class Layout(NamedTuple):
+    """The feature axis, the number of groups, and the features of each; static."""
+
+    axis: int
+    groups: int
+    size: int
+
+
+def layout_of(x: jax.Array, axis: int, group_size: int | None) -> Layout:
+    """The layout of `x`, checked; one group of all features for group_size=None."""
+    axes = _axes.canonical(axis, x.ndim)
+    if len(axes) != 1:
+        raise ValueError(
+            f"axis={axis!r} names {len(axes)} axes: expected one feature axis, whose "
+            "features are whitened together. Reshape those axes to one first."
+        )
+    features = x.shape[axes[0]]
+    if features == 0:
+        raise ValueError(
+            f"the input has shape {tuple(x.shape)}, with 0 features (axis={axis!r}): "
+            "expected at least one to whiten. Leave the layer out where there are none."
+        )
+    size = features if group_size is None else operator.index(group_size)
+    if size < 1 or features % size:
+        raise ValueError(
+            f"group_size={group_size!r} does not divide the {features} features of "
+            f"the input's shape {tuple(x.shape)} (axis={axis!r}): expected groups of "
+            "equal size. Write group_size=None for one group of all features, or a "
+            "divisor of their number."
+        )
+    return Layout(axes[0], features // size, size)
+
+
+def require_real(name: str, x: ArrayLike) -> jax.Array:
+    """`x` as a JAX array of a real floating dtype."""
+    x = _checks.require_inexact(name, x)
+    if jnp.iscomplexobj(x):
+        raise TypeError(
+            f"{name} has dtype {x.dtype}: expected a real floating dtype, for complex "
+            "values are not whitened here. Write "
+            f"{name}.real, or stack {name}.real and {name}.imag as two features."
+        )
+    return x
+
+
+def require_real_result(
+    dtype: DTypeLike | None, **parameters: ArrayLike | None
+) -> None:
+    """Raises where the output would be complex."""
+    for name, value in parameters.items():
+        if jnp.iscomplexobj(value):
+            require_real(name, jnp.asarray(value))
+    if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"dtype={jnp.dtype(dtype).name} is the dtype of the output: expected a "
+            "real one. Write dtype=None to infer it from the input."
+        )
+
+
+def mask_and_weights(
+    mask: ArrayLike | None, weights: ArrayLike | None, x: jax.Array, axis: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Both in the rank of `x`, checked: they may not vary by feature."""
+    flags, numbers = _checks.mask(mask, x.shape), _checks.weights(weights, x.shape)
+    for name, received, value, cure in (
+        ("mask", mask, flags, "all"),
+        ("weights", weights, numbers, "min"),
+    ):
+        if received is not None and value is not None and value.shape[axis] != 1:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(received)}, which varies along the "
+                f"feature axis {axis} of the input's shape {tuple(x.shape)}: expected "
+                "size 1 there, for a covariance needs both of its features. Write "
+                f"{name}.{cure}(axis={axis}, keepdims=True)."
+            )
+    return flags, numbers
+
+
+def group_covariances(value: ArrayLike | None, spec: Layout) -> jax.Array:
+    """A real (size, size) matrix for each group; the identity where `value` is None."""
+    shape = (spec.groups, spec.size, spec.size)
+    if value is None:
+        return jnp.broadcast_to(jnp.eye(spec.size), shape)
+    value = require_real("covariance", value)
+    if value.shape != shape:
+        raise ValueError(
+            f"covariance has shape {value.shape}: expected {shape}, a matrix for each "
+            f"group of {spec.size} features. Write group_size=... as in the "
+            "statistics, or covariance[None] for a single group."
+        )
+    return value
+
+
+def group_size_of(covariance: jax.Array) -> int:
+    """The number of features in a group, by the shape of a covariance."""
+    if covariance.ndim != 3 or covariance.shape[-1] != covariance.shape[-2]:
+        raise ValueError(
+            f"covariance has shape {covariance.shape}: expected (groups, size, size), "
+            "a matrix for each group. Write covariance[None] for a single group."
+        )
+    return covariance.shape[-1]
+
+
+def split_groups(x: jax.Array, spec: Layout) -> jax.Array:
+    """`x` as (..., groups, size): the features last, and in their groups."""
+    x = jnp.moveaxis(x, spec.axis, -1)
+    return x.reshape(*x.shape[:-1], spec.groups, spec.size)
+
+
+def _join_groups(x: jax.Array, spec: Layout) -> jax.Array:
+    """The inverse of `split_groups`."""
+    x = x.reshape(*x.shape[:-2], spec.groups * spec.size)
+    return jnp.moveaxis(x, -1, spec.axis)
+
+
+def summed_products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """sum a b^T over all positions of (..., groups, size): (groups, size, size)."""
+    positions = tuple(range(a.ndim - 2))
+    group = (a.ndim - 2,)
+    sharding = jax.typeof(a).sharding
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    return lax.dot_general(
+        a,
+        b,
+        ((positions, positions), (group, group)),
+        precision=HIGHEST,
+        out_sharding=replicated if any(sharding.spec) else None,  # Explicit axes
+    )
+
+
+def outer_products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b^T of two vectors for each group."""
+    return a[..., :, None] * b[..., None, :]
+
+
+def multiply_groups(matrices: jax.Array, x: jax.Array, spec: Layout) -> jax.Array:
+    """Multiplies the features of each group by its matrix; subtracts no mean."""
+    y = jnp.einsum(
+        "gij,...gj->...gi", matrices, split_groups(x, spec), precision=HIGHEST
+    )
+    return _join_groups(y, spec)
 
 
 class CoMoments(NamedTuple):
@@ -78,7 +229,7 @@ class CoMoments(NamedTuple):
         Args:
             groups: how many groups of features.
             size: how many features each group has.
-            dtype: of all values.
+            dtype: the dtype of all values.
 
         >>> CoMoments.empty(2, 3).m2.shape
         (2, 3, 3)
@@ -120,7 +271,7 @@ def _merge_two(a: CoMoments, b: CoMoments) -> CoMoments:
     union = Union.of(a.count, b.count)
     d = (b.mean - a.mean).reshape(a.m2.shape[:-1])
     # The weight first: d^2 may overflow where one side is empty.
-    between = outer(d, d * (union.share_a * union.share_b).astype(d.dtype))
+    between = outer_products(d, d * (union.share_a * union.share_b).astype(d.dtype))
     mean = union.blend(a.mean, b.mean)
     return CoMoments(union.count, mean, union.total(a.m2, b.m2, between))
 
@@ -183,9 +334,9 @@ def co_moments(
 
     References: Chan, Golub & LeVeque 1979; Huang et al. 2018, eq. 3.
     """
-    x = _layout.real("x", x)
-    layout = _layout.layout(x, axis, group_size)
-    mask = mask_with_weights(x, *_layout.positions(mask, weights, x, layout.axis))
+    x = require_real("x", x)
+    layout = layout_of(x, axis, group_size)
+    mask = mask_with_weights(x, *mask_and_weights(mask, weights, x, layout.axis))
     spec = CoReductionSpec(
         reduction_spec(x, axis, axis_name, axis_index_groups), layout
     )
@@ -217,14 +368,13 @@ def co_statistics(
     deviation from it.
     """
     count, mean, _ = compute_moments(x, mask, shift, spec.reduction)
-    d = _deviation(x, drop_last_bit(mean), mask, spec)
+    operand, centre = _replicas.pvary_together(x, drop_last_bit(mean))
+    d = _deviation(operand, centre, mask, spec.reduction)
     d, weighed_d = (
-        _layout.split(v, spec.layout) for v in (d, multiply_by_weights(d, mask))
+        split_groups(v, spec.layout) for v in (d, multiply_by_weights(d, mask))
     )
-    s1, s2 = _total(
-        (_sum(weighed_d), _layout.products(d, weighed_d)), x, spec.reduction
-    )
-    m2 = s2 - _layout.outer(s1, mean_from_sum(s1, count))
+    s1, s2 = _total((_sum(weighed_d), summed_products(d, weighed_d)), x, spec.reduction)
+    m2 = s2 - outer_products(s1, mean_from_sum(s1, count))
     return CoMoments(count, mean, m2)
 
 
@@ -233,31 +383,24 @@ def _(spec, primals, tangents):
     (x, mask, _), (dx, dw, _) = primals, tangents
     result = CoMoments._make(map(name_for_remat, co_statistics(*primals, spec)))
     where = gradient_mask(x, mask)
-    d = _deviation(x, result.mean, where, spec)
+    operand, centre = _replicas.pvary_together(x, result.mean)
+    d = _deviation(operand, centre, where, spec.reduction)
     dx = _axes.split_like(x, jnp.zeros_like(x)) if is_zero(dx) else dx
     first = half = multiply_by_weights(zero_where_masked(dx, where), mask)
     counts = []
     if is_weighted(mask) and not is_zero(dw):
         first, half = first + d * dw, half + d * dw / 2
         counts.append(count_valid(x, dw, spec.reduction.axes))
-    d, first, half = (_layout.split(v, spec.layout) for v in (d, first, half))
-    sums = _sum(first), _layout.products(d, half), *counts
+    d, first, half = (split_groups(v, spec.layout) for v in (d, first, half))
+    sums = _sum(first), summed_products(d, half), *counts
     s1, s2, *counts = _total(sums, x, spec.reduction)
     dn = jnp.zeros_like(result.count)
-    if counts:  # nothing varies about what is given for an empty batch
+    if counts:  # the results for an empty batch are constants
         (dn,) = counts
         s1, s2 = (jnp.where(result.count > 0, s, 0) for s in (s1, s2))
     dmean = mean_from_sum(s1, result.count).ravel()
     dm2 = s2 + jnp.swapaxes(s2, -1, -2)
     return result, CoMoments(dn, dmean, dm2)
-
-
-def _deviation(x, centre, where, spec: CoReductionSpec) -> jax.Array:
-    """x - centre, and 0 where `where` is False."""
-    x, centre = _replicas.pvary_together(x, centre)
-    return zero_where_masked(
-        x - _axes.expand(centre, (spec.layout.axis,), x.ndim), where
-    )
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -4,8 +4,8 @@
     min_max_scale    (x - min) / (max - min), to a range
     zca_whiten       covariance^(-1/2) (x - mean)
 
-A constant feature, and one that nothing valid was seen of, is divided by 1. Scalers of
-one kind and the same settings are equal, hashable and can be pickled.
+A constant feature is divided by 1, and so is one without a valid value. Scalers of one
+kind and the same settings are equal, hashable and can be pickled.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +18,13 @@ from jax.typing import ArrayLike
 from bnjax import _axes, _checks, _dtypes
 from bnjax._bound import bind
 from bnjax.moments import moments
-from bnjax.whiten import _layout
-from bnjax.whiten._co_moments import co_moments
+from bnjax.whiten._co_moments import (
+    HIGHEST,
+    co_moments,
+    layout_of,
+    multiply_groups,
+    require_real,
+)
 from bnjax.whiten._whiten import inverse_sqrt
 
 Axis = int | Sequence[int]
@@ -29,9 +34,9 @@ class Scaler(NamedTuple):
     """A scaling of inputs; all pure.
 
     Attributes:
-        fit: (x, mask=None) -> state. The mask is boolean and broadcastable to `x`; what
-            lies under False, NaN included, is not looked at. `mask=~jnp.isnan(x)`
-            leaves out missing values.
+        fit: (x, mask=None) -> state. The mask is boolean and broadcastable to `x`.
+            Values under False, NaN included, are ignored: `mask=~jnp.isnan(x)` leaves
+            out missing values.
         apply: (state, x) -> y, of the shape of `x`, at least float32.
         invert: (state, y) -> x.
 
@@ -101,12 +106,12 @@ def min_max_scale(*, axis: Axis = -1, low: float = 0.0, high: float = 1.0) -> Sc
 
         y = (x - min) / (max - min) * (high - low) + low
 
-    Two values decide, and what is applied later may lie outside.
+    Two values of each feature decide. Inputs that are scaled later may lie outside.
 
     Args:
         axis: the feature axis or axes; all others are reduced.
-        low: what the smallest value becomes; a constant feature too.
-        high: what the largest value becomes.
+        low: the smallest value after scaling, and all values of a constant feature.
+        high: the largest value after scaling.
 
     Returns:
         Scaler. `fit` raises as that of `standardize`.
@@ -136,14 +141,14 @@ def _fit_range(
     x: ArrayLike, mask: ArrayLike | None = None, *, axis: Axis, low: float, high: float
 ) -> Scaling:
     x = _not_empty(x, axis)
-    x = _layout.real("x", x).astype(_dtypes.statistics_dtype(x.dtype))
+    x = require_real("x", x).astype(_dtypes.statistics_dtype(x.dtype))
     axes = _axes.complement(_axes.canonical(axis, x.ndim), x.ndim)
     where = jnp.broadcast_to(_mask(mask, x), x.shape)
     smallest = jnp.min(x, axes, where=where, initial=jnp.inf)
     largest = jnp.max(x, axes, where=where, initial=-jnp.inf)
-    seen = where.any(axes)
-    smallest = jnp.where(seen, smallest, 0)
-    extent = jnp.where(seen, largest - smallest, 0)
+    any_valid = where.any(axes)
+    smallest = jnp.where(any_valid, smallest, 0)
+    extent = jnp.where(any_valid, largest - smallest, 0)
     scale = _divisor(extent, jnp.zeros_like(extent)) / (high - low)
     return Scaling(smallest, scale, jnp.full_like(smallest, low))
 
@@ -177,9 +182,12 @@ def zca_whiten(
     References: Bell & Sejnowski 1997; Kessy, Lewin & Strimmer 2018, section 2.
     """
     _checks.epsilon(epsilon)
-    where = {"axis": _hashable(axis)}
-    fit = bind(_fit_covariance, epsilon=epsilon, group_size=group_size, **where)
-    return Scaler(fit, bind(_whiten, **where), bind(_colour, **where))
+    feature_axis: Any = _hashable(axis)  # `fit` raises for several
+    fit = bind(
+        _fit_covariance, axis=feature_axis, epsilon=epsilon, group_size=group_size
+    )
+    whiten, colour = (bind(f, axis=feature_axis) for f in (_whiten, _colour))
+    return Scaler(fit, whiten, colour)
 
 
 def _fit_covariance(
@@ -195,49 +203,49 @@ def _fit_covariance(
     eye = jnp.eye(batch.m2.shape[-1], dtype=batch.m2.dtype)[None]
     covariance = jnp.where(batch.count > 0, batch.covariance(), eye)
     whitening = inverse_sqrt(covariance, epsilon=epsilon)
-    root = jnp.matmul(covariance + epsilon * eye, whitening, precision=_layout.HIGHEST)
+    root = jnp.matmul(covariance + epsilon * eye, whitening, precision=HIGHEST)
     return Colouring(batch.mean, whitening, root)
 
 
 def _whiten(state: Colouring, x: ArrayLike, *, axis: Any) -> jax.Array:
     x, mean, spec = _in_groups(state, x, axis)
-    return _layout.whitened(state.whitening, x - mean, spec)
+    return multiply_groups(state.whitening, x - mean, spec)
 
 
 def _colour(state: Colouring, y: ArrayLike, *, axis: Any) -> jax.Array:
     y, mean, spec = _in_groups(state, y, axis)
-    return _layout.whitened(state.colouring, y, spec) + mean
+    return multiply_groups(state.colouring, y, spec) + mean
 
 
 def _in_groups(state: Colouring, x: ArrayLike, axis: Any):
-    x = _layout.real("x", x)
-    spec = _layout.layout(x, axis, state.whitening.shape[-1])
-    x, (mean,) = _beside(x, axis, mean=state.mean)
+    x = require_real("x", x)
+    spec = layout_of(x, axis, state.whitening.shape[-1])
+    x, (mean,) = _broadcastable(x, axis, mean=state.mean)
     return x, mean, spec
 
 
 def _affine(axis: Axis):
-    """apply and invert of a Scaling."""
+    """The functions `apply` and `invert` for a Scaling."""
     return bind(_apply, axis=axis), bind(_invert, axis=axis)
 
 
 def _apply(state: Scaling, x: ArrayLike, *, axis: Axis) -> jax.Array:
-    x, (offset, scale, low) = _beside(x, axis, **state._asdict())
+    x, (offset, scale, low) = _broadcastable(x, axis, **state._asdict())
     return (x - offset) / scale + low
 
 
 def _invert(state: Scaling, y: ArrayLike, *, axis: Axis) -> jax.Array:
-    y, (offset, scale, low) = _beside(y, axis, **state._asdict())
+    y, (offset, scale, low) = _broadcastable(y, axis, **state._asdict())
     return (y - low) * scale + offset
 
 
 def _hashable(axis: Axis) -> Axis:
-    """The axis or axes, of which a list has no hash."""
+    """The axis or axes; several as a tuple, because a list has no hash."""
     return tuple(axis) if isinstance(axis, Iterable) else axis
 
 
-def _beside(x: ArrayLike, axis: Axis, **vectors: jax.Array):
-    """`x`, widened, and the per-feature vectors in its rank; checked."""
+def _broadcastable(x: ArrayLike, axis: Axis, **vectors: jax.Array):
+    """`x`, at least float32, and checked vectors that broadcast against it."""
     x = _checks.require_inexact("x", x)
     axes = _axes.canonical(axis, x.ndim)
     for name, value in vectors.items():
@@ -249,7 +257,7 @@ def _beside(x: ArrayLike, axis: Axis, **vectors: jax.Array):
 
 
 def _not_empty(x: ArrayLike, axis: Axis) -> jax.Array:
-    """`x`, which must have a value for each feature."""
+    """`x` as an array; raises unless it has a value for each feature."""
     x = _checks.require_inexact("x", x)
     axes = _axes.complement(_axes.canonical(axis, x.ndim), x.ndim)
     if 0 in (x.shape[a] for a in axes):

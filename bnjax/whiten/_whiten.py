@@ -1,6 +1,8 @@
-"""W (x - mean) * scale + bias, and W: inverse square roots of covariances.
+"""Whitening by given co-moments, and its matrix: inverse square roots of covariances.
 
-All three roots whiten: W C W^T = I. They differ by a rotation, by cost, and by
+    y = W (x - mean) * scale + bias
+
+All three roots W whiten: W C W^T = I. They differ by a rotation, by cost, and by
 exactness.
 """
 
@@ -16,9 +18,15 @@ from jax.typing import ArrayLike
 from bnjax import _axes, _checks, _dtypes, _replicas
 from bnjax.moments import name_for_remat
 from bnjax.normalize import AffineSpec, Inputs, TransformSpec
-from bnjax.whiten import _layout
-from bnjax.whiten._co_moments import CoMoments, CoReductionSpec, co_statistics
-from bnjax.whiten._layout import Layout
+from bnjax.whiten._co_moments import (
+    HIGHEST,
+    CoMoments,
+    CoReductionSpec,
+    Layout,
+    co_statistics,
+    multiply_groups,
+    require_real,
+)
 
 METHODS = ("eigh", "newton_schulz", "cholesky")
 
@@ -70,7 +78,7 @@ def inverse_sqrt(
     References: Kessy, Lewin & Strimmer 2018 (ZCA, Cholesky); Huang et al. 2018, section
     3.1; Huang et al. 2019, Algorithm 1 (Newton's iteration); Higham 2008, section 6.3.
     """
-    covariance = _layout.real("covariance", covariance)
+    covariance = require_real("covariance", covariance)
     if covariance.ndim < 2 or covariance.shape[-1] != covariance.shape[-2]:
         raise ValueError(
             f"covariance has shape {covariance.shape}: expected square matrices, "
@@ -202,37 +210,39 @@ def _transposed(a: jax.Array) -> jax.Array:
 
 
 def _dot(*factors: jax.Array) -> jax.Array:
-    return functools.reduce(
-        functools.partial(jnp.matmul, precision=_layout.HIGHEST), factors
-    )
+    return functools.reduce(functools.partial(jnp.matmul, precision=HIGHEST), factors)
 
 
 class Whitening(NamedTuple):
-    """A transform of `normalize.train`; equal where its fields are, so static."""
+    """A training transform for `apply_training_transform`; static, equal by fields."""
 
     layout: Layout
     method: str
     iterations: int
 
     def __call__(
-        self, given: Inputs, spec: TransformSpec, covariance: jax.Array
+        self, inputs: Inputs, spec: TransformSpec, covariance: jax.Array
     ) -> tuple[jax.Array, CoMoments]:
-        """The whitened x and its co-moments; `covariance` is that of an empty batch."""
+        """The whitened x and its co-moments; `covariance` is for an empty batch."""
         reduction = CoReductionSpec(spec.reduction, self.layout)
-        batch = co_statistics(given.x, given.mask, given.shift, reduction)
+        batch = co_statistics(inputs.x, inputs.mask, inputs.shift, reduction)
         compute = spec.affine.compute
-        mean, own = batch.mean.astype(compute), batch.covariance().astype(compute)
-        if given.mask is not None or 0 in (
-            given.x.shape[a] for a in spec.reduction.axes
+        mean = batch.mean.astype(compute)
+        batch_covariance = batch.covariance().astype(compute)
+        if inputs.mask is not None or 0 in (
+            inputs.x.shape[a] for a in spec.reduction.axes
         ):
             seen = batch.count > 0
-            mean = _axes.where(seen, mean, given.fallback_mean)
-            own = _axes.where(seen, own, covariance.astype(compute))
-        vectors = mean, given.scale, given.bias
-        x = given.bounded_x()
-        return normalize_with_stats(
-            x, own, vectors, given.epsilon, self, spec.affine
-        ), batch
+            mean = _axes.where(seen, mean, inputs.fallback_mean)
+            batch_covariance = _axes.where(
+                seen, batch_covariance, covariance.astype(compute)
+            )
+        vectors = mean, inputs.scale, inputs.bias
+        x = inputs.bounded_x()
+        y = normalize_with_stats(
+            x, batch_covariance, vectors, inputs.epsilon, self, spec.affine
+        )
+        return y, batch
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -241,7 +251,7 @@ def normalize_with_stats(
 ):
     """(x - mean) M + b, as (x - c) M + (b - (mean - c) M) for a constant c = mean.
 
-    The value is the same, and so is every derivative; but that by the mean is taken
+    The value and every derivative are the same. But the derivative by the mean is that
     of a vector, and not of an array as large as `x`.
     """
     layout, *method = whitening
@@ -250,11 +260,11 @@ def normalize_with_stats(
     matrices = root(covariance.astype(spec.compute), epsilon, *method)
     matrices = scale.reshape(*groups, 1) * matrices
     centre = lax.stop_gradient(mean)
-    offset = bias - _layout.whitened(matrices, mean - centre, Layout(0, *groups))
+    offset = bias - multiply_groups(matrices, mean - centre, Layout(0, *groups))
     centre, matrices, offset = _cast(x, centre, matrices, offset)
     x = x.astype(spec.compute)
     centre, offset = (_axes.expand(v, (layout.axis,), x.ndim) for v in (centre, offset))
-    return _layout.whitened(matrices, x - centre, layout) + offset
+    return multiply_groups(matrices, x - centre, layout) + offset
 
 
 def _cast(x: jax.Array, *values: jax.Array):
