@@ -514,7 +514,7 @@ FAULTS = [
     ),
     Fault(
         "the scale decays",
-        "training/_state.py",
+        "training/__init__.py",
         '        return not (normalizes or name == "bias")',
         '        return name != "bias"',
         "tests/test_training.py",
@@ -542,7 +542,7 @@ FAULTS = [
     ),
     Fault(
         "many features alarm by chance",
-        "diagnostics/_report.py",
+        "diagnostics/__init__.py",
         "    share = _ALARMS / (4 * max(features, 1))",
         "    share = _ALARMS * 100",
         "tests/test_diagnostics.py",

@@ -234,7 +234,7 @@ def test_the_limits_are_close_to_the_quantiles(count, features):
 
     def beyond(field, drift):
         value = {"mean": np.zeros(1), "std": np.ones(1)} | {field: np.array([drift])}
-        found = diagnostics._report._beyond_chance(
+        found = diagnostics._beyond_chance(
             diagnostics.Drift(**value), np.array([count]), features
         )
         return bool(getattr(found, field)[0])

@@ -1,4 +1,4 @@
-"""Running statistics as a whole: accumulated over micro-batches, merged, and reset."""
+"""Operations on all running statistics: merge, reset, and accumulation."""
 
 import glob
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ def merge_batch_stats(
     counts: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> Any:
-    """Merges running statistics that replicas have kept each for itself.
+    """Merges running statistics that each replica has kept for itself.
 
         mean = sum_r w_r mean_r,   var = sum_r w_r (var_r + |mean_r - mean|^2),
         w_r = count_r / sum count
@@ -29,13 +29,14 @@ def merge_batch_stats(
     the variances, which `lax.pmean(batch_stats)` gives, leaves Var[mean] out.
 
     Args:
-        batch_stats: a tree of {mean, var}; what else it holds (the vectors of
-            `nn.SpectralNorm`) stays as it is. Without `axis_name` the values of
+        batch_stats: a tree of {mean, var}. Other leaves (the vectors of
+            `nn.SpectralNorm`) stay as they are. Without `axis_name` the values of
             replicas lie along a leading axis, as in what `jax.pmap` or
             `multihost_utils.process_allgather` returns; stack others first.
-        counts: how many values each replica has seen, (replica,); with `axis_name` the
-            own one, a scalar. None: as many as the others. Replicas with count 0 change
-            nothing, whatever they hold; if all have, the result is mean 0, var 1.
+        counts: how many values each replica has seen, (replica,); with `axis_name` a
+            scalar, that of this replica. None: equally many. Replicas with count 0
+            change nothing, whatever they hold; if all have, the result is mean 0,
+            var 1.
         axis_name: the axis, or axes, of shard_map, pmap or vmap to merge over.
 
     Returns:
@@ -54,16 +55,16 @@ def merge_batch_stats(
     References: Chan, Golub & LeVeque 1979, eq. 2.1.
     """
     axis_name = _checks.axis_name(axis_name)
-    if counts is not None:  # NumPy's are of int64: as int32 they would begin again
+    if counts is not None:  # NumPy's int64 would overflow as int32
         counts = jnp.asarray(counts, float)
 
     leaves, structure = _trees.flatten(batch_stats)
-    for layer, has in _layers(leaves).items():
+    for layer, fields in _layers(leaves).items():
         paths = [f"{layer}/{name}".removeprefix("/") for name in State._fields]
-        if has == {*State._fields}:
+        if fields == {*State._fields}:
             stats = State(*(leaves[path] for path in paths))
             leaves |= zip(paths, _merge(stats, counts, axis_name, layer))
-        elif has:
+        elif fields:
             raise ValueError(_checks.NO_STATISTICS.format(path=layer))
     return jax.tree.unflatten(structure, leaves.values())
 
@@ -74,8 +75,8 @@ def reset_batch_stats(batch_stats: Any) -> Any:
     Before fine-tuning on other data, or to begin an average anew.
 
     Args:
-        batch_stats: a tree of {mean, var}, of Linen or of NNX. What else it holds (the
-            vectors of `nn.SpectralNorm`) stays as it is.
+        batch_stats: a tree of {mean, var}, of Linen or of NNX. Other leaves (the
+            vectors of `nn.SpectralNorm`) stay as they are.
 
     Returns:
         `batch_stats` of the same structure, shapes and dtypes.
@@ -114,8 +115,8 @@ def _layers(leaves: Mapping[str, Any]) -> dict[str, set[str]]:
 
 def _merge(stats: State, counts, axis_name, path: str) -> tuple[jax.Array, ...]:
     """The merged mean and var of one layer."""
-    given = [jnp.asarray(value) for value in stats]
-    mean, var = (v.astype(_dtypes.statistics_dtype(v.dtype)) for v in given)
+    stored = [jnp.asarray(value) for value in stats]
+    mean, var = (v.astype(_dtypes.statistics_dtype(v.dtype)) for v in stored)
     if axis_name is None:
         _checks.replicas(path, mean.shape, None if counts is None else counts.shape)
     lead = mean.shape[:1] if axis_name is None else ()
@@ -124,11 +125,11 @@ def _merge(stats: State, counts, axis_name, path: str) -> tuple[jax.Array, ...]:
     mean, var = jnp.where(seen, mean, 0), jnp.where(seen, var, 0)
     m2 = var * count.reshape(seen.shape)
     local = Moments(count, mean, m2)
-    if axis_name is not None:  # the axis of replicas is the named one
+    if axis_name is not None:  # one row: the other replicas are on the named axis
         local = jax.tree.map(lambda value: value[None], local)
     merged = merged_rows(local, axis_name)
     new = merged.mean, jnp.where(merged.count > 0, merged.variance(), 1)
-    return tuple(v.astype(old.dtype) for v, old in zip(new, given))
+    return tuple(v.astype(old.dtype) for v, old in zip(new, stored))
 
 
 _RULE = (
@@ -159,7 +160,7 @@ class Accumulated(NamedTuple):
         loss: the mean of the micro-batches' losses.
         grads: the mean of their gradients, of the structure of the parameters.
         batch_stats: the running statistics after one update.
-        output: what the model has returned, of each micro-batch, along a leading axis;
+        output: the outputs of the model for all micro-batches, along a leading axis;
             None if the loss function returned the Moments alone.
         pool: the Moments that the update was made from, by layer.
         updates: the other collections that `loss_fn` returns, by name, after the last
@@ -193,17 +194,17 @@ def accumulate(
     running update is that of the whole batch, with the variance of the micro-batches'
     means. An update per micro-batch would leave that out, and decay K times.
 
-    What else the model updates advances through the micro-batches in turn, as in K
-    steps of a plain loop, and is returned: the vectors of `nn.SpectralNorm`, counters
-    (that of a BatchRenorm, by K), the statistics of Flax's BatchNorm (which leaves no
-    Moments: K updates).
+    Everything else that the model updates passes from one micro-batch to the next, as
+    in K steps of a plain loop, and is returned: the vectors of `nn.SpectralNorm`,
+    counters (a BatchRenorm counts K steps), and the statistics of Flax's BatchNorm,
+    which leaves no Moments (K updates).
 
     Args:
         loss_fn: (variables, micro-batch) -> (loss, result); result is what the model's
             `apply` returns with `mutable=["batch_stats", "batch_moments"]` and further
             collections to advance; or the tree below `batch_moments`, if nothing else
             is updated. The loss is a mean over the micro-batch.
-        variables: {"params", "batch_stats"} and whatever else the model has.
+        variables: {"params", "batch_stats"} and the model's other collections.
         batches: a tree of arrays with the micro-batches along their leading axis,
             (K, batch / K, ...); keys of `jax.random.split(key, K)`, too. To split a
             batch that lies on several devices, so that each has its part of all
@@ -212,8 +213,8 @@ def accumulate(
             layers with `unbiased=True`. The momentum of a layer is not among its
             variables, so it is named here.
         keep: patterns of the paths of layers whose `batch_stats` are not updated.
-        pool: `pool` of the calls before this one since the last step of the optimizer,
-            which are counted in; see the example for `optax.MultiSteps` below.
+        pool: the `pool` of the previous call, if the optimizer has made no step since;
+            its Moments count too. See the example for `optax.MultiSteps` below.
 
     Returns:
         Accumulated(loss, grads, batch_stats, output, pool, updates).
@@ -226,12 +227,19 @@ def accumulate(
 
     With `optax.MultiSteps`, one update per step of the optimizer, from the pool since:
 
-        found = accumulate(loss_fn, state.variables, batches, rule=rule, pool=pool)
-        new = state.apply_gradients(grads=found.grads)
+        accumulated = accumulate(
+            loss_fn, state.variables, batches, rule=rule, pool=pool
+        )
+        new = state.apply_gradients(grads=accumulated.grads)
         stepped = tx.has_updated(new.opt_state)
-        keep_or = functools.partial(jax.tree.map, functools.partial(jnp.where, stepped))
-        state = new.replace(batch_stats=keep_or(found.batch_stats, state.batch_stats))
-        pool = keep_or(jax.tree.map(jnp.zeros_like, found.pool), found.pool)
+
+        def if_stepped(value, other):
+            return jax.tree.map(lambda v, o: jnp.where(stepped, v, o), value, other)
+
+        stats = if_stepped(accumulated.batch_stats, state.batch_stats)
+        state = new.replace(batch_stats=stats)
+        empty = jax.tree.map(jnp.zeros_like, accumulated.pool)
+        pool = if_stepped(empty, accumulated.pool)
 
     >>> import bnjax
     >>> layer = bnjax.BatchNorm(use_running_average=False, momentum=0.9)
@@ -241,8 +249,8 @@ def accumulate(
     ...     result = layer.apply(variables, x, mutable=["batch_stats", "batch_moments"])
     ...     return (result[0] ** 2).mean(), result
     >>> rule = bnjax.running.ema(0.9)
-    >>> found = accumulate(loss_fn, variables, x, rule=rule)
-    >>> print(found.batch_stats["var"])                  # 0.9 + 0.1 * 8.75
+    >>> accumulated = accumulate(loss_fn, variables, x, rule=rule)
+    >>> print(accumulated.batch_stats["var"])                  # 0.9 + 0.1 * 8.75
     [1.775]
 
     References: Hoffer, Hubara & Soudry 2017, Algorithm 1 (ghost batches); Huang et al.
@@ -251,121 +259,131 @@ def accumulate(
     _check_rule(rule)
     others = {name: value for name, value in variables.items() if name != "params"}
     state, structure = _trees.flatten(others)
-    advances = _Advances(variables["batch_stats"], keep)
+    model_updates = _ModelUpdates(variables["batch_stats"], keep)
 
     def loss(params, state, batch):
-        fresh = jax.tree.unflatten(structure, state.values())  # NNX's are of one trace
+        # NNX's variables belong to one trace: each gets new ones.
+        fresh = jax.tree.unflatten(structure, state.values())
         value, result = loss_fn({"params": params, **fresh}, batch)
-        output = result[0] if isinstance(result, tuple) and len(result) == 2 else None
-        left = _trees.moments_of(result, "loss_fn")
-        return value, (output, left, advances.after(state, result))
+        output, _ = _output_and_collections(result)
+        moments = _trees.moments_of(result, "loss_fn")
+        return value, (output, moments, model_updates.applied(state, result))
 
     def step(carry, batch):
         total, state = carry
         grad = jax.value_and_grad(loss, has_aux=True)
-        (value, (output, left, state)), grads = grad(params, state, batch)
-        return (jax.tree.map(jnp.add, total, grads), state), (value, (output, left))
+        (value, (output, moments, state)), grads = grad(params, state, batch)
+        return (jax.tree.map(jnp.add, total, grads), state), (value, output, moments)
 
     params = variables["params"]
     start = jax.tree.map(
         lambda p: jnp.zeros(p.shape, _dtypes.statistics_dtype(p.dtype)), params
     )
     state = jax.tree.map(jnp.asarray, state)
-    carry, (losses, (output, rows)) = lax.scan(step, (start, state), batches)
+    carry, (losses, output, rows) = lax.scan(step, (start, state), batches)
     total, state = carry
     grads = jax.tree.map(lambda g, p: (g / len(losses)).astype(p.dtype), total, params)
-    found = {path: _merged(each) for path, each in rows.items()}
+    pooled = {path: merged_rows(moments) for path, moments in rows.items()}
     if pool is not None:
-        found = {path: merge(pool[path], each) for path, each in found.items()}
+        pooled = {path: merge(pool[path], each) for path, each in pooled.items()}
 
     def update(path, mean, var):
-        return rule.update(State(mean, var), found[path])
+        return rule.update(State(mean, var), pooled[path])
 
     new = jax.tree.unflatten(structure, state.values())
-    stats = _trees.updated(new["batch_stats"], found, update, advances.keep())
-    updates = {name: new[name] for name in new if name in advances.returned}
-    return Accumulated(losses.mean(), grads, stats, output, found, updates)
+    kept = model_updates.layers_to_keep()
+    stats = _trees.updated(new["batch_stats"], pooled, update, kept)
+    updates = {name: new[name] for name in new if name in model_updates.collections}
+    return Accumulated(losses.mean(), grads, stats, output, pooled, updates)
 
 
-class _Advances:
-    """What the model updates by itself, found out while a micro-batch is traced.
+def _output_and_collections(result: Any) -> tuple[Any, Any]:
+    """The two parts of what `apply` returns; no output if Moments are all there is."""
+    if isinstance(result, tuple) and len(result) == 2:
+        return result
+    return None, result
+
+
+class _ModelUpdates:
+    """The variables that the model updates itself, known once a micro-batch is traced.
 
     Attributes:
-        returned: the collections that `loss_fn` returns, but for those of statistics.
+        collections: those that `loss_fn` returns, except `batch_stats`.
     """
 
     def __init__(self, batch_stats: Any, keep: Sequence[str]):
-        self.returned: set[str] = set()
+        self.collections: set[str] = set()
         self._patterns = [keep] if isinstance(keep, str) else [*keep]
         self._layers: dict[str, set[str]] = {}
         for path in _trees.flatten(batch_stats)[0]:
             layer, _, name = path.rpartition("/")
             self._layers.setdefault(layer, set()).add(name)
         self._kept = _trees.matching(keep, {*self._layers}, "keep")
-        self._measured: set[str] = set()  # the layers that leave Moments
+        self._with_moments: set[str] = set()  # the layers that leave Moments
         self._updated: set[str] = set()  # the layers that write `batch_stats` otherwise
-        self._statistics = False  # whether `batch_stats` is returned
+        self._returns_statistics = False  # whether `batch_stats` is returned
 
-    def after(self, state: Mapping[str, Any], result: Any) -> dict[str, Any]:
+    def applied(self, state: Mapping[str, Any], result: Any) -> dict[str, Any]:
         """The state after a micro-batch; layers that leave Moments keep theirs.
 
         Args:
             state: the leaves of all collections but the parameters, by path.
-            result: of `loss_fn`.
+            result: the result of `loss_fn`.
         """
-        pair = isinstance(result, tuple) and len(result) == 2
-        left: Any = result[1] if pair else result
-        whole = isinstance(left, Mapping) and "batch_moments" in left
-        moments = left["batch_moments"] if whole else left
-        self._measured = {_trees.layer_of(path) for path in _trees.flatten(moments)[0]}
+        _, returned = _output_and_collections(result)
+        by_name = isinstance(returned, Mapping) and "batch_moments" in returned
+        moments = returned["batch_moments"] if by_name else returned
+        leaves = _trees.flatten(moments)[0]
+        self._with_moments = {_trees.layer_of(path) for path in leaves}
         new = dict(state)
-        for name in left if whole else ():
-            collections = {path.partition("/")[0] for path in state}
-            if name not in collections - {"batch_moments"}:
+        if not by_name:
+            return new
+        known = {path.partition("/")[0] for path in state} - {"batch_moments"}
+        for name in returned:
+            if name not in known:
                 continue  # transient: begins anew with each call
             if name == "batch_stats":
-                self._statistics = True
+                self._returns_statistics = True
             else:
-                self.returned.add(name)
-            for path, value in _trees.flatten({name: left[name]})[0].items():
+                self.collections.add(name)
+            for path, value in _trees.flatten({name: returned[name]})[0].items():
                 layer = _trees.layer_of(path.removeprefix("batch_stats/"))
-                own = path.rpartition("/")[2] in _STATISTICS  # but for a counter
-                measured = own and layer in self._measured
-                if name == "batch_stats" and (layer in self._kept or measured):
+                if name == "batch_stats" and self._is_kept(layer, path):
                     continue
                 if path not in state:
                     raise ValueError(_UNKNOWN.format(path=path))
-                if value is state[path] or isinstance(value, tuple):  # as it was
+                is_unchanged = value is state[path] or isinstance(value, tuple)
+                if is_unchanged:
                     continue
                 if name == "batch_stats":
                     self._updated.add(layer)
-                new[path] = _like(value, state[path])
+                new[path] = _cast_like(value, state[path])
         return new
 
-    def keep(self) -> list[str]:
+    def _is_kept(self, layer: str, path: str) -> bool:
+        """Whether the model's update of these `batch_stats` is ignored."""
+        is_statistic = path.rpartition("/")[2] in _STATISTICS  # and no counter
+        return layer in self._kept or (is_statistic and layer in self._with_moments)
+
+    def layers_to_keep(self) -> list[str]:
         """Patterns of the layers that no Moments update."""
-        others = {*self._layers} - self._kept - self._measured
-        if others and not self._statistics:
+        others = {*self._layers} - self._kept - self._with_moments
+        if others and not self._returns_statistics:
             paths = ", batch_stats/".join(sorted(others))
             raise ValueError(_NOT_RETURNED.format(paths=paths, keep=sorted(others)))
-        own = {
+        by_model = {
             layer
             for layer in others
             if layer in self._updated or not self._layers[layer] & {*State._fields}
         }
-        return [*self._patterns, *map(glob.escape, sorted(own))]
+        return [*self._patterns, *map(glob.escape, sorted(by_model))]
 
 
-def _like(value: Any, old: Any) -> Any:
-    """`value` in the dtype of what it replaces, unless that is real and it is not."""
+def _cast_like(value: Any, old: Any) -> Any:
+    """`value` in the dtype of `old`; a complex value in place of a real one stays."""
     if jnp.iscomplexobj(value) and not jnp.iscomplexobj(old):
         return value
     return value if value.dtype == old.dtype else value.astype(old.dtype)
-
-
-def _merged(rows: Moments) -> Moments:
-    """The merge of Moments along the leading axis."""
-    return merged_rows(rows)
 
 
 def _check_rule(rule: Rule) -> None:
