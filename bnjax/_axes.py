@@ -12,13 +12,13 @@ Axes = tuple[int, ...]
 
 def canonical(axis: int | Sequence[int], ndim: int) -> Axes:
     """The axes as sorted non-negative integers; raises on an axis that is not there."""
-    given = tuple(map(operator.index, axis if isinstance(axis, Iterable) else (axis,)))
+    named = tuple(map(operator.index, axis if isinstance(axis, Iterable) else (axis,)))
     if ndim == 0:
         raise ValueError(
             f"the input has shape (), which has no axis={axis!r}: expected at least a "
             "feature axis, for example (batch, feature). Write x[None, None]."
         )
-    wrong = [a for a in given if not -ndim <= a < ndim]
+    wrong = [a for a in named if not -ndim <= a < ndim]
     if wrong:
         raise ValueError(
             f"axis={axis!r} is out of range for an input of {ndim} dimension(s): "
@@ -26,7 +26,7 @@ def canonical(axis: int | Sequence[int], ndim: int) -> Axes:
             "axis names the feature axis, for example axis=-1 for "
             "(batch, height, width, feature)."
         )
-    axes = tuple(sorted(a % ndim for a in given))
+    axes = tuple(sorted(a % ndim for a in named))
     if len(set(axes)) != len(axes):
         raise ValueError(
             f"axis={axis!r} names an axis of the {ndim}-dimensional input twice: "

@@ -1,4 +1,4 @@
-"""What the compiler has to be told, per platform. Below the derivative rules."""
+"""Instructions to the compiler, by platform, below the derivative rules."""
 
 import functools
 import sys
@@ -54,7 +54,7 @@ def reread(storage, implementation: str | None, x: jax.Array, *vectors: jax.Arra
     a bfloat16 input, and even the broadcast of a per-feature vector. Each user that
     narrows to the `storage` dtype, fences, and widens again reads the stored input
     instead (narrowing a widened value is exact, and XLA removes the pair). Elsewhere
-    all users share one fusion, and a fence would only part them.
+    all users share one fusion, which a fence would split.
     """
     if implementation == PLAIN:
         return (x, *vectors)
@@ -161,7 +161,7 @@ def _round(y: jax.Array) -> jax.Array:
 
 
 def _fence(storage, implementation: str | None, x: jax.Array, *vectors: jax.Array):
-    """Returns the values: behind a fence on a CPU, as they are elsewhere."""
+    """Returns the values, on a CPU behind a fence."""
     if jnp.iscomplexobj(x):
         storage = x.dtype  # a real input made complex cannot be narrowed
 

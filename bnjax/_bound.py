@@ -1,4 +1,4 @@
-"""Functions with settings, as values."""
+"""Functions with fixed keyword arguments, as values."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A function of a module, and the keyword arguments that are set already.
+    """A function of a module with fixed keyword arguments.
 
-    Unlike a closure it can be pickled, and unlike a partial it equals another of the
-    same function and settings: as a static argument of jit it compiles once.
+    Unlike a closure it can be pickled. Unlike a partial it equals another of the same
+    function and settings, so that jit compiles once for it as a static argument.
     """
 
     function: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""Validation. Every message says what was received, expected, and what to write."""
+"""Validation. Messages say what was received, what was expected, what to write."""
 
 import itertools
 import numbers
@@ -19,9 +19,9 @@ class BatchNormWarning(UserWarning):
 
 
 class UnboundAxisNameError(NameError, ValueError):
-    """A collective was asked for over an axis that no transform has bound.
+    """A collective over an axis that no transform has bound.
 
-    A NameError because that is what JAX and Flax raise here.
+    It is a NameError because JAX and Flax raise one here.
     """
 
 
@@ -165,7 +165,7 @@ def weights(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
     """The weights as a floating array of the rank of `x`, or None."""
     if value is None:
         return None
-    given, value = value, jnp.asarray(value)
+    received, value = value, jnp.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         cure = "weights.astype(jnp.float32)"
         if value.dtype == bool:
@@ -174,7 +174,7 @@ def weights(value: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
             cure = "weights.real"
         raise TypeError(_WEIGHTS.format(dtype=value.dtype, cure=cure))
     not_narrow("weights", value.dtype)
-    known = given if isinstance(given, np.ndarray) else value
+    known = received if isinstance(received, np.ndarray) else value
     if not isinstance(known, Tracer) and getattr(known, "is_fully_addressable", True):
         numbers = np.asarray(known, np.float64).ravel()
         wrong = numbers[~((numbers >= 0) & (numbers < np.inf))]
@@ -192,10 +192,10 @@ def _aligned(
     """`value` in the rank of `x`; raises unless it broadcasts to the shape of `x`.
 
     Args:
-        name: of the argument.
-        values: what it holds, in the plural.
-        value: as it was given.
-        shape: of `x`.
+        name: the name of the argument.
+        values: the plural noun for its values, "flags".
+        value: the mask or the weights, of any rank.
+        shape: the shape of `x`.
     """
     shape, rank = tuple(shape), len(shape)
     aligned = (1,) * (rank - value.ndim) + value.shape
@@ -288,10 +288,10 @@ def elementwise(activation, shape: Sequence[int], y, dtype) -> None:
     """Raises unless the activation made an array of that shape, real for a real dtype.
 
     Args:
-        activation: for the message.
-        shape: of its input.
-        y: what it returned.
-        dtype: that `y` is cast to.
+        activation: the function, for the message.
+        shape: the shape of its input.
+        y: its result.
+        dtype: the dtype that `y` is cast to.
     """
     if not isinstance(y, jax.Array | np.ndarray):
         raise TypeError(
@@ -352,7 +352,7 @@ def decay_rate(name: str, value) -> None:
 
 
 def _range(name: str, value, what: str, example: str) -> tuple[float, float]:
-    """The least and the largest of what must be real numbers; (0, 1) if traced."""
+    """The smallest and the largest value; (0, 1) if traced; raises unless real."""
     real = isinstance(value, numbers.Real)
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         real = jnp.issubdtype(value.dtype, jnp.number) and not jnp.iscomplexobj(value)
@@ -432,10 +432,10 @@ def warn_single_value(count, shape: Sequence[int], axis, groups: int = 0) -> Non
     """Warns where the statistics are those of one value.
 
     Args:
-        count: the values per feature and group; an int, or symbolic.
-        shape: of the input.
+        count: the number of values per feature and group; an int, or symbolic.
+        shape: the shape of the input.
         axis: the feature axis or axes.
-        groups: how many parts of the batch have statistics of their own; 0 for none.
+        groups: the number of parts of the batch with separate statistics; 0 for none.
     """
     if not isinstance(count, int) or count != 1:
         return

@@ -1,4 +1,4 @@
-"""Which dtype is computed in, stored and returned."""
+"""The dtypes of statistics and of results."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def statistics_dtype(*values) -> jnp.dtype:
 
 
 def result(*values) -> jnp.dtype:
-    """Of a result of these values, None aside: as promoted, float32 for integers."""
+    """The dtype of a result of these values, without None; float32 for integers."""
     dtype = promote(*(value for value in values if value is not None))
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else statistics_dtype(dtype)
 

@@ -1,9 +1,9 @@
 """Collectives over named axes, the same in shard_map, pmap and vmap.
 
 Under shard_map(check_vma=True) a value is typed by the mesh axes that it varies
-over. There a gathered value must be asked for as invarying, and a value that does
+over. There a gathered value must be requested as invarying, and a value that does
 not vary yet must be cast before it is summed. Under pmap, vmap and
-shard_map(check_vma=False) nothing is typed, and either request is an error.
+shard_map(check_vma=False) nothing is typed, and both are errors.
 """
 
 import itertools
@@ -102,16 +102,16 @@ def packed_rows(values, axis_name: AxisName):
 
 
 def of_own_group(rows: jax.Array, axis_name: AxisName, groups: Groups | None):
-    """`rows`, of replicas, with those of other groups set to zero."""
+    """The rows of replicas, with those of other groups set to zero."""
     return rows if groups is None else _own_group(rows, axis_name, groups)
 
 
 def own_rows(rows, axis_name: AxisName | None, groups: Groups | None):
-    """Of each array with a row for every group, the row of this replica's group."""
+    """From each array with a row for every group, the row of this replica's group."""
     if groups is None or axis_name is None:
         return list(rows)
-    mine = _own(_groups_of(axis_size(axis_name), groups), axis_name)
-    return [lax.dynamic_index_in_dim(row, mine, keepdims=False) for row in rows]
+    own_group = _of_this_replica(_groups_of(axis_size(axis_name), groups), axis_name)
+    return [lax.dynamic_index_in_dim(row, own_group, keepdims=False) for row in rows]
 
 
 def group_sizes(axis_name: AxisName | None, groups: Groups | None, dtype):
@@ -174,7 +174,7 @@ def _all_gather(x: jax.Array, axis_name: AxisName, invarying: bool = False):
 
 
 def _typed(axis_name: AxisName) -> frozenset:
-    """Those of the named axes that are typed where this is traced."""
+    """The named axes that values are typed by here: empty in pmap and vmap."""
     return varying(lax.axis_index(axis_name)) & frozenset(_names(axis_name))
 
 
@@ -186,9 +186,9 @@ def _cast(x, axes: frozenset):
 def _own_group(rows: jax.Array, axis_name: AxisName, groups: Groups):
     """`rows` with every row of another group set to zero (not multiplied: NaN)."""
     group_of = _groups_of(rows.shape[0], groups)
-    mine = _own(group_of, axis_name)
-    own = (group_of == mine).reshape((-1,) + (1,) * (rows.ndim - 1))
-    return jnp.where(own, rows, jnp.zeros_like(rows))
+    own_group = _of_this_replica(group_of, axis_name)
+    in_group = (group_of == own_group).reshape((-1,) + (1,) * (rows.ndim - 1))
+    return jnp.where(in_group, rows, jnp.zeros_like(rows))
 
 
 def _groups_of(replicas: int, groups: Groups) -> np.ndarray:
@@ -199,6 +199,6 @@ def _groups_of(replicas: int, groups: Groups) -> np.ndarray:
     return group_of
 
 
-def _own(values: np.ndarray, axis_name: AxisName) -> jax.Array:
-    """This replica's of the values, one for each."""
+def _of_this_replica(values: np.ndarray, axis_name: AxisName) -> jax.Array:
+    """The value of this replica, of values that have one for each."""
     return jnp.asarray(values)[lax.axis_index(axis_name)]

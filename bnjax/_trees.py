@@ -80,50 +80,50 @@ def moments_of(result: Any, function: str) -> dict[str, Moments]:
 
     Args:
         result: (anything, {"batch_moments": tree}), {"batch_moments": tree} or tree.
-        function: what has returned it, for the message.
+        function: the name of the function that returned it, for the message.
     """
-    left = result[1] if isinstance(result, tuple) and len(result) == 2 else result
-    if isinstance(left, Mapping) and "batch_moments" in left:
-        left = left["batch_moments"]
-    leaves = flatten(left)[0]
-    found = {layer_of(p): v for p, v in leaves.items() if isinstance(v, Moments)}
-    if not found or not all(map(_are_moments, leaves.values())):
+    tree = result[1] if isinstance(result, tuple) and len(result) == 2 else result
+    if isinstance(tree, Mapping) and "batch_moments" in tree:
+        tree = tree["batch_moments"]
+    leaves = flatten(tree)[0]
+    moments = {layer_of(p): v for p, v in leaves.items() if isinstance(v, Moments)}
+    if not moments or not all(map(_are_moments, leaves.values())):
         shapes = jax.tree.map(jnp.shape, result)
         received = f"{type(result).__name__} of shapes {shapes}"
         raise TypeError(_NO_MOMENTS.format(function=function, received=received))
-    return found
+    return moments
 
 
 def updated(
     batch_stats: Any,
-    found: Mapping[str, Any],
+    estimates: Mapping[str, Any],
     update: Callable[[str, Any, Any], tuple[Any, Any]],
     keep: Sequence[str],
 ) -> Any:
     """`batch_stats` with the new statistics of every layer that is not kept.
 
     Args:
-        batch_stats: a tree that has a mean and a var at the path of every layer. What
-            has neither (the vectors of `nn.SpectralNorm`) stays as it is.
-        found: by layer, what has a mean.
+        batch_stats: a tree that has a mean and a var at the path of every layer. Other
+            leaves (the vectors of `nn.SpectralNorm`) stay as they are.
+        estimates: by layer, an object with a mean: Moments, or an average.
         update: (path, mean, var) -> the new (mean, var) of a layer.
-        keep: patterns of the layers that stay as they are.
+        keep: patterns of the layers that stay unchanged.
     """
     stored, structure = flatten(batch_stats)
     layers = {layer_of(path) for path in stored}
     kept = matching(keep, layers, "keep")
     normalize = {layer_of(p) for p in stored if p.rpartition("/")[2] in ("mean", "var")}
-    unseen = sorted(normalize - kept - set(found))
+    unseen = sorted(normalize - kept - set(estimates))
     if unseen:
         raise ValueError(
             _UNSEEN.format(paths=", batch_stats/".join(unseen), keep=unseen)
         )
-    for layer in sorted(set(found) - kept):
+    for layer in sorted(set(estimates) - kept):
         names = [f"{layer}/{name}".removeprefix("/") for name in ("mean", "var")]
-        _check_layer(layer, [stored.get(name) for name in names], found[layer].mean)
+        _check_layer(layer, [stored.get(name) for name in names], estimates[layer].mean)
         old = [stored[name] for name in names]
         new = update(layer, *old)
-        stored |= {n: _like(v, o) for n, v, o in zip(names, new, old, strict=True)}
+        stored |= {n: _cast_like(v, o) for n, v, o in zip(names, new, old, strict=True)}
     return jax.tree.unflatten(structure, stored.values())
 
 
@@ -131,7 +131,7 @@ def matching(patterns: Sequence[str], paths: set[str], option: str) -> set[str]:
     """The paths that match one of the patterns, each of which must match one."""
     if isinstance(patterns, str):
         patterns = [patterns]
-    found: set[str] = set()
+    matched: set[str] = set()
     for pattern in patterns:
         matches = {path for path in paths if fnmatch.fnmatchcase(path, pattern)}
         if not matches:
@@ -141,12 +141,12 @@ def matching(patterns: Sequence[str], paths: set[str], option: str) -> set[str]:
                 option=option, pattern=pattern, paths=some, last=last
             )
             raise ValueError(message)
-        found |= matches
-    return found
+        matched |= matches
+    return matched
 
 
 def _are_moments(node: Any) -> bool:
-    """Moments, or what is left in their place where there is a covariance."""
+    """Whether it is Moments, or the CoMoments of a layer that whitens."""
     return isinstance(node, tuple) and hasattr(node, "mean")
 
 
@@ -171,7 +171,7 @@ def _check_layer(layer: str, stored: list, mean: Any) -> None:
     raise ValueError(message)
 
 
-def _like(value: Any, stored: Any) -> jax.Array:
+def _cast_like(value: Any, stored: Any) -> jax.Array:
     """`value` in the dtype of what it replaces."""
     dtype = jnp.asarray(stored).dtype
     if jnp.iscomplexobj(value):  # Flax's mean starts real

@@ -8,8 +8,8 @@ are split into batches. `algorithm_2` leaves out the variance of the batches' me
 Where the examples of a batch are independent, m/(m-1) makes up for that. Where they are
 not, the result is too small: the smaller the batches, the more.
 
-A model is seen through `apply_fn(variables, batch)`. It normalizes by the statistics of
-the batch, and returns the Moments that its layers leave in `batch_moments`; for Linen:
+The model is called as `apply_fn(variables, batch)`. It normalizes by the statistics of
+the batch, and returns the Moments that its layers leave in `batch_moments`. For Linen:
 
     def apply_fn(variables, batch):
         return model.apply(
@@ -19,26 +19,26 @@ the batch, and returns the Moments that its layers leave in `batch_moments`; for
 and for NNX:
 
     recording = nnx.view(model, record_moments=True)
-    graphdef, stats, rest = nnx.split(recording, nnx.BatchStat, ...)
+    graphdef, stats, others = nnx.split(recording, nnx.BatchStat, ...)
 
     def apply_fn(variables, batch):
-        model = nnx.merge(graphdef, variables["batch_stats"], variables["rest"])
+        model = nnx.merge(graphdef, variables["batch_stats"], variables["others"])
         model(batch)
         return nnx.state(model, bnjax.nnx.BatchMoments)
 
-    new = pooled(apply_fn, {"batch_stats": stats, "rest": rest}, batches)
+    new = pooled(apply_fn, {"batch_stats": stats, "others": others}, batches)
     nnx.update(model, new)
 
 `batch` is whatever `apply_fn` takes: images with a mask of their padding, arrays split
-over devices, shards for a shard_map of its own. A layer that is called twice counts
-both of its inputs as one batch. Averages are kept in float64 on the host.
+over devices, shards for a shard_map in the model. The inputs of a layer that is called
+twice count as one batch. Averages are kept in float64 on the host.
 
-Of the variants: the batch of a GhostBatchNorm is all of `batch`, whatever its groups;
-of a SplitBatchNorm each domain is estimated from its own examples, and has to occur.
-What a BatchRenorm passes on depends on the statistics that it had: give `apply_fn` a
-model with r_max=1, d_max=0, so that it normalizes by the batch like the others. The
-covariances of a DecorrelatedBatchNorm are not estimated: name it in `keep`. What else
-lies in `batch_stats`, the vectors of `nn.SpectralNorm`, stays as it is.
+The variants: The batch of a GhostBatchNorm is all of `batch`, whatever its groups. Each
+domain of a SplitBatchNorm is estimated from its own examples, and has to occur. The
+output of a BatchRenorm depends on the statistics that it had: give `apply_fn` a model
+with r_max=1, d_max=0, which normalizes by the batch like the others. The covariances of
+a DecorrelatedBatchNorm are not estimated: name it in `keep`. Other leaves of
+`batch_stats`, such as the vectors of `nn.SpectralNorm`, stay as they are.
 """
 
 import functools
@@ -107,20 +107,21 @@ def algorithm_2(
 
         mean = E_B[mean_B],   var = E_B[m/(m-1) var_B],   m the values of a batch
 
-    Every batch weighs the same, also a smaller last one. Of a feature, batches with
-    fewer than two values do not count, as they have no unbiased variance.
+    Every batch has the same weight, even a smaller last one. Batches with fewer than
+    two values of a feature do not count for it, as they have no unbiased variance.
 
     Args:
         apply_fn: (variables, batch) -> what the model's `apply` returns with
             `mutable=["batch_stats", "batch_moments"]`, or the tree below
             `batch_moments` alone. Compiled once per shape of batch; pass the same
             function again, not a new lambda, to compile nothing again.
-        variables: of the model, with "batch_stats"; the weights may be averaged ones.
+        variables: the variables of the model, with "batch_stats". The parameters may
+            be averages over training.
         batches: an iterable of batches. A batch may be smaller than the others, and
             its arrays may be split over devices.
         keep: patterns of the paths of layers that stay as they are ("encoder/*").
         stacked: whether `batches` is a tree of arrays that have the batches along their
-            leading axis, (batches, batch, ...), to run over in one compiled scan. It
+            leading axis, (batches, batch, ...). One compiled scan runs over them and
             holds the Moments of all batches.
         progress: whether to show a progress bar; needs rich.
 
@@ -148,9 +149,11 @@ def algorithm_2(
         unbiased = m2 / np.where(count > 1, count - 1, 1)
         return _Average((count > 1).astype(np.float64), mean, unbiased)
 
-    each = _each(apply_fn, variables, batches, stacked, progress)
-    found = _averages(each, average, between=False)
-    return _new(variables, found, keep, enough=1, where="each of the batches")
+    batch_moments = _moments_of_batches(apply_fn, variables, batches, stacked, progress)
+    averages = _averages(batch_moments, average, between=False)
+    return _new_batch_stats(
+        variables, averages, keep, least_weight=1, where="each of the batches"
+    )
 
 
 def pooled(
@@ -166,9 +169,10 @@ def pooled(
 
         mean = E[mean_B],   var = E[mean_B^2 + var_B] - E[mean_B]^2
 
-    The expectation weighs batches by their numbers of values, and the variance is
-    biased. The batches' Moments are merged in float64, so that the data may be split in
-    any way (which still shows in deeper layers: their inputs were normalized by batch).
+    Batches are weighted by their numbers of values, and the variance is biased. The
+    batches' Moments are merged in float64, so that the result does not depend on how
+    the data is split. (In deeper layers it does: their inputs were normalized by the
+    statistics of each batch.)
     At |mean|/std = 1e4 the relative error of the variance of n values in all is about
     6e-4/sqrt(n), from the float32 means of the batches: 1e-5 is met with 10^4 values.
 
@@ -177,12 +181,13 @@ def pooled(
             `mutable=["batch_stats", "batch_moments"]`, or the tree below
             `batch_moments` alone. Compiled once per shape of batch; pass the same
             function again, not a new lambda, to compile nothing again.
-        variables: of the model, with "batch_stats"; the weights may be averaged ones.
+        variables: the variables of the model, with "batch_stats". The parameters may
+            be averages over training.
         batches: an iterable of batches. A batch may be smaller than the others, and
             its arrays may be split over devices.
         keep: patterns of the paths of layers that stay as they are ("encoder/*").
         stacked: whether `batches` is a tree of arrays that have the batches along their
-            leading axis, (batches, batch, ...), to run over in one compiled scan. It
+            leading axis, (batches, batch, ...). One compiled scan runs over them and
             holds the Moments of all batches.
         progress: whether to show a progress bar; needs rich.
 
@@ -209,12 +214,14 @@ def pooled(
     def average(count: np.ndarray, mean: np.ndarray, m2: np.ndarray) -> _Average:
         return _Average(count, mean, m2 / np.where(count > 0, count, 1))
 
-    each = _each(apply_fn, variables, batches, stacked, progress)
-    found = _averages(each, average, between=True)
-    return _new(variables, found, keep, enough=2, where="all batches together")
+    batch_moments = _moments_of_batches(apply_fn, variables, batches, stacked, progress)
+    averages = _averages(batch_moments, average, between=True)
+    return _new_batch_stats(
+        variables, averages, keep, least_weight=2, where="all batches together"
+    )
 
 
-def _each(
+def _moments_of_batches(
     apply_fn: ApplyFn, variables: Any, batches: Any, stacked: bool, progress: bool
 ) -> Iterator[dict[str, Moments]]:
     """The Moments that each batch leaves, by layer."""
@@ -241,7 +248,8 @@ def _scan(apply_fn: ApplyFn, variables: Any, batches: Any) -> dict[str, Moments]
     leaves, structure = jax.tree.flatten(variables)
 
     def one(_, batch):
-        fresh = jax.tree.unflatten(structure, leaves)  # NNX's belong to one trace
+        # NNX's variables belong to one trace: each gets new ones.
+        fresh = jax.tree.unflatten(structure, leaves)
         return None, _trees.moments_of(apply_fn(fresh, batch), "apply_fn")
 
     return lax.scan(one, None, batches)[1]
@@ -256,24 +264,24 @@ def _tracked(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def _averages(
-    each: Iterable[dict[str, Moments]],
+    batch_moments: Iterable[dict[str, Moments]],
     average: Callable[..., _Average],
     *,
     between: bool,
 ) -> dict[str, _Average]:
     """The averages over all batches, by layer."""
-    found: dict[str, _Average] = {}
-    for number, layers in enumerate(each):
+    averages: dict[str, _Average] = {}
+    for number, layers in enumerate(batch_moments):
         for path, batch in layers.items():
             wide = _wide(batch)
             if not all(np.isfinite(value).all() for value in wide):
                 raise ValueError(_NOT_FINITE.format(path=path, number=number))
             new = average(*wide)
-            old = found.get(path)
-            found[path] = new if old is None else _merged(old, new, between)
-    if not found:
+            old = averages.get(path)
+            averages[path] = new if old is None else _merged(old, new, between)
+    if not averages:
         raise ValueError(_NO_BATCH)
-    return found
+    return averages
 
 
 def _wide(batch: Moments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -296,31 +304,31 @@ def _merged(a: _Average, b: _Average, between: bool) -> _Average:
     return _Average(weight, a.mean + d * share, var)
 
 
-def _new(
+def _new_batch_stats(
     variables: Any,
-    found: dict[str, _Average],
+    averages: dict[str, _Average],
     keep: Sequence[str],
-    enough: int,
+    least_weight: int,
     where: str,
 ) -> Any:
-    """New `batch_stats`, of which every feature has weight `enough`."""
+    """New `batch_stats`; raises for a feature of less weight than `least_weight`."""
 
     def update(path: str, mean: Any, var: Any):
-        weight = found[path].weight
-        if (weight < enough).any():
-            few = weight < enough
+        too_few = averages[path].weight < least_weight
+        if too_few.any():
             message = _TOO_FEW.format(
                 path=path,
-                features=few.sum(),
-                size=few.size,
+                features=too_few.sum(),
+                size=too_few.size,
                 where=where,
-                rows=np.unique(np.nonzero(np.atleast_1d(few))[0]),
+                rows=np.unique(np.nonzero(np.atleast_1d(too_few))[0]),
             )
             raise ValueError(message)
-        return found[path].mean, found[path].var
+        return averages[path].mean, averages[path].var
 
     stored = variables["batch_stats"]
-    return jax.tree.map(_placed, _trees.updated(stored, found, update, keep), stored)
+    new = _trees.updated(stored, averages, update, keep)
+    return jax.tree.map(_placed, new, stored)
 
 
 def _placed(value: jax.Array, stored: Any) -> jax.Array:

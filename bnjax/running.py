@@ -1,14 +1,14 @@
-"""Running statistics as (init, update, read), all pure.
+"""Running statistics as three pure functions (init, update, read).
 
     ema            mean <- decay mean + (1 - decay) batch mean, the variance likewise
     debiased_ema   the same from 0, divided by 1 - decay^t
     cumulative     mean <- mean + (batch mean - mean) / t
 
 `decay` is the weight of the old value: Flax's momentum, one minus PyTorch's. A feature
-that has no estimate in the batch (count 0; for the unbiased variance count 1 too)
-keeps its statistics, and t counts only batches that had one. These rules average
-variances of batches, so the variance of the batches' means is left out; `merge` the
-moments for a population's variance.
+without an estimate in the batch (count 0; for the unbiased variance count 1 too)
+keeps its statistics, and t counts only batches with an estimate. These rules average
+variances of batches, which leaves out the variance of the batches' means. For the
+variance of a population `merge` the moments.
 
 Rules of one kind and the same settings are equal, hashable and can be pickled.
 """
@@ -38,7 +38,7 @@ class State(NamedTuple):
 
 
 class AverageState(NamedTuple):
-    """Averages that start at 0, and the total weight of what they hold, per feature."""
+    """Averages that start at 0, and their total weight, per feature."""
 
     mean: jax.Array
     var: jax.Array
@@ -51,7 +51,7 @@ class Rule(NamedTuple):
     Attributes:
         init: (feature shape, dtype) -> state.
         update: (state, Moments) -> state.
-        read: state -> State(mean, var); (0, 1) where nothing has been seen.
+        read: state -> State(mean, var); (0, 1) for a feature without an estimate yet.
     """
 
     init: Callable[..., Any]
@@ -64,7 +64,8 @@ def ema(decay: float = 0.99, *, ddof: int = 0, skip_nonfinite: bool = False) -> 
 
         value <- decay value + (1 - decay) batch value
 
-    After t batches the start still weighs decay^t: 37 % after 100 at 0.99.
+    After t batches the initial value still has the weight decay^t: with 0.99 that is
+    37 % after 100 batches.
 
     Args:
         decay: the weight of the old value, in [0, 1].
@@ -85,8 +86,12 @@ def ema(decay: float = 0.99, *, ddof: int = 0, skip_nonfinite: bool = False) -> 
 
     References: Ioffe & Szegedy 2015, section 3.1, last paragraph.
     """
-    how = {"decay": _decay(decay), "ddof": ddof, "skip_nonfinite": skip_nonfinite}
-    return Rule(_init_ema, bind(_update_ema, **how), _as_it_is)
+    settings = {
+        "decay": _checked_decay(decay),
+        "ddof": ddof,
+        "skip_nonfinite": skip_nonfinite,
+    }
+    return Rule(_init_ema, bind(_update_ema, **settings), _read_ema)
 
 
 def _init_ema(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> State:
@@ -98,17 +103,17 @@ def _update_ema(
 ) -> State:
     new = State(batch.mean, batch.variance(ddof))
     blended = State(*(decay * old + (1 - decay) * b for old, b in zip(state, new)))
-    return _where(_usable(batch, ddof, skip_nonfinite), blended, state)
+    return _select(_usable(batch, ddof, skip_nonfinite), blended, state)
 
 
-def _as_it_is(state: State) -> State:
+def _read_ema(state: State) -> State:
     return state
 
 
 def debiased_ema(
     decay: float = 0.99, *, ddof: int = 0, skip_nonfinite: bool = False
 ) -> Rule:
-    """The exponential moving average without the weight of its start.
+    """The exponential moving average without the weight of its initial value.
 
         value <- decay value + (1 - decay) batch value, from 0;  value / (1 - decay^t)
 
@@ -133,8 +138,12 @@ def debiased_ema(
 
     References: Kingma & Ba 2015, section 3 (the same correction in Adam).
     """
-    how = {"decay": _decay(decay), "ddof": ddof, "skip_nonfinite": skip_nonfinite}
-    return Rule(_init_average, bind(_update_debiased, **how), _read_debiased)
+    settings = {
+        "decay": _checked_decay(decay),
+        "ddof": ddof,
+        "skip_nonfinite": skip_nonfinite,
+    }
+    return Rule(_init_average, bind(_update_debiased, **settings), _read_debiased)
 
 
 def _update_debiased(
@@ -148,7 +157,7 @@ def _update_debiased(
     new = (batch.mean, batch.variance(ddof), 1.0)
     blended = (decay * old + (1 - decay) * b for old, b in zip(state, new))
     usable = _usable(batch, ddof, skip_nonfinite)
-    return _where(usable, AverageState(*blended), state)
+    return _select(usable, AverageState(*blended), state)
 
 
 def _read_debiased(state: AverageState) -> State:
@@ -195,15 +204,15 @@ def _update_cumulative(
         state.var + (batch.variance(ddof) - state.var) / t,
         t,
     )
-    return _where(_usable(batch, ddof, skip_nonfinite), averaged, state)
+    return _select(_usable(batch, ddof, skip_nonfinite), averaged, state)
 
 
 def _read_cumulative(state: AverageState) -> State:
     return State(state.mean, jnp.where(state.weight > 0, state.var, 1))
 
 
-def _decay(value: float) -> float:
-    """The decay, checked; a known scalar as a number, for an array has no hash."""
+def _checked_decay(value: float) -> float:
+    """The decay; a known scalar as a float, because an array has no hash."""
     _checks.decay_rate("decay", value)
     if isinstance(value, Tracer) or np.ndim(value):
         return value
@@ -225,5 +234,6 @@ def _usable(batch: Moments, ddof: int, skip_nonfinite: bool) -> jax.Array:
     return usable
 
 
-def _where(usable: jax.Array, new, old):
+def _select(usable: jax.Array, new, old):
+    """The new state for the usable features, the old one for the others."""
     return jax.tree.map(functools.partial(_axes.where, usable), new, old)

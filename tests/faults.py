@@ -234,8 +234,8 @@ FAULTS = [
     Fault(
         "groups are ignored by the derivative",
         "_replicas.py",
-        "    own = (group_of == mine).reshape((-1,) + (1,) * (rows.ndim - 1))",
-        "    own = (group_of == group_of).reshape((-1,) + (1,) * (rows.ndim - 1))",
+        "    in_group = (group_of == own_group)",
+        "    in_group = (group_of == group_of)",
         "tests/test_sharded.py",
     ),
     Fault(
@@ -522,8 +522,8 @@ FAULTS = [
     Fault(
         "a folded bias forgets the mean",
         "fold/_kernels.py",
-        '    return multiplier, given["bias"] - mean * multiplier',
-        '    return multiplier, given["bias"] + 0 * mean',
+        '    return multiplier, vectors["bias"] - mean * multiplier',
+        '    return multiplier, vectors["bias"] + 0 * mean',
         "tests/test_fold.py",
     ),
     Fault(

@@ -22,11 +22,12 @@ conv_transpose  *IO      IO~                 ~OI
 
 I and O are the input's and the output's features, * the window, ~ a mirrored window.
 Trees of Flax's BatchNorm and of bnjax's BatchNorm, GhostBatchNorm and BatchRenorm are
-identical: nothing to convert. What no layer of Flax has passes as it is: tokens, layer
-scales, attention's weights; counts, and what Keras's renorm trains with, as buffers.
-timm's SplitBatchNorm2d has a module for each further
-domain, where SplitBatchNorm has rows; say which it is with kinds={"norm":
-"SplitBatchNorm2d"}. What a tree does not hold is yours to write in the Flax model:
+identical and need no conversion. Parameters that no layer of Flax has keep their names
+and axes: tokens, layer scales, weights of attention. So do, in the collection buffers,
+counts and the training statistics of Keras's renorm. timm's SplitBatchNorm2d has a
+module for each domain but the first, where SplitBatchNorm has rows: write
+kinds={"norm": "SplitBatchNorm2d"}. The weights do not hold these settings, which you
+write in the Flax model:
 
     BatchNorm2d(c)             BatchNorm(momentum=0.9, unbiased=True)
     BatchNormalization()       BatchNorm(epsilon=1e-3)
@@ -44,8 +45,8 @@ domain, where SplitBatchNorm has rows; say which it is with kinds={"norm":
     PReLU()                    PReLU(), and kinds or like, which tell it from a norm
 
 The kernels of transposed convolutions fit `transpose_kernel=False`, Flax's default.
-Features lie last in Flax: a dense layer after a flattened image of torch's expects
-(c, h, w), so transpose before you flatten, or pool.
+Features lie last in Flax. A dense layer of torch's after a flattened image expects
+(c, h, w): transpose before you flatten, or pool.
 """
 
 from collections.abc import Mapping, Sequence
@@ -85,10 +86,10 @@ def from_torch(
         names: torch's module paths to Flax's: a function of the dotted path, or a dict
             whose keys may also be prefixes ({"layer1.0": "Block_0"}) and have to cover
             every module ("" covers all). Flax's paths have slashes. None keeps torch's.
-        kinds: class names by torch's module path, for what shapes do not tell:
+        kinds: class names by torch's module path, where shapes are ambiguous:
             transposed convolutions, embeddings and PReLU. All of them at once:
             `{name: type(module).__name__ for name, module in net.named_modules()}`.
-            Classes that are not known are read by names and shapes, as without.
+            Layers of unknown classes are read by names and shapes.
         like: variables of the Flax model, from `init` or `jax.eval_shape`, which the
             result has to match in structure, shapes and dtypes. Their dtypes are taken
             where that loses nothing, and their metadata boxes (`nn.Partitioned`).
@@ -96,13 +97,14 @@ def from_torch(
 
     Returns:
         {"params": ..., "batch_stats": ...}, those of them that occur, as new arrays.
-        Without `like` also "buffers": integers of other names than those above. What
-        else is not learned has no mark in a state_dict, and is among the parameters.
+        Without `like` also "buffers": integers of other names than those above. Other
+        buffers cannot be told from parameters in a state_dict, and are returned among
+        them.
         float64 becomes float32, with a warning, unless `jax_enable_x64` is set.
 
     Raises:
-        TypeError: a model, or something else that is no state_dict.
-        ValueError: lists all that is missing, extra, unknown or does not fit.
+        TypeError: a model, or another object that is no state_dict.
+        ValueError: lists all entries that are missing, extra, unknown or do not fit.
 
     >>> zeros, ones = np.zeros(3, np.float32), np.ones(3, np.float32)
     >>> norm = {"weight": ones, "running_mean": zeros, "running_var": ones}
@@ -134,18 +136,18 @@ def from_keras(
         weights: {w.path: w for w in model.weights}; {w.name: w for w in layer.weights};
             or the four arrays gamma, beta, moving_mean, moving_variance that
             BatchNormalization's `get_weights` returns.
-        names: as in `from_torch`; Keras's paths have slashes too. The paths of a
+        names: see `from_torch`; Keras's paths have slashes too. The paths of a
             `Sequential` begin with its name: names={"sequential": ""}.
-        kinds: class names by Keras's layer path, for what names and shapes do not tell:
+        kinds: class names by Keras's layer path, where names and shapes are ambiguous:
             `{layer.path: type(layer).__name__ for layer in model.layers}`.
-        like: as in `from_torch`.
+        like: see `from_torch`.
 
     Returns:
-        As `from_torch`; "buffers" holds counts and the statistics that Keras's renorm
-        has beside the moving ones.
+        See `from_torch`; "buffers" holds counts and the statistics of Keras's renorm
+        other than the moving ones.
 
     Raises:
-        ValueError: lists all that is missing, extra, unknown or does not fit.
+        ValueError: lists all entries that are missing, extra, unknown or do not fit.
 
     >>> zeros, ones = np.zeros(2, np.float32), np.ones(2, np.float32)
     >>> variables = from_keras([3 * ones, zeros, zeros, ones])
@@ -186,20 +188,19 @@ def to_torch(
     Args:
         variables: {"params": ..., "batch_stats": ...} and the "buffers" of
             `from_torch`; other collections have no counterpart and are left out.
-        names: as in `from_torch`, from torch's paths to Flax's. A function needs
-            `like`.
-        kinds: as in `from_torch`.
+        names: see `from_torch`: from torch's paths to Flax's. A function needs `like`.
+        kinds: see `from_torch`.
         like: the state_dict of the torch model, which the result has to match in names,
             shapes and dtypes. Its dtypes are taken where that loses nothing.
-        num_batches_tracked: what each normalization is to say that it has seen; torch
-            uses it with momentum=None alone.
+        num_batches_tracked: the count of batches in each normalization; torch uses it
+            with momentum=None alone.
 
     Returns:
         New NumPy arrays by dotted name. torch cannot read NumPy's bfloat16: write
         `value.astype("float32")`.
 
     Raises:
-        ValueError: lists all that is missing, extra, unknown or does not fit.
+        ValueError: lists all entries that are missing, extra, unknown or do not fit.
 
     >>> params = {"up": {"kernel": np.zeros((2, 4, 3, 5))}}
     >>> state_dict = to_torch({"params": params}, kinds={"up": "ConvTranspose2d"})
@@ -219,7 +220,7 @@ def momentum_from_torch(momentum: float | None) -> float:
         1 - momentum: torch's is the weight of the new value, Flax's that of the old
 
     Args:
-        momentum: of torch's layer, in [0, 1].
+        momentum: the momentum of torch's layer, in [0, 1].
 
     Returns:
         In [0, 1].

@@ -82,10 +82,10 @@ class Finding(NamedTuple):
     """One thing that is wrong with one layer.
 
     Attributes:
-        layer: its path.
+        layer: the path of the layer.
         what: the kind of trouble.
         figure: how bad it is, in words.
-        cure: what usually helps.
+        cure: a remedy that usually helps.
     """
 
     layer: str
@@ -100,7 +100,7 @@ class Report:
 
     Attributes:
         layers: how many layers were looked at.
-        findings: what is wrong with them.
+        findings: the troubles that were found.
         others: the paths of layers that have no mean and var, and were not looked at.
     """
 

@@ -299,7 +299,7 @@ class Agreement:
 
     Attributes:
         replicas: the most copies that were compared of any array.
-        differences: of each array that differs, by its path; the farthest first.
+        differences: by path, the arrays that differ; the largest difference first.
     """
 
     replicas: int
@@ -332,9 +332,9 @@ def replicas_agree(
 
     Args:
         statistics: a tree of arrays: `batch_stats`, or parameters.
-        axis: None compares the copies that devices hold of each array, those of all
-            processes (which must all call this). An integer names the axis along which
-            the values of replicas lie, as in what `jax.pmap` returns.
+        axis: None compares the copies of each array on all devices of all processes,
+            which must all call this function. An integer names the axis along which
+            the values of replicas lie, as in the results of `jax.pmap`.
         rtol: the largest difference that is ignored, relative to the largest magnitude.
 
     Returns:

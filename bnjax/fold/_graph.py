@@ -65,7 +65,7 @@ def reach_of_result(
 
     Args:
         eqn: the equation.
-        reaches: those of its operands.
+        reaches: the reaches of its operands.
         zeros: whether each operand is known to be 0.
     """
     present = [reach for reach in reaches if reach is not None]
@@ -289,7 +289,7 @@ class Value:
         shape: the shape of a variable, or of the result of an equation.
         dtype: the dtype of a variable.
         readers: the marks and primitives that read it, without marks of variables.
-        reach: that of the kernel or bias that gets here, see `Reach`.
+        reach: the reach of the kernel or bias that gets here, see `Reach`.
         zero: whether it is known to be 0.
     """
 

@@ -25,17 +25,17 @@ def affine(
     cancels; `(x - mean) * multiplier + bias` does not.
 
     Args:
-        mean: of the features, of any shape.
-        var: as mean, real.
-        scale: as mean; None for 1.
-        bias: as mean; None for 0.
+        mean: the mean of each feature, of any shape.
+        var: the variance, real, of the shape of `mean`.
+        scale: gamma, of the shape of `mean`; None for 1.
+        bias: beta, of the shape of `mean`; None for 0.
         epsilon: added to the variance.
 
     Returns:
         (multiplier, offset), of the shape of `mean`, in at least float32.
 
     Raises:
-        ValueError: shapes that differ, a negative epsilon.
+        ValueError: shapes that differ; a negative epsilon.
 
     >>> multiplier, offset = affine(jnp.array([5.0]), jnp.array([4.0]), epsilon=0.0)
     >>> print(multiplier, offset)
@@ -48,15 +48,15 @@ def affine(
         mean, *(v for v in (var, scale, bias) if v is not None)
     )
     mean = jnp.asarray(mean, compute)
-    given = {
+    vectors = {
         "var": jnp.asarray(var, _dtypes.real(compute)),
         "scale": jnp.ones_like(mean) if scale is None else jnp.asarray(scale, compute),
         "bias": jnp.zeros_like(mean) if bias is None else jnp.asarray(bias, compute),
     }
-    for name, value in given.items():
+    for name, value in vectors.items():
         _same_shape(name, value.shape, "mean", mean.shape)
-    multiplier = lax.rsqrt(given["var"] + epsilon) * given["scale"]
-    return multiplier, given["bias"] - mean * multiplier
+    multiplier = lax.rsqrt(vectors["var"] + epsilon) * vectors["scale"]
+    return multiplier, vectors["bias"] - mean * multiplier
 
 
 def fold_conv(
@@ -73,25 +73,25 @@ def fold_conv(
 
         kernel' = kernel * multiplier,  bias' = bias * multiplier + offset
 
-    with `affine`'s multiplier and offset. Exact for every stride, padding, dilation and
-    number of groups, none of which it has to know.
+    with the multiplier and the offset of `affine`. Exact for every stride, padding,
+    dilation and number of groups.
 
     Args:
         kernel: (*window, in / groups, out), as in Flax.
-        bias: of the convolution, (out,); None for 0.
-        mean: of its output, (out,).
-        var: (out,).
-        scale: (out,); None for 1.
-        bn_bias: of the normalization, (out,); None for 0.
+        bias: the bias of the convolution, (out,); None for 0.
+        mean: the mean of its output, (out,).
+        var: the variance of its output, (out,).
+        scale: the scale of the normalization, (out,); None for 1.
+        bn_bias: the bias of the normalization, (out,); None for 0.
         epsilon: added to the variance.
 
     Returns:
-        (kernel, bias), computed in at least float32, in the dtype of `kernel`: cast
-        one first that is stored narrower than it is multiplied in.
+        (kernel, bias), computed in at least float32, in the dtype of `kernel`. Cast the
+        kernel first if the layer multiplies in a wider dtype.
 
     Raises:
-        ValueError: a kernel of less than two dimensions, one of `fold_dense` or
-            another number of output features, a negative epsilon.
+        ValueError: a kernel of two dimensions or less (see `fold_dense`); vectors of
+            another number of features; a negative epsilon.
 
     >>> kernel = jnp.ones((3, 1, 2))
     >>> mean, var = jnp.array([1.0, 2.0]), jnp.array([4.0, 16.0])
@@ -121,20 +121,20 @@ def fold_dense(
 
     Args:
         kernel: (in, out).
-        bias: of the dense layer, (out,); None for 0.
-        mean: of its output, (out,).
-        var: (out,).
-        scale: (out,); None for 1.
-        bn_bias: of the normalization, (out,); None for 0.
+        bias: the bias of the dense layer, (out,); None for 0.
+        mean: the mean of its output, (out,).
+        var: the variance of its output, (out,).
+        scale: the scale of the normalization, (out,); None for 1.
+        bn_bias: the bias of the normalization, (out,); None for 0.
         epsilon: added to the variance.
 
     Returns:
-        (kernel, bias), computed in at least float32, in the dtype of `kernel`: cast
-        one first that is stored narrower than it is multiplied in.
+        (kernel, bias), computed in at least float32, in the dtype of `kernel`. Cast the
+        kernel first if the layer multiplies in a wider dtype.
 
     Raises:
-        ValueError: another number of dimensions or of output features, a negative
-            epsilon.
+        ValueError: a kernel of another rank; vectors of another number of features; a
+            negative epsilon.
 
     >>> mean, var = jnp.array([1.0, 2.0]), jnp.array([4.0, 16.0])
     >>> kernel, bias = fold_dense(jnp.ones((3, 2)), None, mean, var, epsilon=0.0)
@@ -164,20 +164,21 @@ def fold_conv_transpose(
 
     Args:
         kernel: `(*window, in, out)`; with `transpose_kernel` `(*window, out, in)`.
-        bias: of the convolution, (out,); None for 0.
-        mean: of its output, (out,).
-        var: (out,).
-        scale: (out,); None for 1.
-        bn_bias: of the normalization, (out,); None for 0.
+        bias: the bias of the convolution, (out,); None for 0.
+        mean: the mean of its output, (out,).
+        var: the variance of its output, (out,).
+        scale: the scale of the normalization, (out,); None for 1.
+        bn_bias: the bias of the normalization, (out,); None for 0.
         epsilon: added to the variance.
-        transpose_kernel: as in `flax.linen.ConvTranspose` and `lax.conv_transpose`.
+        transpose_kernel: the option of `flax.linen.ConvTranspose` and of
+            `lax.conv_transpose`.
 
     Returns:
-        (kernel, bias), computed in at least float32, in the dtype of `kernel`: cast
-        one first that is stored narrower than it is multiplied in.
+        (kernel, bias), computed in at least float32, in the dtype of `kernel`. Cast the
+        kernel first if the layer multiplies in a wider dtype.
 
     Raises:
-        ValueError: as `fold_conv`.
+        ValueError: see `fold_conv`.
 
     >>> kernel, mean, var = jnp.ones((3, 2, 1)), jnp.ones(2), jnp.array([4.0, 16.0])
     >>> kernel, bias = fold_conv_transpose(

@@ -243,10 +243,10 @@ def folded_variables(
 
     Args:
         program: the traced model.
-        pairs: what to fold. Also written: what overflows is kept, and where an offset
-            is added in its own place.
+        pairs: the pairs to fold. Those that overflow are moved to `kept`, and where an
+            offset is added in its own place is noted.
         dtypes: for each normalization, its output dtypes by input dtype.
-        variables: those of the model, by where it stores them.
+        variables: the variables of the model, by where it stores them.
         place: (path of a layer, name) -> where that variable is stored.
     """
     new = dict(variables)
@@ -313,10 +313,10 @@ def _fold(layer, linear, vectors, epsilon, dtype, adds_offset):
 
     Args:
         layer: the linear layer.
-        linear: its kernel and its bias, or None.
+        linear: its kernel and its bias; None for no bias.
         vectors: the mean, var, scale and bias of the normalization.
         epsilon: added to the variance.
-        dtype: that of the kernel and the bias.
+        dtype: the dtype of the kernel and the bias.
         adds_offset: whether the offset is returned by itself; otherwise it is None.
     """
     (kernel, bias), offset = linear, None

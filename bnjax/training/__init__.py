@@ -52,7 +52,7 @@ class TrainState(train_state.TrainState):
         apply_fn: `model.apply`.
         params: the parameters.
         tx: the optax optimizer.
-        opt_state: its state.
+        opt_state: the state of the optimizer.
         batch_stats: the running statistics.
 
     >>> import bnjax
@@ -158,10 +158,10 @@ def weight_decay_mask(params: Any, *, batch_stats: Any = None) -> Any:
     learning rate, and a bias has nothing to overfit with.
 
     Args:
-        params: of Linen (`variables["params"]`) or of NNX.
-        batch_stats: of the same model; tells which layers are batch normalization.
-            Without it each parameter named scale is left out, those of Flax's other
-            normalizations too.
+        params: the parameters, of Linen (`variables["params"]`) or of NNX.
+        batch_stats: the statistics of the same model, which show the layers that are
+            batch normalization. Without them no parameter named scale decays, even
+            those of Flax's other normalizations.
 
     Returns:
         A tree of bool of the structure of `params`, True where weight decay applies:
@@ -201,7 +201,7 @@ def freeze_mask(tree: Any, *patterns: str) -> Any:
         no    yes      use_running_average=False: training
 
     A mask of the statistics answers only the last question, for chosen layers and
-    without a change of the model: these keep theirs, whatever the layers wrote.
+    without a change of the model: the old statistics replace those that were written.
 
         frozen = freeze_mask(params, "encoder/*")
         tx = optax.chain(tx, optax.masked(optax.set_to_zero(), frozen))
@@ -210,8 +210,8 @@ def freeze_mask(tree: Any, *patterns: str) -> Any:
 
     Args:
         tree: parameters or `batch_stats`, of Linen or of NNX.
-        *patterns: of paths such as "encoder/norm_1/scale", as of a shell; `*` stands
-            for any characters, `/` among them: `"*/norm_*/scale"`, `"encoder/*"`.
+        *patterns: shell patterns of paths such as "encoder/norm_1/scale". `*` stands
+            for any characters, even `/`: `"*/norm_*/scale"`, `"encoder/*"`.
 
     Returns:
         A tree of bool of the structure of `tree`, True where frozen.

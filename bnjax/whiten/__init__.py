@@ -83,18 +83,17 @@ def whiten_by(
     Args:
         x: (batch, *spatial, feature), floating.
         mean: (feature,).
-        covariance: (groups, size, size), groups * size features; its size says how
-            the features are grouped.
+        covariance: (groups, size, size), for groups of `size` adjacent features.
         scale: (feature,), gamma; None for 1.
         bias: (feature,), beta; None for 0.
         axis: the feature axis.
         epsilon: added to the diagonal of the covariance.
         method: "eigh", "newton_schulz" or "cholesky"; see `inverse_sqrt`.
-        iterations: of "newton_schulz".
-        residual: of the shape of `x`; added before the activation.
+        iterations: the number of iterations of "newton_schulz".
+        residual: an array of the shape of `x`, added before the activation.
         activation: an elementwise function.
-        dtype: of the output; None for `result_type(x, scale, bias)`. The arithmetic is
-            in at least float32 and rounded once, at the end.
+        dtype: the dtype of the output; None for `result_type(x, scale, bias)`. The
+            arithmetic is in at least float32 and rounded once, at the end.
 
     Returns:
         An array of the shape of `x`.
@@ -125,8 +124,8 @@ def whiten_by(
         activation=activation,
         implementation=None,
     )
-    given = {"mean": mean, "var": None, "scale": scale, "bias": bias}
-    mean, _, scale, bias = feature_vectors(x, axis, spec, **given)
+    vectors = {"mean": mean, "var": None, "scale": scale, "bias": bias}
+    mean, _, scale, bias = feature_vectors(x, axis, spec, **vectors)
     _checks.epsilon(epsilon)
     residual = _checks.residual(residual, x.shape, spec.compute)
 
@@ -165,7 +164,7 @@ def decorrelate(
 
     Differentiable in every mode and order, through `y` and through the CoMoments.
     The backward pass stores `x` in its own dtype, `residual`, and matrices of the size
-    of the covariance; nothing is decomposed twice. Over replicas: two collectives
+    of the covariance. No matrix is decomposed twice. Over replicas: two collectives
     forward, one backward.
 
     Args:
@@ -174,24 +173,24 @@ def decorrelate(
         bias: (feature,), beta; None for 0.
         axis: the feature axis; all others are reduced.
         epsilon: added to the diagonal of the covariance.
-        group_size: the features of a group, adjacent, which are whitened together;
-            None for one group of all. The covariance has a rank below the number of
+        group_size: the number of adjacent features that are whitened together; None
+            for one group of all. The rank of the covariance is below the number of
             valid positions: a batch should hold several times group_size of them.
         method: "eigh" (exact, ZCA), "newton_schulz" (products alone, stops early) or
             "cholesky" (exact, not ZCA); see `inverse_sqrt`.
-        iterations: of "newton_schulz".
+        iterations: the number of iterations of "newton_schulz".
         mask: boolean, broadcastable to `x`, with size 1 along the feature axis; True =
-            counts. Masked values are whitened like the others, but take no part in the
-            statistics; those that are not finite, or beyond 1e9, are read as 0.
+            counts. Masked values are whitened like the others, but have no influence
+            on the statistics; those that are not finite, or beyond 1e9, are read as 0.
         weights: real floats >= 0, broadcastable as the mask: how often each position
             counts in the statistics; see `bnjax.batch_norm`. None for 1.
         axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
             over. Not needed under jit.
         axis_index_groups: a partition of that axis: statistics are shared within each
             group. Groups may differ in size.
-        residual: of the shape of `x`; added before the activation.
+        residual: an array of the shape of `x`, added before the activation.
         activation: an elementwise function; its input is computed again, not stored.
-        dtype: of the output; None for `result_type(x, scale, bias)`.
+        dtype: the dtype of the output; None for `result_type(x, scale, bias)`.
         fallback: (mean, covariance), as in `whiten_by`: used where no position is
             valid. None for (0, I).
 
@@ -208,7 +207,7 @@ def decorrelate(
             dtype.
 
     Warns:
-        BatchNormWarning: at trace time, for one position.
+        BatchNormWarning: one position; at trace time.
 
     >>> x = jnp.array([[1.0, 2.0], [3.0, 8.0], [5.0, 2.0], [3.0, 4.0]])
     >>> y, batch = decorrelate(x, epsilon=0.0)

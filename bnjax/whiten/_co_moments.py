@@ -249,11 +249,11 @@ def merge(first: CoMoments, *rest: CoMoments) -> CoMoments:
         *rest: CoMoments of the same groups.
 
     Returns:
-        CoMoments. Merging with `CoMoments.empty` changes nothing. How far counts are
-        right: see `bnjax.merge`.
+        CoMoments. Merging with `CoMoments.empty` changes nothing. `bnjax.merge` says up
+        to which number counts are exact.
 
     Raises:
-        TypeError: something else than CoMoments.
+        TypeError: arguments that are no CoMoments.
         ValueError: CoMoments of other groups.
 
     >>> one = CoMoments(1.0, jnp.array([4.0, 7.0]), jnp.zeros((1, 2, 2)))
@@ -298,17 +298,17 @@ def co_moments(
 
         count = sum w,  mean = sum w x / count,  m2 = sum w (x - mean)(x - mean)^T
 
-    Two collectives: the mean first, because deviations from the mean of all can be
-    summed, and no replica's matrix has to be gathered.
+    Two collectives: first the mean over all replicas. Deviations from that mean can be
+    summed, so that no matrix of a replica has to be gathered.
     The relative error of the covariance stays below 1e-5 in float32 at
     |mean|/std = 1e4. Differentiable in every mode and order.
 
     Args:
         x: (batch, *spatial, feature), floating.
         axis: the feature axis; all others are reduced.
-        group_size: the features of a group, adjacent; None for one group of all.
+        group_size: the number of adjacent features in a group; None for one group.
         mask: boolean, broadcastable to `x`, with size 1 along the feature axis; True =
-            counts. What lies under False, NaN included, changes nothing.
+            counts. Values under False, NaN included, change nothing.
         weights: real floats >= 0, broadcastable as the mask: how often each position
             counts; see `bnjax.moments`. None for 1.
         axis_name: the axis, or axes, of shard_map, pmap or vmap to merge over. Not

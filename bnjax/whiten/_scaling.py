@@ -156,15 +156,15 @@ def _fit_range(
 def zca_whiten(
     *, axis: int = -1, epsilon: float = 1e-5, group_size: int | None = None
 ) -> Scaler:
-    """Mean 0 and covariance I, as close to the input as can be.
+    """Mean 0 and covariance I, by the whitening that changes the input least.
 
         y = (covariance + epsilon I)^(-1/2) (x - mean)
 
     Args:
         axis: the feature axis; all others are reduced.
-        epsilon: added to the variances, in the units of `x` squared: directions of
-            less variance are damped rather than blown up.
-        group_size: the features of a group, adjacent; None for one group of all.
+        epsilon: added to the variances, in the units of `x` squared. It damps
+            directions of smaller variance, which would be amplified without it.
+        group_size: the number of adjacent features in a group; None for one group.
 
     Returns:
         Scaler. `fit` raises as that of `standardize`, and a ValueError for a mask that

@@ -61,7 +61,7 @@ def inverse_sqrt(
         covariance: (..., n, n), real, symmetric, positive semidefinite.
         epsilon: added to the diagonal.
         method: "eigh", "newton_schulz" or "cholesky".
-        iterations: of "newton_schulz"; the others ignore it.
+        iterations: the number of iterations of "newton_schulz"; the others ignore it.
 
     Returns:
         (..., n, n), at least float32.
