@@ -3,26 +3,37 @@
 A page names one in a comment, which `hooks.py` replaces by the table:
 
     <!-- table: mnist -->
+
+The numbers are those of the experiments' own functions, which also print and draw them.
 """
 
 # ruff: noqa: RUF001 (signs of typography)
 
-import ast
 import functools
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from experiments.common import results
+import numpy as np
 
-ROOT = Path(__file__).parent.parent
-EXPERIMENTS = ROOT / "experiments"
+import experiments.inception
+import experiments.mnist
+import experiments.normalizers
+import experiments.population
+import experiments.regularization
+import experiments.saturation
+import experiments.scale_invariance
+import experiments.small_batch
+import experiments.why_it_works
+from experiments.common import results, study
+from experiments.common.rates import percent
+from experiments.common.results import Record
+
+FOLDER = results.HERE
 NAN = math.nan
-
-Record = dict[str, Any]
 
 
 def markdown(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
@@ -35,7 +46,7 @@ def markdown(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
 def of_readme(heading: str, *columns: str) -> str:
     """Columns of the table below a heading of experiments/README.md."""
-    text = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
     section = text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split(" | ")]
@@ -52,84 +63,54 @@ def of_readme(heading: str, *columns: str) -> str:
 # Records
 
 
+def file_of(name: str) -> Path:
+    """The committed records of an experiment."""
+    return FOLDER / "results" / f"{name}.jsonl"
+
+
 @functools.cache
 def read(name: str) -> list[Record]:
     """The records of an experiment."""
-    return results.read(EXPERIMENTS / "results" / f"{name}.jsonl")
+    return results.read(file_of(name))
 
 
-def last_run(name: str, **settings: Any) -> tuple[Record, list[Record]]:
-    """The first record of the newest run with these settings, and its measurements."""
+def last_run(name: str) -> tuple[Record, list[Record]]:
+    """The first record of the newest run, and its measurements."""
     for first in reversed([r for r in read(name) if "settings" in r]):
         rows = [r for r in read(name) if r["run"] == first["run"] and r is not first]
         rows = [row for row in rows if row["kind"] != "end"]
-        if first["settings"].items() >= settings.items() and rows:
+        if rows:
             return first, rows
-    raise LookupError(f"{name}.jsonl has no run with {settings}")
+    raise LookupError(f"{name}.jsonl has no run with measurements")
 
 
-def cells(name: str, **fields: Any) -> list[tuple[Record, Record]]:
-    """The trainings with these fields, and what was measured: the newest of each."""
-    found = {
-        json.dumps(r["cell"], sort_keys=True): (r["cell"], r["result"])
-        for r in read(name)
-        if r["kind"] == "cell" and fields.items() <= flat(r["cell"]).items()
-    }
-    return list(found.values())
+def trainings(module: ModuleType, **settings: Any) -> tuple[Any, dict[Any, Record]]:
+    """The configuration of a study with these settings, and what is known of it."""
+    config = module.Config(**settings)
+    return config, study.load(module.STUDY, config, file_of(module.STUDY.name))
 
 
-def flat(cell: Record) -> Record:
-    return {k: v for k, v in cell.items() if isinstance(v, (str, int, float, bool))}
-
-
-def constant(module: str, name: str) -> Any:
-    """A constant of an experiment's source."""
-    tree = ast.parse((EXPERIMENTS / f"{module}.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return ast.literal_eval(node.value)
-    raise LookupError(f"{module}.py has no constant {name}")
-
-
-def numbers(value: Any) -> list[float]:
-    """All numbers in nested lists but those that are not known."""
-    if isinstance(value, list):
-        return [number for each in value for number in numbers(each)]
-    return [] if value is None else [value]
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return statistics.fmean(values) if values else NAN
-
-
-def percent(shares: Sequence[float], sign: str = "") -> str:
-    """The mean and the standard deviation over seeds, in percent."""
-    values = [100 * share for share in shares]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.1f}{spread}" if values else "–"
+def or_dash(value: float, form: str) -> str:
+    """A formatted number; a dash for NaN and infinity."""
+    return format(value, form) if math.isfinite(value) else "–"
 
 
 # The paper and its successors
 
 
 def mnist() -> str:
-    first, rows = last_run("mnist", data="mnist")
-    rates = first["settings"]["learning_rates"]
-    curves: dict[str, list[tuple[int, list[float]]]] = {"plain": [], "bn": []}
-    for row in rows:
-        by_rate = [mean(seeds) for seeds in zip(*row["test"], strict=True)]
-        curves[row["network"]].append((row["step"], by_rate))
-
-    def needed(network: str, rate: int, accuracy: float) -> str:
-        steps = (step for step, test in curves[network] if test[rate] >= accuracy)
-        step = next(steps, None)
-        return "never" if step is None else f"{step:,}"
+    experiment = experiments.mnist
+    settings, steps, measured = experiment.last_run(file_of("mnist"), "mnist")
+    networks = "plain", "bn"
 
     def row_of(i: int, rate: float) -> list[str]:
-        final = {network: curve[-1][1][i] for network, curve in curves.items()}
-        reached = [needed(network, i, final["plain"]) for network in curves]
-        return [f"{rate:g}", f"{final['plain']:.2%}", f"{final['bn']:.2%}", *reached]
+        final = {name: measured[name]["test"][-1, :, i].mean() for name in networks}
+        needed = (
+            experiment.steps_to(steps, measured[name], i, final["plain"])
+            for name in networks
+        )
+        reached = ("never" if n == math.inf else f"{n:,.0f}" for n in needed)
+        return [f"{rate:g}", *(f"{final[name]:.2%}" for name in networks), *reached]
 
     return markdown(
         [
@@ -139,46 +120,36 @@ def mnist() -> str:
             "steps to the final accuracy without BN: without BN",
             "with BN",
         ],
-        (row_of(i, rate) for i, rate in enumerate(rates)),
+        (row_of(i, rate) for i, rate in enumerate(settings["learning_rates"])),
     )
 
 
 def population() -> str:
-    _, rows = last_run("population", data="digits")
-    steps = sorted({row["step"] for row in rows})
-    shown = [step for step in steps if step in (20, 50, 100, 200, 500, steps[-1])]
-    names = constant("population", "NAMES")
+    experiment = experiments.population
+    _, rows = experiment.last_run(file_of("population"), "digits")
+    shown = [step for step in rows if step in (20, 50, 100, 200, 500, max(rows))]
 
-    def accuracy(kind: str, step: int) -> str:
-        found = (row["accuracy"][kind] for row in rows if row["step"] == step)
-        return f"{100 * mean(found):.1f}"
+    def row_of(kind: str, name: str) -> list[str]:
+        return [name, *(f"{100 * rows[step][kind].mean():.1f}" for step in shown)]
 
     return markdown(
         ["test accuracy, %, after steps", *(f"{step:,}" for step in shown)],
-        ([n, *(accuracy(kind, step) for step in shown)] for kind, n in names.items()),
+        (row_of(kind, name) for kind, name in experiment.NAMES.items()),
     )
 
 
-def _inception(**fields: Any) -> dict[str, Record]:
-    fields = {"learning_rate": 0.03, "steps": 6000, "held_out": False} | fields
-    return {cell["model"]: result for cell, result in cells("inception", **fields)}
-
-
 def inception() -> str:
-    results, paper = _inception(), constant("inception", "PAPER")
-    target = max(results["inception"]["accuracy"])
-
-    def steps_to(model: str) -> float:
-        curve = zip(results[model]["steps"], results[model]["accuracy"], strict=True)
-        return next((step for step, accuracy in curve if accuracy >= target), NAN)
+    experiment = experiments.inception
+    curves = experiment.curves(trainings(experiment)[1])
+    target = curves["inception"].best()
 
     def row_of(model: str) -> list[str]:
-        name, paper_steps, paper_share, paper_best = paper[model]
-        steps = steps_to(model)
-        share = steps / steps_to("inception")
-        found = ["–", "–"] if math.isnan(steps) else [f"{steps:,}", f"{share:.2f}"]
-        best = 100 * max(results[model]["accuracy"])
-        return [name, *found, f"{best:.1f}", paper_steps, paper_share, paper_best]
+        name, paper_steps, paper_share, paper_best = experiment.PAPER[model]
+        steps = curves[model].steps_to(target)
+        share = steps / curves["inception"].steps_to(target)
+        best = f"{100 * curves[model].best():.1f}"
+        ours = [or_dash(steps, ",.0f"), or_dash(share, ".2f"), best]
+        return [name, *ours, paper_steps, paper_share, paper_best]
 
     return markdown(
         [
@@ -190,136 +161,107 @@ def inception() -> str:
             "share",
             "best, %",
         ],
-        (row_of(model) for model in paper),
+        (row_of(model) for model in experiment.PAPER),
     )
 
 
 def inception_ablated() -> str:
-    results, changes = _inception(), constant("inception", "CHANGES")
-    best = {
-        model: 100 * max(r["accuracy"], default=NAN) for model, r in results.items()
-    }
+    experiment = experiments.inception
+    curves = experiment.curves(trainings(experiment, ablate=True)[1])
+    best = {model: 100 * curve.best() for model, curve in curves.items()}
     rows = [["nothing (BN-x5)", f"{best['bn_x5']:.1f}"]]
-    for model in sorted(changes, key=best.__getitem__):
-        rows.append([changes[model], f"{best[model]:.1f}"])
+    for model in sorted(experiment.CHANGES, key=best.__getitem__):
+        rows.append([experiment.CHANGES[model], f"{best[model]:.1f}"])
     return markdown(["taken back", "best test accuracy, %"], rows)
 
 
 def saturation() -> str:
-    every = cells("saturation", data="digits")
-    depths = sorted({cell["depth"] for cell, _ in every})
+    experiment = experiments.saturation
+    config, found = trainings(experiment)
+    kinds = experiment.by_kind(found)
 
     def row_of(activation: str, normalize: bool) -> list[str]:
-        row = [f"{activation}, {'with' if normalize else 'without'} BN"]
-        for depth in depths:
-            of = {"activation": activation, "normalize": normalize, "depth": depth}
-            test = [
-                numbers(r["test"]) for c, r in every if of.items() <= flat(c).items()
-            ]
-            trained = [accuracy > 0.5 for accuracy in numbers(test)]
-            row.append(f"{100 * mean(trained):.0f}")
+        row = [f"{activation}, {experiment.WITH[normalize]}"]
+        for depth in config.depths:
+            shares = experiment.summary(
+                config.rates, **kinds[activation, normalize, depth]
+            )
+            row.append(shares["networks that train (%)"])
         return row
 
-    kinds = [(a, n) for a in ("sigmoid", "tanh") for n in (False, True)]
+    names = [(a, n) for a in config.activations for n in experiment.WITH]
     head = "networks that train, %, by hidden layers"
-    return markdown([head, *depths], (row_of(*kind) for kind in kinds))
+    return markdown([head, *config.depths], (row_of(*name) for name in names))
 
 
 def scale_invariance() -> str:
-    factors = constant("scale_invariance", "FACTORS")
-    quantities = constant("scale_invariance", "QUANTITIES")
+    experiment = experiments.scale_invariance
+    _, found = trainings(experiment)
     rows = []
-    for kind, name in (("bn", "with BN"), ("plain", "without BN")):
-        found = [r["deviations"] for _, r in cells("scale_invariance", kind=kind)]
-        for i, quantity in enumerate(quantities):
-            worst = (max(seed[i][j] for seed in found) for j in range(len(factors)))
-            rows.append([f"{name}: {quantity}", *(f"{value:.0e}" for value in worst)])
+    for kind, values, _ in experiment.series(found, "deviations", "bn", "plain"):
+        for quantity, row in zip(experiment.QUANTITIES, values.max(0), strict=True):
+            label = f"{experiment.KINDS[kind].label}: {quantity}"
+            rows.append([label, *(f"{value:.0e}" for value in row)])
     head = "relative change when W becomes a·W, a ="
-    return markdown([head, *(f"{a:g}" for a in factors)], rows)
+    return markdown([head, *(f"{a:g}" for a in experiment.FACTORS)], rows)
 
 
 def regularization() -> str:
-    on = {"dropout": 0.4, "decay": 5e-4, "lrn": True, "augmentation": "strong"}
-    on |= {"shuffling": "full"}
-    weaker = {"decay": 1e-4}, {"decay": 0.0}
-    removed: dict[str, Record] = {
-        "nothing": {},
-        "dropout": {"dropout": 0.0},
-        "four fifths of L2": weaker[0],
-        "L2": weaker[1],
-        "LRN": {"lrn": False},
-        "distortions": {"augmentation": "weak"},
-        "shuffling across shards": {"shuffling": "within shards"},
-        "all shuffling": {"shuffling": "none"},
-        "as in the paper": {"dropout": 0.0, "lrn": False, "augmentation": "weak"}
-        | weaker[0],
-    }
+    experiment = experiments.regularization
+    config, found = trainings(experiment)
 
-    def errors(normalize: bool, changed: Record) -> dict[int, float]:
-        of = {"normalize": normalize, "measured": "test", **on, **changed}
-        found = cells("regularization", data="digits", **of)
-        return {cell["seed"]: result["error"] for cell, result in found}
-
-    rows = []
-    for name, changed in removed.items():
+    def row_of(name: str) -> list[str]:
         row = [name]
-        for normalize in (True, False):
-            before, after = errors(normalize, {}), errors(normalize, changed)
-            row.append(percent([*after.values()]))
-            change = [after[seed] - before[seed] for seed in before]
-            row.append(percent(change, "+") if changed else "")
-        rows.append(row)
+        for normalize in experiment.WITH:
+            error = experiment.errors(config, found, normalize, name)
+            change = error - experiment.errors(
+                config, found, normalize, experiment.NOTHING
+            )
+            row += [experiment.spread(error), experiment.spread(change, "+")]
+            if name == experiment.NOTHING:
+                row[-1] = ""
+        return row
+
     head = ["removed", "with BN: error, %", "change", "without BN: error, %", "change"]
-    return markdown(head, rows)
-
-
-def _by_rate(name: str, model: str, field: str) -> dict[str, dict[float, list[Any]]]:
-    """A field by the name of the network and the learning rate, for each seed."""
-    found: dict[str, dict[float, list[Any]]] = {}
-    for cell, result in cells(name, data="digits"):
-        if field in result and "rate" in cell:
-            rates = found.setdefault(cell[model], {})
-            rates.setdefault(cell["rate"], []).append(result[field])
-    return found
+    return markdown(head, map(row_of, (experiment.NOTHING, *config.removed)))
 
 
 def why_it_works() -> str:
-    names = constant("why_it_works", "NAMES")
-    found = _by_rate("why_it_works", "net", "test")
-    rates = sorted(found["bn"])
+    experiment = experiments.why_it_works
+    config, found = trainings(experiment)
+    known = experiment.by_rate(found)
+
+    def row_of(net: str, name: str) -> list[str]:
+        return [name, *(percent(known.of(net, r, "test")) for r in config.rates)]
+
     return markdown(
-        ["test accuracy, %, at rate", *(f"{rate:g}" for rate in rates)],
-        (
-            [name, *(percent(numbers(found[net].get(rate, []))) for rate in rates)]
-            for net, name in names.items()
-        ),
+        ["test accuracy, %, at rate", *(f"{rate:g}" for rate in config.rates)],
+        (row_of(*network) for network in experiment.NAMES.items()),
     )
 
 
 def smoothness() -> str:
-    names = constant("why_it_works", "NAMES")
-    validation = _by_rate("why_it_works", "net", "validation")["plain"]
-    shared = max(validation, key=lambda rate: mean(validation[rate]))
-    fields: dict[str, Callable[[Record], list[float]]] = {
-        "range of the loss": lambda r: [
-            max(row) - min(row) for row in r["losses"] if None not in row
-        ],
-        "change of the gradient": lambda r: numbers([row[1] for row in r["changes"]]),
-        "smoothness": lambda r: numbers(r["smoothness"]),
-        "\\|G − G'\\| / \\|G\\|": lambda r: numbers([row[1:] for row in r["shift"]]),
-        "cosine of G and G'": lambda r: numbers([row[1:] for row in r["cosine"]]),
-    }
+    experiment = experiments.why_it_works
+    _, found = trainings(experiment)
+    known = experiment.by_rate(found)
+    rate = experiment.shared_rate(known)
 
     def row_of(net: str, name: str) -> list[str]:
-        of = cells("why_it_works", data="digits", net=net, rate=shared)
-        each = ([v for _, r in of for v in field(r)] for field in fields.values())
-        return [name, *(f"{statistics.median(values):.3g}" for values in each)]
+        return [name, *(f"{m:.3g}" for m in experiment.medians_of(known, net, rate))]
 
-    head = f"medians over training, at rate {shared:g}"
-    return markdown([head, *fields], (row_of(*one) for one in names.items()))
+    head = [
+        f"medians over training, at rate {rate:g}",
+        "range of the loss",
+        "change of the gradient",
+        "smoothness",
+        "\\|G − G'\\| / \\|G\\|",
+        "cosine of G and G'",
+    ]
+    return markdown(head, (row_of(*network) for network in experiment.NAMES.items()))
 
 
 def normalizers() -> str:
+    experiment = experiments.normalizers
     names = {
         "batch": "batch norm",
         "whitening_eigh": "whitening, eigenvalues",
@@ -329,16 +271,15 @@ def normalizers() -> str:
         "weight": "weight norm",
         "none": "none",
     }
-    final = _by_rate("normalizers", "method", "final")
-    validation = _by_rate("normalizers", "method", "validation")
-    (seconds,) = (r["seconds"] for c, r in cells("normalizers") if "methods" in c)
-    rows = []
-    for method, name in names.items():
-        tried = validation[method]
-        best = max(sorted(tried), key=lambda rate: mean(tried[rate]))
-        wrong = [[1 - a for a in final[method].get(r, [])] for r in (best, 1.0)]
+    _, found = trainings(experiment)
+    known, seconds = experiment.by_rate(found), experiment.step_seconds(found)
+
+    def row_of(method: str, name: str) -> list[str]:
+        best = known.best(method)
+        errors = (percent(1 - known.of(method, r, "final")) for r in (best, 1.0))
         time = seconds[method] / seconds["batch"]
-        rows.append([name, f"{best:g}", *map(percent, wrong), f"{time:.2f}"])
+        return [name, f"{best:g}", *errors, f"{time:.2f}"]
+
     head = (
         "",
         "best rate",
@@ -346,52 +287,45 @@ def normalizers() -> str:
         "at rate 1",
         "time of a step over batch norm's",
     )
-    return markdown(head, rows)
+    return markdown(head, (row_of(*method) for method in names.items()))
 
 
-def _small_batch(data: str, **fields: Any) -> str:
-    rows = {
-        "BN, running average": ("batch_norm", "running"),
-        "BN, pooled statistics": ("batch_norm", "pooled"),
-        "BN, by the test group": ("batch_norm", "batch"),
-        "`GhostBatchNorm`": ("ghost", "running"),
-        "BN, frozen for the last fifth": ("frozen", "running"),
-        "`BatchRenorm`": ("renorm", "running"),
-        "`DecorrelatedBatchNorm`": ("decorrelated", "running"),
-        "BN, cross-replica": ("cross_replica", "running"),
-        "group norm": ("group_norm", "running"),
-        "layer norm": ("layer_norm", "running"),
+def small_batch(data: str = "digits") -> str:
+    experiment = experiments.small_batch
+    names = {
+        "BN, running average": "BN, running average",
+        "BN, pooled, groups of 128": "BN, pooled statistics",
+        "BN, by the test group": "BN, by the test group",
+        "ghost BN": "`GhostBatchNorm`",
+        "BN, frozen at the end": "BN, frozen for the last fifth",
+        "batch renorm": "`BatchRenorm`",
+        "decorrelated BN": "`DecorrelatedBatchNorm`",
+        "cross-replica BN": "BN, cross-replica",
+        "group norm": "group norm",
+        "layer norm": "layer norm",
     }
-    columns = [("mixed", size) for size in (2, 8, 32, 128)]
-    columns += [("by class", size) for size in (2, 8, 32)]
-    every = cells("small_batch", data=data, measured="test", **fields)
-    orders = list(dict.fromkeys(cell["order"] for cell, _ in every))
-    sorted_order = next(order for order in orders if order != "mixed")
+    shown = {"iid": (2, 8, 32, 128), "by class": (2, 8, 32)}
+    config, found = trainings(experiment, data=data)
+    mixed, by_class = experiment.curves(config, found).values()
 
-    def cell_of(method: str, kind: str, order: str, size: int) -> str:
-        order = order if order == "mixed" else sorted_order
-        of = {"method": method, "order": order, "size": size}
-        found: dict[int, float] = {}
-        for cell, result in every:
-            if of.items() <= flat(cell).items() and kind in result:
-                found[cell["seed"]] = result[kind]
-        if not found and size < 128:  # does not depend on the groups
-            return cell_of(method, kind, "mixed", 128)
-        return f"{100 * mean(found.values()):.1f}" if found else "–"
+    def row_of(row: str, name: str) -> list[str]:
+        cells = [name]
+        for errors, sizes in zip((mixed[row], by_class[row]), shown.values()):
+            for size in sizes:
+                of_size = errors[:, config.sizes.index(size)]
+                known = of_size[np.isfinite(of_size)]
+                cells.append(f"{100 * known.mean():.1f}" if len(known) else "–")
+        return cells
 
-    head = [f"{'iid' if order == 'mixed' else order}: {n}" for order, n in columns]
+    head = [f"{order}: {size}" for order, sizes in shown.items() for size in sizes]
     return markdown(
         ["test error, %, in groups of", *head],
-        ([name, *(cell_of(*row, *c) for c in columns)] for name, row in rows.items()),
+        (row_of(*row) for row in names.items()),
     )
 
 
-def small_batch() -> str:
-    return _small_batch("digits")
-
-
 def small_batch_cifar10() -> str:
-    return _small_batch("cifar10")
+    return small_batch("cifar10")
 
 
 # Benches

@@ -417,7 +417,7 @@ def report(config: Config, found: dict[Cell, Record]) -> list[Table | str]:
 
 
 def medians(known: ByRate) -> Table:
-    """Over steps, seeds and layers, of what is measured on the way."""
+    """The medians of each network, at the shared rate and at its best."""
     table = Table(
         *("medians over training", "rate", "range of loss", "change of gradient"),
         *("smoothness", "|G - G'| / |G|", "cosine of G, G'"),
@@ -426,16 +426,21 @@ def medians(known: ByRate) -> Table:
     for net in known.names():
         for rate in dict.fromkeys((shared_rate(known), known.best(net))):
             if (net, rate) in known.records:
-                measured = (
-                    np.ptp(known.of(net, rate, "losses"), axis=-1),
-                    known.of(net, rate, "changes")[..., 1],
-                    known.of(net, rate, "smoothness"),
-                    known.of(net, rate, "shift")[..., 1:],
-                    known.of(net, rate, "cosine")[..., 1:],
-                )
-                shown = (f"{np.nanmedian(values):.3g}" for values in measured)
-                table.add_row(NAMES[net], f"{rate:g}", *shown)
+                medians = (f"{m:.3g}" for m in medians_of(known, net, rate))
+                table.add_row(NAMES[net], f"{rate:g}", *medians)
     return table
+
+
+def medians_of(known: ByRate, net: str, rate: float) -> list[float]:
+    """The medians over steps, seeds and layers, in the order of the table."""
+    measured = (
+        np.ptp(known.of(net, rate, "losses"), axis=-1),
+        known.of(net, rate, "changes")[..., 1],
+        known.of(net, rate, "smoothness"),
+        known.of(net, rate, "shift")[..., 1:],
+        known.of(net, rate, "cosine")[..., 1:],
+    )
+    return [float(np.nanmedian(values)) for values in measured]
 
 
 def conclusion(known: ByRate) -> str:
