@@ -57,14 +57,29 @@ def _place(path: Path, name: str) -> Path:
     return ("params", *path, name)
 
 
-def _reading(reader: _layers.Reader):
-    """Calls the layers as they are, for the reader."""
+def _interceptor(call):
+    """An interceptor for `nn.intercept_methods`, of a function for layers alone.
+
+    Args:
+        call: (layer, method, run, *args, **kwargs) -> the result. `run` is the call
+            itself. Methods of layers that are not bound to variables are run as usual.
+    """
 
     def intercept(run, args, kwargs, context):
         layer = context.module
         method = getattr(context.orig_method, "func", None)
         if method is None or layer.scope is None:
             return run(*args, **kwargs)
+        return call(layer, method, run, *args, **kwargs)
+
+    return intercept
+
+
+def _reading(reader: _layers.Reader):
+    """Runs the layers as usual, through the reader."""
+
+    @_interceptor
+    def intercept(layer, method, run, /, *args, **kwargs):
         path = layer.scope.path
         if is_linear(method):
             variables = _variables(layer, "params")
@@ -90,11 +105,8 @@ def _variables(layer: nn.Module, *collections: str) -> dict[str, tuple[Path, Any
 def _replacing(replacements: dict[Path, _layers.Replacement], biased: set[Path]):
     """Calls the replacement of each normalization, and adds the biases gained."""
 
-    def intercept(run, args, kwargs, context):
-        layer = context.module
-        method = getattr(context.orig_method, "func", None)
-        if method is None or layer.scope is None:
-            return run(*args, **kwargs)
+    @_interceptor
+    def intercept(layer, method, run, /, *args, **kwargs):
         path = layer.scope.path
         if path in biased and is_linear(method) and not layer.use_bias:
             bias = layer.get_variable("params", "bias")
@@ -102,7 +114,8 @@ def _replacing(replacements: dict[Path, _layers.Replacement], biased: set[Path])
         if path in replacements and is_norm(method, ("mean", "var")):
             x = args[0] if args else kwargs["x"]
             options = {k: kwargs[k] for k in ("residual", "domain") if k in kwargs}
-            return replacements[path](x, layer.variables.get("params", {}), **options)
+            params = layer.variables.get("params", {})
+            return replacements[path](x, params, **options)
         return run(*args, **kwargs)
 
     return intercept
