@@ -108,6 +108,19 @@ def test_derivative_of_co_moments(x64):
     check_grads(lambda x: f(x)[1:], (x,), order=2, modes=("fwd", "rev"))
 
 
+def test_masked_values_do_not_reach_the_derivative_of_co_moments(x64):
+    x, _, _, tangent = case(np.float64, shape=(5, 3, 4))
+    mask = mask_of((5, 3, 4))
+
+    f = functools.partial(whiten.co_moments, group_size=2, mask=mask)
+
+    def derivatives(x):
+        _, forward = jax.jvp(lambda x: f(x)[1:], (x,), (tangent,))
+        return forward, jax.grad(lambda x: (f(x).m2 ** 2).sum())(x)
+
+    assert_trees_close(derivatives(poison(x, mask)), derivatives(x), tol=1e-10)
+
+
 # Inverse roots
 
 
