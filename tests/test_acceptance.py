@@ -446,7 +446,7 @@ def test_whitening_is_not_looked_at_which_the_report_says():
         assert not report, str(report)
         assert str(report) == (
             "1 layers, 0 findings\n"
-            "  not looked at, for want of a mean and a var: whiten"
+            "  not looked at, without a mean and a var: whiten"
         )
     assert report.__rich__().caption.endswith("var: whiten")
     assert diagnostics.drift(variables["batch_stats"], batch).keys() == {"norm"}

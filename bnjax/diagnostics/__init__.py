@@ -136,7 +136,7 @@ class Report:
     @property
     def _others(self) -> str:
         others = ", ".join(self.others)
-        return f"not looked at, for want of a mean and a var: {others}" * bool(others)
+        return f"not looked at, without a mean and a var: {others}" * bool(others)
 
 
 def report(
