@@ -184,7 +184,7 @@ def warmed_up(
 
 
 def _by_corrected(given: Inputs, spec: TransformSpec, r_max: Any, d_max: Any):
-    batch = compute_moments(given.x, given.mask, given.shift, spec.reduction)
+    batch, _ = compute_moments(given.x, given.mask, given.shift, spec.reduction)
     mean, var = stats_or_fallback(batch, given, spec)
     r, d = lax.stop_gradient(_corrections(mean, var, given, r_max, d_max))
     vectors = mean, var, given.scale * r, given.bias + given.scale * d

@@ -240,7 +240,7 @@ def _by_domain(given: Inputs, spec: TransformSpec, domain: jax.Array):
             mask = mask_with_weights(given.x, own, given.mask)
         else:
             mask = own & given.mask
-        return compute_moments(given.x, mask, shift, spec.reduction)
+        return compute_moments(given.x, mask, shift, spec.reduction)[0]
 
     numbers = jnp.arange(len(given.fallback_mean), dtype=domain.dtype)
     found = jax.vmap(one)(numbers, given.shift)

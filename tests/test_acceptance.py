@@ -445,8 +445,7 @@ def test_whitening_is_not_looked_at_which_the_report_says():
         assert report.others == ("whiten",)
         assert not report, str(report)
         assert str(report) == (
-            "1 layers, 0 findings\n"
-            "  not looked at, without a mean and a var: whiten"
+            "1 layers, 0 findings\n  not looked at, without a mean and a var: whiten"
         )
     assert report.__rich__().caption.endswith("var: whiten")
     assert diagnostics.drift(variables["batch_stats"], batch).keys() == {"norm"}

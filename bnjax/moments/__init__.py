@@ -16,16 +16,24 @@ from jax.typing import ArrayLike
 
 from bnjax import _axes, _backend, _checks, _dtypes
 from bnjax.moments._batch import (
+    CHECKPOINT_NAME,
     ReductionSpec,
+    compute_moments,
+    deviation,
+    is_zero,
+    name_for_remat,
+    reduction_spec,
+)
+from bnjax.moments._masks import (
     count_valid,
     gradient_mask,
     is_weighted,
     mask_with_weights,
-    merged_rows,
     multiply_by_weights,
     valid_or_bounded,
     zero_where_masked,
 )
+from bnjax.moments._merge import merged_rows, merged_statistics, nested_statistics
 from bnjax.moments._moments import (
     Moments,
     Union,
@@ -35,16 +43,6 @@ from bnjax.moments._moments import (
     mean_from_sum,
     merge,
     variance_from_m2,
-)
-from bnjax.moments._statistics import (
-    CHECKPOINT_NAME,
-    compute_moments,
-    is_zero,
-    merged_statistics,
-    moments_with_mean_error,
-    name_for_remat,
-    nested_statistics,
-    reduction_spec,
 )
 
 __all__ = [
@@ -56,6 +54,7 @@ __all__ = [
     "broadcast_count",
     "compute_moments",
     "count_valid",
+    "deviation",
     "drop_last_bit",
     "gradient_mask",
     "is_weighted",
@@ -66,7 +65,6 @@ __all__ = [
     "merged_rows",
     "merged_statistics",
     "moments",
-    "moments_with_mean_error",
     "multiply_by_weights",
     "name_for_remat",
     "nested_statistics",
@@ -145,4 +143,4 @@ def _moments(
 ) -> Moments:
     return compute_moments(
         x.astype(_dtypes.statistics_dtype(x.dtype)), mask, shift, spec
-    )
+    )[0]

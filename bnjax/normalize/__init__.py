@@ -25,7 +25,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _backend, _checks
 from bnjax.moments import Moments
-from bnjax.normalize._affine import AffineSpec, affine_spec, feature_vectors
 from bnjax.normalize._groups import (
     GroupMoments,
     batch_axis,
@@ -34,12 +33,15 @@ from bnjax.normalize._groups import (
 )
 from bnjax.normalize._transform import (
     Activation,
+    AffineSpec,
     Inputs,
     Options,
     TransformSpec,
     add_residual_and_activate,
+    affine_spec,
     apply_training_transform,
     checkpoint_saving_moments,
+    feature_vectors,
     normalize_with_batch_stats,
     normalize_with_stats,
     remat_policy,

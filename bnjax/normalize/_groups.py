@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from bnjax import _axes, _backend, _checks, _replicas
-from bnjax.moments import Moments, is_weighted, moments_with_mean_error
+from bnjax.moments import Moments, compute_moments, is_weighted
 from bnjax.normalize._transform import (
     Inputs,
     Options,
@@ -128,9 +128,7 @@ def batch_axis(x: jax.Array, options: Options) -> int:
 
 def _each_group(given: Inputs, spec: TransformSpec) -> tuple[jax.Array, GroupMoments]:
     reduction = spec.reduction._replace(local=True)
-    batch, mean_errors = moments_with_mean_error(
-        given.x, given.mask, given.shift, reduction
-    )
+    batch, mean_errors = compute_moments(given.x, given.mask, given.shift, reduction)
     if not is_weighted(given.mask):  # a constant, and the merge is to know it
         batch = batch._replace(count=lax.stop_gradient(batch.count))
     vectors = *stats_or_fallback(batch, given, spec), given.scale, given.bias

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _axes, _backend, _checks, _dtypes, _replicas
@@ -25,12 +26,12 @@ from bnjax.moments import (
     Moments,
     ReductionSpec,
     compute_moments,
+    is_zero,
     mask_with_weights,
     reduction_spec,
     valid_or_bounded,
     zero_where_masked,
 )
-from bnjax.normalize._affine import AffineSpec, affine, affine_spec, feature_vectors
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -80,6 +81,26 @@ class Inputs(NamedTuple):
         return zero_masked_garbage(self.x, self.mask)
 
 
+class AffineSpec(NamedTuple):
+    """The static configuration of the affine map.
+
+    Attributes:
+        feature_axes: ascending.
+        storage: the dtype of the input, before it is widened.
+        compute: the dtype of the arithmetic.
+        output: the dtype of the result.
+        cotangent: the dtype of the incoming cotangent, before it is widened.
+        implementation: see `batch_norm`.
+    """
+
+    feature_axes: tuple[int, ...]
+    storage: jnp.dtype
+    compute: jnp.dtype
+    output: jnp.dtype
+    cotangent: jnp.dtype
+    implementation: str | None
+
+
 class TransformSpec(NamedTuple):
     """The static configuration of a transform."""
 
@@ -103,6 +124,46 @@ def zero_masked_overflow(y: jax.Array, mask: jax.Array | None) -> jax.Array:
     if mask is None or y.dtype != jnp.float16:
         return y
     return zero_where_masked(y, mask.astype(bool) | jnp.isfinite(y))
+
+
+def affine_spec(
+    x, parameters, *, axis, dtype, activation, implementation
+) -> AffineSpec:
+    """The checked static description of the normalization of `x`."""
+    _checks.activation(activation)
+    _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
+    if dtype is None:
+        given = map(_checks.parameter, ("scale", "bias"), parameters)
+        output = _dtypes.promote(x, *(p for p in given if p is not None))
+    else:
+        output = _checks.output_dtype(dtype)
+    compute = _dtypes.statistics_dtype(x.dtype, output)
+    cotangent = output if activation is None else compute
+    axes = _axes.canonical(axis, x.ndim)
+    return AffineSpec(axes, x.dtype, compute, output, cotangent, implementation)
+
+
+def feature_vectors(
+    x, axis, spec: AffineSpec, leading: tuple[int, ...] = (), **given
+) -> tuple[jax.Array, ...]:
+    """The values given by name, checked, in their order; the default for None.
+
+    Each is of shape (*leading, feature).
+    """
+    shape = leading + _axes.sizes(x.shape, spec.feature_axes)
+    default = {"mean": 0, "var": 1, "scale": 1, "bias": 0, "shift": 0}
+    vectors = []
+    for name, value in given.items():
+        start, dtype = default[name], spec.compute
+        if name == "var":
+            dtype = _dtypes.real(dtype)
+        if value is None:
+            value = jnp.full(shape, start, dtype)
+        value = jnp.asarray(value)
+        _checks.feature_shape(name, value, shape, axis)
+        _checks.not_complex(name, value, dtype)
+        vectors.append(value.astype(dtype))
+    return tuple(vectors)
 
 
 def apply_training_transform(
@@ -200,7 +261,7 @@ def normalize_with_batch_stats(
     given: Inputs, spec: TransformSpec
 ) -> tuple[jax.Array, Moments]:
     """Batch normalization itself: Algorithm 1."""
-    batch = compute_moments(given.x, given.mask, given.shift, spec.reduction)
+    batch, _ = compute_moments(given.x, given.mask, given.shift, spec.reduction)
     vectors = *stats_or_fallback(batch, given, spec), given.scale, given.bias
     return normalize_with_stats(
         given.bounded_x(), vectors, given.epsilon, spec.affine
@@ -209,10 +270,75 @@ def normalize_with_batch_stats(
 
 @functools.partial(jax.jit, static_argnums=3)
 def normalize_with_stats(x, vectors, epsilon, spec: AffineSpec):
-    """(x - mean) / sqrt(var + epsilon) * scale + bias, by (mean, var, scale, bias)."""
+    """(x - mean) / sqrt(var + epsilon) * scale + bias, by (mean, var, scale, bias).
+
+    Its derivative is in the symbols of the package's docstring. Only A and B meet the
+    axes that the replicas vary over; stacked and cast once, they transpose to one
+    collective.
+    """
     mean, var, scale, bias = vectors
     var = var + jnp.asarray(epsilon, var.dtype)
+    affine = _affine_value if spec.implementation == _backend.PLAIN else _affine
     return affine(x.astype(spec.compute), mean, var, scale, bias, spec)
+
+
+def _affine_value(x, mean, var, scale, bias, spec: AffineSpec):
+    a = lax.rsqrt(var).astype(spec.compute) * scale
+    x, mean, a, bias = _reread_operands(spec, x, mean, a, bias)
+    return (x - mean) * a + bias
+
+
+_affine = jax.custom_jvp(_affine_value, nondiff_argnums=(5,))
+
+
+@functools.partial(_affine.defjvp, symbolic_zeros=True)
+def _(spec, primals, tangents):
+    x, mean, var, scale, _ = primals
+    y = _affine(*primals, spec)
+    rstd = lax.rsqrt(var).astype(spec.compute)
+    a = rstd * scale
+    dx, dmean, dvar, dscale, dbias = (None if is_zero(t) else t for t in tangents)
+    slope = _add_tangents(
+        dscale, None if dvar is None else a * rstd * dvar.astype(a.dtype) / -2
+    )
+    offset = _add_tangents(dbias, None if dmean is None else -a * dmean)
+    slope, offset = _pvary_like(x, slope, offset)
+
+    x, mean, rstd, a = _reread_operands(spec, x, mean, rstd, a)
+    again = functools.partial(
+        _backend.reread_cotangent, spec.cotangent, spec.implementation
+    )
+    dy = None
+    if offset is not None:  # as large as x, and split over the devices as x is
+        zeros = _axes.split_like(x, jnp.zeros_like(x))
+        dy = again(_axes.expand(offset, spec.feature_axes, x.ndim) + zeros)
+    if slope is not None:
+        slope = _axes.expand(slope, spec.feature_axes, x.ndim)
+        dy = again(_add_tangents((x - mean) * rstd * slope, dy))
+    return y, _add_tangents(None if dx is None else dx * a, dy)
+
+
+def _add_tangents(first, second):
+    """The sum, where None is zero."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _pvary_like(x, *vectors) -> list:
+    """The vectors that are not None, cast together to vary over the replicas as x."""
+    given = [v for v in vectors if v is not None]
+    if not given or not _replicas.may_span_devices(x):
+        return list(vectors)
+    cast = iter(_replicas.pvary_like(x, jnp.stack(given)))
+    return [None if v is None else next(cast) for v in vectors]
+
+
+def _reread_operands(spec: AffineSpec, x, *vectors):
+    """`x`, to be read again, and the per-feature vectors in its rank."""
+    values = _replicas.pvary_together(x, *vectors)
+    x, *vectors = _backend.reread(spec.storage, spec.implementation, *values)
+    return x, *(_axes.expand(v, spec.feature_axes, x.ndim) for v in vectors)
 
 
 def add_residual_and_activate(

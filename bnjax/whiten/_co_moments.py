@@ -21,6 +21,7 @@ from bnjax.moments import (
     Union,
     compute_moments,
     count_valid,
+    deviation,
     drop_last_bit,
     gradient_mask,
     is_weighted,
@@ -33,7 +34,6 @@ from bnjax.moments import (
     variance_from_m2,
     zero_where_masked,
 )
-from bnjax.moments._batch import _deviation
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -367,9 +367,9 @@ def co_statistics(
     The mean is rounded at its own magnitude: the products are corrected by the mean
     deviation from it.
     """
-    count, mean, _ = compute_moments(x, mask, shift, spec.reduction)
+    (count, mean, _), _ = compute_moments(x, mask, shift, spec.reduction)
     operand, centre = _replicas.pvary_together(x, drop_last_bit(mean))
-    d = _deviation(operand, centre, mask, spec.reduction)
+    d = deviation(operand, centre, mask, spec.reduction)
     d, weighed_d = (
         split_groups(v, spec.layout) for v in (d, multiply_by_weights(d, mask))
     )
@@ -384,7 +384,7 @@ def _(spec, primals, tangents):
     result = CoMoments._make(map(name_for_remat, co_statistics(*primals, spec)))
     where = gradient_mask(x, mask)
     operand, centre = _replicas.pvary_together(x, result.mean)
-    d = _deviation(operand, centre, where, spec.reduction)
+    d = deviation(operand, centre, where, spec.reduction)
     dx = _axes.split_like(x, jnp.zeros_like(x)) if is_zero(dx) else dx
     first = half = multiply_by_weights(zero_where_masked(dx, where), mask)
     counts = []

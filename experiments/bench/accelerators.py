@@ -76,9 +76,9 @@ class PlainGhost(nn.Module):
             self.variable("batch_stats", name, start, (features,))
             for name, start in (("mean", jnp.zeros), ("var", jnp.ones))
         ]
-        z, mask = (
-            None if v is None else v.reshape(-1, GROUP, *v.shape[1:]) for v in (x, mask)
-        )
+        z = x.reshape(-1, GROUP, *x.shape[1:])
+        if mask is not None:
+            mask = mask.reshape(-1, GROUP, *mask.shape[1:])
         axes, wide = tuple(range(1, z.ndim - 1)), z.astype(jnp.float32)
         mean = wide.mean(axes, where=mask, keepdims=True)
         var = jnp.square(wide).mean(axes, where=mask, keepdims=True) - jnp.square(mean)
