@@ -1,11 +1,11 @@
-"""One call of a layer, whichever framework keeps its variables; all pure.
+"""What the layers of Linen and NNX share: pure functions, and no variables.
 
-What differs between the layers is a `LayerOps`: pure functions, one set for each paper.
+The layers differ in their `LayerOps`, the functions of one paper.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,21 @@ def _zero_and_one(shape: Shape, dtype: DTypeLike) -> dict[str, jax.Array]:
     return running.ema().init(shape, dtype)._asdict()
 
 
+class CallOptions(TypedDict, total=False):
+    """The keyword arguments of every layer's call; see `BatchNorm.__call__`."""
+
+    mask: ArrayLike | None
+    weights: ArrayLike | None
+    residual: ArrayLike | None
+    update_stats: bool | None
+
+
 class LayerOps(NamedTuple):
-    """The pure functions that a layer calls, of one paper.
+    """The pure functions that a layer calls.
 
     Attributes:
-        train: (x, **options of batch_norm) -> (y, Moments); `fallback` has the running
-            statistics.
+        train: (x, **options of batch_norm) -> (y, Moments); the running statistics are
+            its `fallback`.
         infer: (x, mean, var, **options of normalize) -> y.
         measure: (x, **options of moments) -> Moments.
         init_forward: (x, **options of batch_norm) -> (y, Moments): the output during
@@ -72,11 +81,11 @@ def renorm(
     """The functions of `BatchRenorm`.
 
     Args:
-        r_max: see there.
-        d_max: see there.
-        step: of the training, for schedules; None for `steps`.
-        steps: those that the layer has counted; None if it does not.
-        warmup_steps: None if it does not count.
+        r_max: see `BatchRenorm`.
+        d_max: see `BatchRenorm`.
+        step: the training step, for schedules; None to use `steps`.
+        steps: how many updates the layer has counted; None without a counter.
+        warmup_steps: see `BatchRenorm`; None without a counter.
     """
 
     def train(x, *, fallback, **options):
@@ -90,7 +99,7 @@ def renorm(
 
 
 def no_steps() -> jax.Array:
-    """What a counter starts at."""
+    """The initial value of a counter."""
     return jnp.zeros((), jnp.int32)
 
 
@@ -155,45 +164,39 @@ def to_inexact(x: ArrayLike) -> jax.Array:
     return _checks.require_inexact("x", x)
 
 
-def forward(
+def infer(
     x: jax.Array,
     stored: running.State,
-    normalize_options: Mapping[str, Any],
-    moments_options: Mapping[str, Any],
     ops: LayerOps,
+    moments_options: Mapping[str, Any],
+    normalize_options: Mapping[str, Any],
     *,
-    use_running: bool,
     measure: bool,
 ) -> tuple[jax.Array, Any]:
-    """Returns the output and the Moments of the batch.
+    """Normalizes `x` by the running statistics; also returns its Moments, if wanted.
 
-    Masked values do not affect the result. With running statistics they must be zeroed
-    here, or a masked NaN would make the gradient of scale NaN.
+    Masked values do not affect the result. They are set to zero, because a masked NaN
+    would make the gradient of the scale NaN.
 
     Args:
         x: (batch, *spatial, feature).
         stored: the running statistics.
-        normalize_options: what `normalize` and `batch_norm` share.
-        moments_options: what `moments` and `batch_norm` share, except the axis.
         ops: the functions of the layer.
-        use_running: whether to normalize by `stored`.
-        measure: whether to return the Moments with running statistics too; else None.
+        moments_options: the arguments that `moments` and `batch_norm` share, except the
+            axis.
+        normalize_options: the arguments that `normalize` and `batch_norm` share.
+        measure: whether to return the Moments; else None.
     """
-    if not use_running:
-        return ops.train(x, fallback=stored, **moments_options, **normalize_options)
-    mask, weights = (
-        _checks.mask(moments_options["mask"], x.shape),
-        moments_options["weights"],
-    )
-    mask = mask_with_weights(x, mask, _checks.weights(weights, x.shape))
+    mask = _checks.mask(moments_options["mask"], x.shape)
+    weights = _checks.weights(moments_options["weights"], x.shape)
+    mask = mask_with_weights(x, mask, weights)
     y = ops.infer(zero_masked_garbage(x, mask), *stored, **normalize_options)
     y = zero_masked_overflow(y, mask)
     if not measure:
         return y, None
-    shift = stored[0] if jnp.iscomplexobj(x) else stored[0].real
-    return y, ops.measure(
-        x, axis=normalize_options["axis"], shift=shift, **moments_options
-    )
+    shift = stored.mean if jnp.iscomplexobj(x) else stored.mean.real
+    axis = normalize_options["axis"]
+    return y, ops.measure(x, axis=axis, shift=shift, **moments_options)
 
 
 def update_running_stats(
@@ -209,15 +212,15 @@ def update_running_stats(
     """The running statistics after a batch.
 
     Args:
-        stored: those before.
+        stored: the running statistics before the batch.
         batch: its Moments; a covariance is averaged as a variance is.
         momentum: the weight of `stored`.
         unbiased: whether the running variance divides by n - 1.
         skip_nonfinite: whether a batch that is not finite changes nothing.
-        batch_dtype: of the statistics of the batch in Flax; the result is promoted to
-            it.
-        keep_dtype: whether statistics keep the dtype of `stored` instead, unless that
-            is real and they are not.
+        batch_dtype: the dtype of the batch statistics in Flax; the result is promoted
+            to it.
+        keep_dtype: whether the result keeps the dtype of `stored` instead. A real dtype
+            is not kept for a complex result.
     """
     rule = running.ema(momentum, ddof=int(unbiased), skip_nonfinite=skip_nonfinite)
     values = []

@@ -441,31 +441,31 @@ FAULTS = [
     Fault(
         "Linen writes statistics in evaluation",
         "linen/_batch_norm.py",
-        "    update = not use_running if update_stats is None else update_stats",
-        "    update = True if update_stats is None else update_stats",
+        "        update = not use_running if update_stats is None else update_stats",
+        "        update = True if update_stats is None else update_stats",
         "tests/test_linen.py",
     ),
     Fault(
         "Linen shares statistics when it is initialized",
         "linen/_batch_norm.py",
-        "    if layer.is_initializing():\n        with",
-        "    if False:\n        with",
+        "        if self.is_initializing():\n            with",
+        "        if False:\n            with",
         "tests/test_linen.py",
     ),
     Fault(
         "the recorded Moments replace those before",
         "linen/_batch_norm.py",
-        "        collected.value = ops.merge(collected.value, batch)",
-        "        collected.value = batch",
+        "collected.value = ops.merge(collected.value, batch)",
+        "collected.value = batch",
         "tests/test_contracts.py -k recorded",
     ),
     Fault(
         "the bias is created before the scale",
         "linen/_batch_norm.py",
-        "    if layer.use_scale:\n",
-        "    if layer.use_bias:\n"
-        '        layer.param("bias", layer.bias_init, shape, layer.param_dtype)\n'
-        "    if layer.use_scale:\n",
+        "        if self.use_scale:\n",
+        "        if self.use_bias:\n"
+        '            self.param("bias", self.bias_init, shape, self.param_dtype)\n'
+        "        if self.use_scale:\n",
         "tests/test_linen.py",
     ),
     # ---- what surrounds the layers ----

@@ -1,6 +1,6 @@
 """Batch normalization with the name, fields and variables of `flax.linen.BatchNorm`.
 
-`Normalization` is what the variants share: the fields, the variables, and one call.
+`Normalization` has what all layers share: the fields, the variables and the call.
 """
 
 import dataclasses
@@ -16,17 +16,19 @@ from jax.nn import initializers
 from jax.typing import ArrayLike, DTypeLike
 
 from bnjax import _axes, _checks, _dtypes, _layer, running
-from bnjax.moments import Moments
 
 Shape = tuple[int, ...]
 
 
 class Normalization(nn.Module):
-    """The layers' common part; what differs between them is in `LayerOps`.
+    """The common part of the layers, which differ in their `LayerOps`.
 
     Layers with Flax's variables and inference also inherit from `flax.linen.BatchNorm`,
     because user code tests for it with `isinstance`. `Normalization` comes first, so
     that its `__call__` is used.
+
+    Helper methods are `nn.nowrap`: Flax would name scopes after them, and list their
+    calls in summaries.
     """
 
     use_running_average: bool | None = None
@@ -49,7 +51,9 @@ class Normalization(nn.Module):
     )
     frozen: bool = dataclasses.field(default=False, kw_only=True)
 
+    # Without annotations, so that these are no fields.
     force_float32_reductions = True  # a field of Flax's subclasses alone
+    shared_affine = False
     needs_running_stats_in_training = False
 
     @nn.nowrap
@@ -70,186 +74,187 @@ class Normalization(nn.Module):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature); see the corresponding function, such as
-                `bnjax.batch_norm`. Integers and booleans are promoted.
+            x: (batch, *spatial, feature). Integers and booleans are promoted.
             use_running_average: see the attribute; exactly one of the two is given.
             mask: boolean, broadcastable to `x`; False leaves a value out of the
                 statistics.
             weights: real floats >= 0, broadcastable to `x`: how often each value counts
                 in the statistics; see `bnjax.batch_norm`.
             residual: of the shape of `x`; added before the activation.
-            update_stats: see the attribute, over which this takes precedence.
+            update_stats: takes precedence over the attribute.
 
         Returns:
             An array of the shape of `x`.
 
         Raises:
             ValueError: `use_running_average` given twice or not at all, and whatever
-                that function raises.
+                the pure function of the layer raises, such as `bnjax.batch_norm`.
             flax.errors.ModifyScopeVariableError: the running statistics are to be
                 written, but `batch_stats` is not mutable.
         """
-        return call(
-            self,
+        return self._normalize(
             x,
+            use_running_average,
             self._layer_ops(),
-            use_running_average=use_running_average,
             mask=mask,
             weights=weights,
             residual=residual,
             update_stats=update_stats,
         )
 
-
-# Functions, not methods: Flax wraps methods, and summaries list their calls.
-
-
-def call(
-    layer: Any,
-    x: ArrayLike,
-    ops: _layer.LayerOps,
-    *,
-    use_running_average: bool | None,
-    mask: ArrayLike | None,
-    weights: ArrayLike | None,
-    residual: ArrayLike | None,
-    update_stats: bool | None,
-    shared_affine: bool = False,
-    steps: ArrayLike | None = None,
-) -> jax.Array:
-    """Normalizes `x` and writes what is to be written: see `Normalization.__call__`."""
-    use_running = layer.frozen or nn.merge_param(
-        "use_running_average", layer.use_running_average, use_running_average
-    )
-    _checks.decay_rate("momentum", layer.momentum)
-    given = jnp.asarray(x)
-    x = _layer.to_inexact(given)
-    features = _axes.sizes(x.shape, _axes.canonical(layer.axis, x.ndim))
-    shape = ops.leading + features
-    if update_stats is None:
-        update_stats = layer.update_stats
-    update = not use_running if update_stats is None else update_stats
-    update = update and not layer.frozen
-    variables, stored = _running_statistics(
-        layer,
-        ops,
-        shape,
-        x,
-        needed=bool(use_running or update or layer.needs_running_stats_in_training),
-    )
-    normalize_options = {
-        **_declare_parameters(layer, features if shared_affine else shape),
-        "residual": residual,
-    }
-    if layer.dtype is None and x.dtype != given.dtype:  # by x before it was promoted
-        dtype = _dtypes.result(
-            given, normalize_options.get("scale"), normalize_options.get("bias")
+    @nn.nowrap
+    def _normalize(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None,
+        ops: _layer.LayerOps,
+        *,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        """The call, for the `ops` of one call."""
+        use_running = self.frozen or nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
         )
-        normalize_options["dtype"] = dtype
-    moments_options: dict[str, Any] = {"mask": mask, "weights": weights}
-    if layer.is_initializing():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", _checks.BatchNormWarning)
-            if use_running:
-                return ops.infer(x, *stored, **normalize_options)
-            return ops.init_forward(x, **moments_options, **normalize_options)[0]
+        _checks.decay_rate("momentum", self.momentum)
+        given = jnp.asarray(x)
+        x = _layer.to_inexact(given)
+        features = _axes.sizes(x.shape, _axes.canonical(self.axis, x.ndim))
+        shape = ops.leading + features
+        if update_stats is None:
+            update_stats = self.update_stats
+        update = not use_running if update_stats is None else update_stats
+        update = update and not self.frozen
+        needed = use_running or update or self.needs_running_stats_in_training
+        variables, stored = self._running_statistics(ops, shape, x, bool(needed))
+        normalize_options = {
+            **self._normalize_options(
+                given, x, features if self.shared_affine else shape
+            ),
+            "residual": residual,
+        }
+        moments_options: dict[str, Any] = {"mask": mask, "weights": weights}
+        if self.is_initializing():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", _checks.BatchNormWarning)
+                if use_running:
+                    return ops.infer(x, *stored, **normalize_options)
+                return ops.init_forward(x, **moments_options, **normalize_options)[0]
 
-    moments_options["axis_name"] = layer.axis_name
-    moments_options["axis_index_groups"] = layer.axis_index_groups
-    collects = _asks_for_moments(layer)
-    y, batch = _layer.forward(
-        x,
-        stored,
-        normalize_options,
-        moments_options,
-        ops,
-        use_running=use_running,
-        measure=bool(update or (collects and not layer.frozen)),
-    )
-    if update:
-        _update(layer, variables, stored, batch, x)
-        if steps is not None:
-            layer.put_variable("batch_stats", "steps", _layer.next_step(steps))
-    if collects:  # empty if frozen: nothing updates the statistics by them
-        collected = layer.variable("batch_moments", "moments", ops.empty, shape)
-    if collects and not layer.frozen:
-        collected.value = ops.merge(collected.value, batch)
-    return y
+        moments_options["axis_name"] = self.axis_name
+        moments_options["axis_index_groups"] = self.axis_index_groups
+        collects = self._asks_for_moments()
+        if use_running:
+            measure = bool(update or (collects and not self.frozen))
+            y, batch = _layer.infer(
+                x, stored, ops, moments_options, normalize_options, measure=measure
+            )
+        else:
+            y, batch = ops.train(
+                x, fallback=stored, **moments_options, **normalize_options
+            )
+        if update:
+            self._update(variables, stored, batch, x)
+        if collects:  # empty if frozen: nothing updates the statistics by them
+            collected = self.variable("batch_moments", "moments", ops.empty, shape)
+            if not self.frozen:
+                collected.value = ops.merge(collected.value, batch)
+        return y
 
+    @nn.nowrap
+    def _running_statistics(
+        self, ops: _layer.LayerOps, shape: Shape, x: jax.Array, needed: bool
+    ) -> tuple[list[nn.Variable], running.State]:
+        """The variables of the running statistics (mean and var, or cov); their values.
 
-def _running_statistics(
-    layer: Any, ops: _layer.LayerOps, shape: Shape, x: jax.Array, *, needed: bool
-) -> tuple[list[nn.Variable], running.State]:
-    """The variables of the running statistics, mean and var or cov, and their values.
+        They may be missing if a call neither uses nor writes them. Features without a
+        valid value then fall back on the initial values. The mean of complex inputs is
+        complex from the start, because a loop over training steps and a checkpoint need
+        one type.
+        """
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        dtype = _dtypes.real(dtype)
+        if jnp.iscomplexobj(x):
+            dtype = _dtypes.promote(dtype, x.dtype)
+        initial = ops.init_stats(shape, dtype)
+        exist = any(self.has_variable("batch_stats", name) for name in initial)
+        if not (needed or exist or self.is_initializing()):
+            return [], running.State(*initial.values())
+        variables = []
+        for name, value in initial.items():
+            variable = self.variable("batch_stats", name, lambda value=value: value)
+            path = f"batch_stats/{name}"
+            _checks.feature_shape(path, variable.value, value.shape, self.axis)
+            variables.append(variable)
+        return variables, running.State._make(v.value for v in variables)
 
-    They may be missing if a call neither uses nor writes them. Features without a valid
-    value then fall back on the initial values. The mean of complex inputs is complex
-    from the start: a loop over training steps needs one type, and so does a checkpoint.
-    """
-    dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
-    dtype = _dtypes.real(dtype)
-    if jnp.iscomplexobj(x):
-        dtype = _dtypes.promote(dtype, x.dtype)
-    initial = ops.init_stats(shape, dtype)
-    declares = needed or layer.is_initializing()
-    if not declares and not any(layer.has_variable("batch_stats", n) for n in initial):
-        return [], running.State(*initial.values())
-    stats = []
-    for name, value in initial.items():
-        stored = layer.variable("batch_stats", name, lambda value=value: value)
-        path = f"batch_stats/{name}"
-        _checks.feature_shape(path, stored.value, value.shape, layer.axis)
-        stats.append(stored)
-    return stats, running.State._make(variable.value for variable in stats)
+    @nn.nowrap
+    def _normalize_options(
+        self, given: jax.Array, x: jax.Array, shape: Shape
+    ) -> dict[str, Any]:
+        """Declares the parameters; returns what `normalize` and `batch_norm` share.
 
+        Args:
+            given: the input.
+            x: the input after promotion.
+            shape: of the parameters.
+        """
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "dtype": self.dtype,
+            "activation": self.activation,
+        }
+        if self.use_scale:
+            options["scale"] = self.param(
+                "scale", self.scale_init, shape, self.param_dtype
+            )
+        if self.use_bias:
+            options["bias"] = self.param(
+                "bias", self.bias_init, shape, self.param_dtype
+            )
+        if self.dtype is None and x.dtype != given.dtype:
+            parameters = options.get("scale"), options.get("bias")
+            options["dtype"] = _dtypes.result(given, *parameters)
+        return options
 
-def _declare_parameters(layer: Any, shape: Shape) -> dict[str, Any]:
-    """Declares the params; returns the options of `normalize` and `batch_norm`."""
-    shared: dict[str, Any] = {}
-    if layer.use_scale:
-        shared["scale"] = layer.param(
-            "scale", layer.scale_init, shape, layer.param_dtype
+    @nn.nowrap
+    def _asks_for_moments(self) -> bool:
+        """Whether `batch_moments` is mutable by name.
+
+        `mutable=True` and DenyList, which summaries and careless callers pass, would
+        leave Flax's users with a collection, and in evaluation with work, that Flax has
+        not.
+        """
+        everything = self.scope is None or isinstance(
+            self.scope.mutable, (bool, flax.core.DenyList)
         )
-    if layer.use_bias:
-        shared["bias"] = layer.param("bias", layer.bias_init, shape, layer.param_dtype)
-    shared.update(axis=layer.axis, epsilon=layer.epsilon, dtype=layer.dtype)
-    shared.update(activation=layer.activation)
-    return shared
+        return not everything and self.is_mutable_collection("batch_moments")
 
-
-def _asks_for_moments(layer: Any) -> bool:
-    """Whether `batch_moments` is mutable by name.
-
-    `mutable=True` and DenyList, which summaries and careless callers pass, would leave
-    Flax's users with a collection, and in evaluation with work, that Flax has not.
-    """
-    everything = layer.scope is None or isinstance(
-        layer.scope.mutable, (bool, flax.core.DenyList)
-    )
-    return not everything and layer.is_mutable_collection("batch_moments")
-
-
-def _update(
-    layer: Any,
-    stats: list[nn.Variable],
-    stored: running.State,
-    batch: Moments,
-    x: jax.Array,
-) -> None:
-    """Writes the running statistics after one batch, in the dtypes of Flax's."""
-    new = _layer.update_running_stats(
-        stored,
-        batch,
-        momentum=layer.momentum,
-        unbiased=layer.unbiased,
-        skip_nonfinite=layer.skip_nonfinite_updates,
-        batch_dtype=_dtypes.statistics_dtype(
-            x.dtype if layer.dtype is None else layer.dtype
-        ),
-        keep_dtype=not layer.force_float32_reductions,
-    )
-    for variable, value in zip(stats, new):
-        variable.value = value
+    @nn.nowrap
+    def _update(
+        self,
+        variables: list[nn.Variable],
+        stored: running.State,
+        batch: Any,
+        x: jax.Array,
+    ) -> None:
+        """Writes the running statistics after one batch, in Flax's dtypes."""
+        new = _layer.update_running_stats(
+            stored,
+            batch,
+            momentum=self.momentum,
+            unbiased=self.unbiased,
+            skip_nonfinite=self.skip_nonfinite_updates,
+            batch_dtype=_dtypes.statistics_dtype(
+                x.dtype if self.dtype is None else self.dtype
+            ),
+            keep_dtype=not self.force_float32_reductions,
+        )
+        for variable, value in zip(variables, new):
+            variable.value = value
 
 
 class BatchNorm(Normalization, nn.BatchNorm):
@@ -264,9 +269,9 @@ class BatchNorm(Normalization, nn.BatchNorm):
     there, as `batch_moments/moments`, merged with what the collection already holds: a
     layer that is called twice pools both inputs. Start it empty at each step.
 
-    An instance is one of `flax.linen.BatchNorm`, for code that looks for those; nothing
-    that it does is inherited. So are GhostBatchNorm and BatchRenorm, which have its
-    variables and infer as it does.
+    The class is a subclass of `flax.linen.BatchNorm`, for code that tests for it with
+    `isinstance`, but uses none of its methods. So are GhostBatchNorm and BatchRenorm,
+    whose variables and inference are the same.
 
     Attributes:
         use_running_average: whether to normalize by the running statistics; here or in

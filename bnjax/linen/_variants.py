@@ -1,14 +1,15 @@
 """The variants of batch normalization, one paper each."""
 
 import dataclasses
+from typing import Any, Unpack
 
 import flax.linen as nn
 import jax
 from jax.typing import ArrayLike
 
-from bnjax import _layer
+from bnjax import _layer, running
 from bnjax.ghost import Remainder
-from bnjax.linen._batch_norm import Normalization, call
+from bnjax.linen._batch_norm import Normalization
 from bnjax.renorm import Limit
 
 
@@ -111,24 +112,16 @@ class BatchRenorm(Normalization, nn.BatchNorm):
         use_running_average: bool | None = None,
         *,
         step: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
+        **options: Unpack[_layer.CallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
             x: (batch, *spatial, feature), real; integers and booleans are promoted.
-            use_running_average: see `BatchNorm`; exactly one of the two is given.
+            use_running_average: as in `BatchNorm.__call__`.
             step: (), integer: the training step, for schedules. None: the layer's own
                 counter, which exists only with `warmup_steps`.
-            mask: boolean, broadcastable to `x`; False leaves a value out of the
-                statistics.
-            weights: real floats >= 0, broadcastable to `x`: how often each value counts
-                in the statistics; see `bnjax.batch_norm`.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: see `BatchNorm`.
+            **options: as in `BatchNorm.__call__`.
 
         Returns:
             An array of the shape of `x`.
@@ -138,22 +131,27 @@ class BatchRenorm(Normalization, nn.BatchNorm):
             ValueError: in training, r_max or d_max is a schedule, and there is neither
                 a `step` nor a counter; or as for `BatchNorm`.
         """
-        steps = None
+        steps = None if self.warmup_steps is None else self._steps()
+        if steps is not None and self.is_initializing():
+            self.put_variable("batch_stats", "steps", steps)
+        ops = _layer.renorm(self.r_max, self.d_max, step, steps, self.warmup_steps)
+        return self._normalize(x, use_running_average, ops, **options)
+
+    @nn.nowrap
+    def _steps(self) -> jax.Array:
+        return self.get_variable("batch_stats", "steps", _layer.no_steps())
+
+    @nn.nowrap
+    def _update(
+        self,
+        variables: list[nn.Variable],
+        stored: running.State,
+        batch: Any,
+        x: jax.Array,
+    ) -> None:
+        super()._update(variables, stored, batch, x)
         if self.warmup_steps is not None:
-            steps = self.get_variable("batch_stats", "steps", _layer.no_steps())
-            if self.is_initializing():
-                self.put_variable("batch_stats", "steps", steps)
-        return call(
-            self,
-            x,
-            _layer.renorm(self.r_max, self.d_max, step, steps, self.warmup_steps),
-            use_running_average=use_running_average,
-            mask=mask,
-            weights=weights,
-            residual=residual,
-            update_stats=update_stats,
-            steps=steps,
-        )
+            self.put_variable("batch_stats", "steps", _layer.next_step(self._steps()))
 
 
 class SplitBatchNorm(Normalization):
@@ -196,25 +194,17 @@ class SplitBatchNorm(Normalization):
         use_running_average: bool | None = None,
         *,
         domain: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
+        **options: Unpack[_layer.CallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
             x: (batch, *spatial, feature); integers and booleans are promoted.
-            use_running_average: see `BatchNorm`; exactly one of the two is given.
+            use_running_average: as in `BatchNorm.__call__`.
             domain: integers: () if all examples belong to one domain, (batch,) for one
                 each. None: in training the batch is `num_splits` equal contiguous
                 blocks, block d for domain d; in inference all is domain 0.
-            mask: boolean, broadcastable to `x`; False leaves a value out of the
-                statistics.
-            weights: real floats >= 0, broadcastable to `x`: how often each value counts
-                in the statistics; see `bnjax.batch_norm`.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: see `BatchNorm`.
+            **options: as in `BatchNorm.__call__`.
 
         Returns:
             An array of the shape of `x`.
@@ -224,17 +214,8 @@ class SplitBatchNorm(Normalization):
             ValueError: `domain` is None and `num_splits` does not divide the batch; a
                 `domain` that is known to be out of range; or as for `BatchNorm`.
         """
-        return call(
-            self,
-            x,
-            _layer.split(self.num_splits, domain),
-            use_running_average=use_running_average,
-            mask=mask,
-            weights=weights,
-            residual=residual,
-            update_stats=update_stats,
-            shared_affine=self.shared_affine,
-        )
+        ops = _layer.split(self.num_splits, domain)
+        return self._normalize(x, use_running_average, ops, **options)
 
 
 class DecorrelatedBatchNorm(Normalization):

@@ -178,8 +178,8 @@ class Normalization(nnx.Module):
         """
         return self._normalize(
             x,
+            use_running_average,
             self._layer_ops(),
-            use_running_average=use_running_average,
             mask=mask,
             weights=weights,
             residual=residual,
@@ -189,15 +189,15 @@ class Normalization(nnx.Module):
     def _normalize(
         self,
         x: ArrayLike,
+        use_running_average: bool | None,
         ops: _layer.LayerOps,
         *,
-        use_running_average: bool | None,
-        mask: ArrayLike | None,
-        weights: ArrayLike | None,
-        residual: ArrayLike | None,
-        update_stats: bool | None,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
-        """Normalizes `x` and writes what is to be written: see `__call__`."""
+        """The call, for the `ops` of one call."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         use_running = self.frozen or _checks.chosen(use_running_average)
@@ -217,23 +217,25 @@ class Normalization(nnx.Module):
                     dtype=x.dtype, mean=stored.mean.dtype, layer=type(self).__name__
                 )
             )
+        normalize_options = {
+            **self._normalize_options(given, stored),
+            "residual": residual,
+        }
         moments_options = {
             "mask": mask,
             "weights": weights,
             "axis_name": self.axis_name,
             "axis_index_groups": self.axis_index_groups,
         }
-        y, batch = _layer.forward(
-            x,
-            stored,
-            {**self._normalize_options(given, stored), "residual": residual},
-            moments_options,
-            ops,
-            use_running=use_running,
-            measure=bool(update or record),
-        )
-        if batch is None:
-            return y
+        if use_running:
+            measure = bool(update or record)
+            y, batch = _layer.infer(
+                x, stored, ops, moments_options, normalize_options, measure=measure
+            )
+        else:
+            y, batch = ops.train(
+                x, fallback=stored, **moments_options, **normalize_options
+            )
         batch = jax.lax.stop_gradient(batch)
         if update:
             self._update(stored, batch, x)

@@ -120,24 +120,16 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
         use_running_average: bool | None = None,
         *,
         step: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
+        **options: Unpack[_layer.CallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
             x: (batch, *spatial, feature), real; integers and booleans are promoted.
-            use_running_average: takes precedence over the attribute.
+            use_running_average: as in `BatchNorm.__call__`.
             step: (), integer: the training step, for schedules. None: the layer's own
                 counter, which exists only with `warmup_steps`.
-            mask: boolean, broadcastable to `x`; False leaves a value out of the
-                statistics.
-            weights: real floats >= 0, broadcastable to `x`: how often each value counts
-                in the statistics; see `bnjax.batch_norm`.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: takes precedence over the attribute.
+            **options: as in `BatchNorm.__call__`.
 
         Returns:
             An array of the shape of `x`.
@@ -147,15 +139,8 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
             ValueError: in training, r_max or d_max is a schedule, and there is neither
                 a `step` nor a counter; or as for `BatchNorm`.
         """
-        return self._normalize(
-            x,
-            self._layer_ops(step),
-            use_running_average=use_running_average,
-            mask=mask,
-            weights=weights,
-            residual=residual,
-            update_stats=update_stats,
-        )
+        ops = self._layer_ops(step)
+        return self._normalize(x, use_running_average, ops, **options)
 
 
 class SplitBatchNorm(Normalization):
@@ -204,25 +189,17 @@ class SplitBatchNorm(Normalization):
         use_running_average: bool | None = None,
         *,
         domain: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
-        update_stats: bool | None = None,
+        **options: Unpack[_layer.CallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
             x: (batch, *spatial, feature); integers and booleans are promoted.
-            use_running_average: takes precedence over the attribute.
+            use_running_average: as in `BatchNorm.__call__`.
             domain: integers: () if all examples belong to one domain, (batch,) for one
                 each. None: in training the batch is `num_splits` equal contiguous
                 blocks, block d for domain d; in inference all is domain 0.
-            mask: boolean, broadcastable to `x`; False leaves a value out of the
-                statistics.
-            weights: real floats >= 0, broadcastable to `x`: how often each value counts
-                in the statistics; see `bnjax.batch_norm`.
-            residual: of the shape of `x`; added before the activation.
-            update_stats: takes precedence over the attribute.
+            **options: as in `BatchNorm.__call__`.
 
         Returns:
             An array of the shape of `x`.
@@ -232,15 +209,8 @@ class SplitBatchNorm(Normalization):
             ValueError: `domain` is None and `num_splits` does not divide the batch; a
                 `domain` that is known to be out of range; or as for `BatchNorm`.
         """
-        return self._normalize(
-            x,
-            self._layer_ops(domain),
-            use_running_average=use_running_average,
-            mask=mask,
-            weights=weights,
-            residual=residual,
-            update_stats=update_stats,
-        )
+        ops = self._layer_ops(domain)
+        return self._normalize(x, use_running_average, ops, **options)
 
 
 class DecorrelatedBatchNorm(Normalization):
