@@ -30,8 +30,7 @@ QUOTED = re.compile(r"(?<![\[`])`([A-Za-z_][\w.]*)`(?![\]`])")
 class Public(Extension):
     def on_class_members(self, *, cls: Class, **_) -> None:
         bases = {str(getattr(base, "canonical_path", base)) for base in cls.bases}
-        linen = {"flax.linen.Module", "bnjax.linen._normalization.Normalization"}
-        if bases & {"typing.NamedTuple", *linen}:
+        if cls.path.startswith("bnjax.linen.") or "typing.NamedTuple" in bases:
             value = ExprName("dataclasses.dataclass")
             cls.decorators.append(Decorator(value, lineno=None, endlineno=None))
         if "flax.linen.BatchNorm" in bases:
