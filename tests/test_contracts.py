@@ -1,6 +1,7 @@
 """What every layer of the registry obeys."""
 
 import functools
+import inspect
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,7 @@ from registry import ENTRIES, POSITIONS, halves
 from test_sharded import mesh
 
 import bnjax
+from bnjax._layer import CallOptions
 
 every_layer = pytest.mark.parametrize("name", ENTRIES)
 
@@ -474,6 +476,41 @@ def test_linen_equals_nnx_to_the_bit(name):
     del options["mask"]
     inferred = linen.apply(variables, x, True, **options)
     assert_same_bits(ours(x, True, **options), inferred)
+
+
+def test_the_arguments_of_a_call_are_declared_once():
+    """CallOptions holds those that `BatchNorm.__call__` shows, in both frameworks."""
+    for layer in (bnjax.linen.BatchNorm, bnjax.nnx.BatchNorm):
+        parameters = inspect.signature(layer.__call__).parameters.values()
+        keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        assert keywords == [*CallOptions.__annotations__]
+
+
+@every_layer
+def test_an_unknown_argument_is_named(name):
+    entry = ENTRIES[name]
+    wrong = {**entry.extra(), "maks": None}
+    unknown = pytest.raises(TypeError, match="unexpected keyword argument 'maks'")
+    with unknown:
+        entry.linen().apply(entry.variables(), entry.x(), True, **wrong)
+    with unknown:
+        entry.nnx()(entry.x(), True, **wrong)
+
+
+@every_layer
+def test_a_summary_has_one_call_of_a_layer(name):
+    """Flax records the outputs of methods that are not `nn.nowrap`."""
+    entry = ENTRIES[name]
+    _, updates = entry.linen().apply(
+        entry.variables(),
+        entry.x(),
+        True,
+        **entry.extra(),
+        capture_intermediates=True,
+        mutable=["batch_stats", "batch_moments"],
+    )
+    (outputs,) = updates["intermediates"].values()
+    assert len(outputs) == 1
 
 
 @every_layer

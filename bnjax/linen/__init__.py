@@ -1,8 +1,8 @@
 """Linen layers: variables around the pure functions, and no arithmetic.
 
 `BatchNorm` has the name, the fields, the variables and the errors of
-`flax.linen.BatchNorm`, so that it loads Flax's checkpoints and Flax loads its own. The
-variants share all of it but what their papers change.
+`flax.linen.BatchNorm`, so that both load the checkpoints of the other. The variants
+share everything with it except what their papers change.
 """
 
 from bnjax.linen._batch_norm import BatchNorm

@@ -224,9 +224,8 @@ class Normalization(nn.Module):
     def _asks_for_moments(self) -> bool:
         """Whether `batch_moments` is mutable by name.
 
-        `mutable=True` and DenyList, which summaries and careless callers pass, would
-        leave Flax's users with a collection, and in evaluation with work, that Flax has
-        not.
+        Summaries and careless callers pass `mutable=True` or a DenyList. They would get
+        a collection that Flax does not have, and more work in evaluation.
         """
         everything = self.scope is None or isinstance(
             self.scope.mutable, (bool, flax.core.DenyList)

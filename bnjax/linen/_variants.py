@@ -18,12 +18,9 @@ class GhostBatchNorm(Normalization, nn.BatchNorm):
 
         y_i = (x_i - mean_g) / sqrt(var_g + epsilon) * scale + bias,   i in group g
 
-    Each group of `virtual_batch_size` examples is normalized by its own statistics; the
-    running statistics are those of the whole batch, and inference is `BatchNorm`'s.
-    Variables as `BatchNorm`'s. `init` takes a batch of any size.
-
-    Over `axis_name` the running statistics are shared. Groups stay within a replica;
-    larger ones than its batch are of adjacent replicas, if these fall into such groups.
+    The layer of `bnjax.ghost.ghost_batch_norm`, which says how groups lie over
+    replicas. The running statistics are those of the whole batch. Variables and
+    inference are those of `BatchNorm`. `init` takes a batch of any size.
 
     Attributes:
         virtual_batch_size: how many examples are normalized together.
@@ -55,25 +52,25 @@ class BatchRenorm(Normalization, nn.BatchNorm):
         d = clip((mu_B - mu) / sigma, -d_max, d_max)
         y = ((x - mu_B) / sigma_B * r + d) * scale + bias
 
-    mu and sigma are the running statistics from before the update. For small batches
-    and for batches that are not iid. Variables and inference as `BatchNorm`'s. Start
-    with r_max = 1, d_max = 0 (batch normalization) until the running statistics are
-    worth something, then relax: `r_max=optax.linear_schedule(1, 3, 35_000, 5_000)`.
+    The layer of `bnjax.renorm.batch_renorm`, for small batches and for batches that are
+    not iid. mu and sigma are the running statistics before the update. Variables and
+    inference are those of `BatchNorm`. Start with r_max = 1, d_max = 0 (batch
+    normalization) until the running statistics have settled, then relax:
+    `r_max=optax.linear_schedule(1, 3, 35_000, 5_000)`.
 
-    With `warmup_steps` the layer counts its updates, in `batch_stats/steps`, and needs
-    no `step`: r_max = 1 and d_max = 0 during the warm-up, then what the fields say.
-    Checkpoints of the layer that SBX and CrossQ have (mean, var, steps, r_max, d_max)
-    load as they are, into `BatchRenorm(warmup_steps=100_000, epsilon=1e-3)`; their
-    r_max and d_max, always 3 and 5, are not read. Theirs adds epsilon after the
-    correction: outputs differ by up to a third where variances are near epsilon.
+    With `warmup_steps` the layer counts its updates in `batch_stats/steps`, and needs
+    no `step`: r_max = 1 and d_max = 0 during the warm-up, then the given values.
+    Checkpoints of the layer in SBX and CrossQ (mean, var, steps, r_max, d_max) load
+    unchanged into `BatchRenorm(warmup_steps=100_000, epsilon=1e-3)`. Their r_max and
+    d_max, always 3 and 5, are not read. SBX and CrossQ add epsilon after the
+    correction, so that outputs differ by up to a third where variances are near
+    epsilon.
 
     Attributes:
-        r_max: the largest factor between the standard deviations, >= 1; a number or a
-            function of the step.
-        d_max: the largest distance between the means, >= 0, in running standard
-            deviations; a number or a function of the step.
+        r_max: see `bnjax.renorm.batch_renorm`; a number or a function of the step.
+        d_max: see `bnjax.renorm.batch_renorm`; a number or a function of the step.
         warmup_steps: how many updates the running statistics get before they correct
-            the batch's. None: no counter, and `step` is given to schedules.
+            the batch's. None: no counter, and schedules need the `step` of the call.
 
     All others are those of `BatchNorm`.
 
@@ -117,7 +114,7 @@ class BatchRenorm(Normalization, nn.BatchNorm):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature), real; integers and booleans are promoted.
+            x: (batch, *spatial, feature), real.
             use_running_average: as in `BatchNorm.__call__`.
             step: (), integer: the training step, for schedules. None: the layer's own
                 counter, which exists only with `warmup_steps`.
@@ -155,19 +152,19 @@ class BatchRenorm(Normalization, nn.BatchNorm):
 
 
 class SplitBatchNorm(Normalization):
-    """Split batch normalization: statistics of its own for each domain of the batch.
+    """Split batch normalization: separate statistics for each domain of the batch.
 
         y_i = (x_i - mean_d) / sqrt(var_d + epsilon) * scale_d + bias_d
 
-    Variables: `params/{scale,bias}` and `batch_stats/{mean,var}`, each
-    (num_splits, feature). Domain 0 is the main one, by which inference normalizes
-    unless the call names another.
+    The layer of `bnjax.split.split_batch_norm`. Variables: `params/{scale,bias}` and
+    `batch_stats/{mean,var}`, each (num_splits, feature). Domain 0 is the main one:
+    inference normalizes by it, unless the call names another.
 
     Attributes:
         num_splits: the number of domains.
         shared_affine: whether all domains share one scale and bias, (feature,).
 
-    All others are those of `BatchNorm`. Initializers see the shape of the parameters,
+    All others are those of `BatchNorm`. Initializers get the shape of the parameters,
     with the axis of the domains.
 
     >>> import jax.numpy as jnp
@@ -199,11 +196,11 @@ class SplitBatchNorm(Normalization):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature); integers and booleans are promoted.
+            x: (batch, *spatial, feature).
             use_running_average: as in `BatchNorm.__call__`.
             domain: integers: () if all examples belong to one domain, (batch,) for one
                 each. None: in training the batch is `num_splits` equal contiguous
-                blocks, block d for domain d; in inference all is domain 0.
+                blocks, block d for domain d; in inference all examples are of domain 0.
             **options: as in `BatchNorm.__call__`.
 
         Returns:
@@ -224,21 +221,20 @@ class DecorrelatedBatchNorm(Normalization):
         y = activation(W (x - mean) * scale + bias + residual)
         W = (covariance + epsilon I)^(-1/2)
 
-    Within groups of adjacent features. Variables: `params/{scale,bias}` and
-    `batch_stats/{mean,cov}`, cov (groups, size, size), which starts as the identity.
-    Inference takes the root of the running covariance at each call; `bnjax.whiten` has
-    the pure functions, to do it once.
+    The layer of `bnjax.whiten.decorrelate`: it whitens within groups of adjacent
+    features. Variables: `params/{scale,bias}` and `batch_stats/{mean,cov}`, where cov
+    is (groups, size, size) and starts as the identity. Inference takes the root of the
+    running covariance at each call; the functions of `bnjax.whiten` can take it once.
 
     Attributes:
-        group_size: the features of a group, adjacent, which are whitened together;
-            None for one group of all. A batch should hold several times as many
-            positions.
-        method: "eigh" (exact, ZCA), "newton_schulz" (IterNorm: products alone, stops
-            early) or "cholesky" (exact, not ZCA); see `bnjax.whiten.inverse_sqrt`.
+        group_size: how many features are whitened together; None for all. See
+            `bnjax.whiten.decorrelate`.
+        method: "eigh", "newton_schulz" (IterNorm) or "cholesky"; see
+            `bnjax.whiten.inverse_sqrt`.
         iterations: of "newton_schulz".
 
-    All others are those of `BatchNorm`; `axis` is one axis. Masks and weights are
-    alike for all features.
+    All others are those of `BatchNorm`, but `axis` is one axis. A mask and weights are
+    the same for all features.
 
     >>> import jax.numpy as jnp
     >>> layer = DecorrelatedBatchNorm(group_size=3, use_running_average=False)

@@ -1,6 +1,6 @@
 """Batch normalization with the name, arguments and views of `flax.nnx.BatchNorm`.
 
-`Normalization` is what the variants share: the variables, the views, and one call.
+`Normalization` has what all layers share: the variables, the views and the call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,16 +14,16 @@ from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from jax.nn import initializers
 from jax.typing import ArrayLike, DTypeLike
 
-from bnjax import _checks, _dtypes, _layer, running
+from bnjax import _checks, _dtypes, _layer, _trees, running
 
 
 @nnx.register_variable_name("batch_moments", overwrite=True)
 class BatchMoments(nnx.Variable):
-    """The Moments of what a layer has been given since it began to record them.
+    """The Moments of a layer's inputs since it began to record them.
 
-    Its value is a `bnjax.Moments`. It lies beside the layer's `mean` and `var`, as
-    `moments`, while the layer's `record_moments` is true. Linen's collection of the
-    same meaning is `batch_moments`.
+    Its value is a `bnjax.Moments`. A layer has it as `moments`, beside `mean` and
+    `var`, while its `record_moments` is true. In Linen it is the collection
+    `batch_moments`.
 
     >>> import bnjax
     >>> layer = bnjax.nnx.BatchNorm(6, rngs=nnx.Rngs(0))
@@ -40,6 +40,12 @@ _REAL_MEAN = (
     "would lose the imaginary part: expected a layer that is declared for complex "
     "inputs. Write {layer}(..., dtype=jnp.complex64); or param_dtype=jnp.complex64, "
     "for a complex scale and bias as well."
+)
+
+_FLAXS = (
+    "{path} is a flax.nnx.BatchNorm, which has no setting that train() leaves alone: "
+    "expected layers of bnjax.nnx. Build the model with bnjax.nnx.BatchNorm, which "
+    "loads the same state, or name the others by other patterns."
 )
 
 
@@ -70,7 +76,7 @@ class Settings(TypedDict, total=False):
 
 
 class Normalization(nnx.Module):
-    """The layers' common part; what differs between them is in `LayerOps`.
+    """The common part of the layers, which differ in their `LayerOps`.
 
     Layers with Flax's variables and inference also inherit from `flax.nnx.BatchNorm`,
     because user code tests for it with `isinstance`. `Normalization` comes first, so
@@ -159,8 +165,7 @@ class Normalization(nnx.Module):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature); see the corresponding function, such as
-                `bnjax.batch_norm`. Integers and booleans are promoted.
+            x: (batch, *spatial, feature). Integers and booleans are promoted.
             use_running_average: takes precedence over the attribute.
             mask: boolean, broadcastable to `x`; False leaves a value out of the
                 statistics.
@@ -173,8 +178,8 @@ class Normalization(nnx.Module):
             An array of the shape of `x`.
 
         Raises:
-            ValueError: `use_running_average` given nowhere, and whatever that function
-                raises.
+            ValueError: `use_running_average` given nowhere, and whatever the pure
+                function of the layer raises, such as `bnjax.batch_norm`.
         """
         return self._normalize(
             x,
@@ -276,7 +281,8 @@ class Normalization(nnx.Module):
           update_stats: whether the running statistics are written.
           record_moments: whether calls leave the Moments of their input in `moments`,
             which then starts empty.
-          frozen: whether to evaluate whatever the call says, and write nothing.
+          frozen: whether to use the running statistics, whatever the call says, and
+            write nothing.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -306,7 +312,7 @@ class Normalization(nnx.Module):
         }
 
     def _update(self, stored: running.State, batch: Any, x: jax.Array) -> None:
-        """Writes the running statistics after one batch; they keep their dtypes."""
+        """Writes the running statistics after one batch, in the dtypes they have."""
         new = _layer.update_running_stats(
             stored,
             batch,
@@ -321,7 +327,7 @@ class Normalization(nnx.Module):
 
 
 def _statistics_dtype(*declared: DTypeLike | None) -> DTypeLike:
-    """Of the running mean; a loop over training steps needs one that stays."""
+    """The dtype of the running mean; it stays, for loops over training steps."""
     given = (dtype for dtype in declared if dtype is not None)
     is_complex = any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in given)
     return jnp.complex64 if is_complex else jnp.float32
@@ -338,19 +344,21 @@ class BatchNorm(Normalization, nnx.BatchNorm):
     statistics come from (`use_running_average`; `train()` and `eval()` set it), and
     whether the running statistics are written (`update_stats`). Where `record_moments`
     is true, each call merges the Moments of its input into `moments`, a BatchMoments
-    variable that starts empty whenever `record_moments=True` is set: by
-    `nnx.view(model, record_moments=True)` in the view alone, by `model.set_attributes(
-    record_moments=True)` in the model. False removes it, and so does `nnx.pop`.
+    variable that starts empty whenever `record_moments=True` is set.
+    `nnx.view(model, record_moments=True)` sets it in the view alone,
+    `model.set_attributes(record_moments=True)` in the model. False removes the
+    variable, and so does `nnx.pop`.
 
-    An instance is one of `flax.nnx.BatchNorm`, for code that looks for those; nothing
-    that it does is inherited. So are GhostBatchNorm and BatchRenorm, which have its
-    variables and infer as it does.
+    The class is a subclass of `flax.nnx.BatchNorm`, for code that tests for it with
+    `isinstance`, but uses none of its methods. So are GhostBatchNorm and BatchRenorm,
+    whose variables and inference are the same.
 
-    One difference to Flax is meant. Flax casts the input and all variables to `dtype`
-    before it computes, which in evaluation leaves of (x - mean) / sqrt(var + epsilon)
-    what bfloat16 can tell apart, often 0. Here the statistics stay float32, in
-    evaluation too, the arithmetic is in at least float32, and `dtype` is that of the
-    result. What is written to variables has no gradient, as in Flax.
+    One difference to Flax is intended. Flax casts the input and all variables to
+    `dtype` before it computes. In evaluation, (x - mean) / sqrt(var + epsilon) is then
+    often 0 in bfloat16, which cannot tell x from the mean. Here the statistics stay
+    float32, in evaluation too, the arithmetic is in at least float32, and only the
+    result has the dtype `dtype`. Values that are written to variables have no gradient,
+    as in Flax.
 
     Args:
         num_features: the size of the feature axis.
@@ -371,12 +379,12 @@ class BatchNorm(Normalization, nnx.BatchNorm):
             over. Not needed under jit.
         axis_index_groups: a partition of that axis; groups may differ in size.
         use_fast_variance: accepted and without effect: one pass is as accurate as two.
-        promote_dtype: (x, mean, var, scale, bias) -> the same, promoted. Asked for
-            dtypes only: where `dtype` is None, the result has the dtype of the promoted
-            x, scale and bias. Flax's default includes the float32 statistics.
+        promote_dtype: (x, mean, var, scale, bias) -> the same, promoted. Only their
+            dtypes are used: if `dtype` is None, the result has the dtype of the
+            promoted x, scale and bias. Flax's default includes the float32 statistics.
         rngs: one key of `rngs.params` is drawn for the scale, then one for the bias.
-        bias_metadata: of the variable `bias`.
-        scale_metadata: of the variable `scale`.
+        bias_metadata: metadata of the variable `bias`.
+        scale_metadata: metadata of the variable `scale`.
         unbiased: whether the running variance divides by n - 1, as PyTorch's does. The
             batch is always normalized by the biased variance.
         update_stats: whether the running statistics are written. None: as Flax, when
@@ -401,3 +409,51 @@ class BatchNorm(Normalization, nnx.BatchNorm):
 
     def _layer_ops(self) -> _layer.LayerOps:
         return _layer.LayerOps()
+
+
+def freeze(model: nnx.Module, *patterns: str, frozen: bool = True) -> tuple[str, ...]:
+    """Freezes the normalization layers of a part of a model.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias,   mean, var constant
+
+    Sets `frozen` of these layers, in place. They use their running statistics and never
+    write them, whatever `model.train()`, the call, or
+    `set_attributes(use_running_average=False)` say. Scale and bias are still
+    parameters; `bnjax.training.freeze_mask` keeps the optimizer from changing them. To
+    freeze only a view of the model, write `nnx.view(model, frozen=True)`.
+
+    Args:
+        model: a model with layers of `bnjax.nnx`, or such a layer.
+        *patterns: shell patterns for paths of layers such as "encoder/norm_1"; *
+            matches any characters, also /: "encoder/*". None for all layers.
+        frozen: False to undo it.
+
+    Returns:
+        The paths of the layers that were set.
+
+    Raises:
+        TypeError: a pattern that matches a `flax.nnx.BatchNorm`.
+        ValueError: a pattern that matches no layer.
+
+    >>> layers = [BatchNorm(3, rngs=nnx.Rngs(i)) for i in range(2)]
+    >>> model = nnx.Sequential(*layers)
+    >>> print(freeze(model, "layers/0"))
+    ('layers/0',)
+    >>> model.train()
+    >>> print(model.layers[0].frozen, model.layers[1].frozen)
+    True False
+
+    References: Wu & Johnson 2021, section 4 (FrozenBN).
+    """
+    found: dict[str, Any] = {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, (Normalization, nnx.BatchNorm))
+    }
+    chosen = sorted(_trees.matching(patterns or ("*",), {*found}, "pattern"))
+    for path in chosen:
+        if not isinstance(found[path], Normalization):
+            raise TypeError(_FLAXS.format(path=path or "the model"))
+    for path in chosen:
+        found[path].frozen = frozen
+    return tuple(chosen)

@@ -17,19 +17,13 @@ class GhostBatchNorm(Normalization, nnx.BatchNorm):
 
         y_i = (x_i - mean_g) / sqrt(var_g + epsilon) * scale + bias,   i in group g
 
-    Each group of `virtual_batch_size` examples is normalized by its own statistics; the
-    running statistics are those of the whole batch, and inference is `BatchNorm`'s.
-    Variables and views as `BatchNorm`'s.
-
-    Over `axis_name` the running statistics are shared. Groups stay within a replica;
-    larger ones than its batch are of adjacent replicas, if these fall into such groups.
+    See `bnjax.linen.GhostBatchNorm`. Variables and views are those of `BatchNorm`.
 
     Args:
         num_features: the size of the feature axis.
         virtual_batch_size: how many examples are normalized together.
-        remainder: what to do with a batch that is not divisible: "error", or "smaller"
-            for a smaller last group.
-        rngs: as `BatchNorm`'s.
+        remainder: "error" or "smaller"; see `bnjax.ghost.ghost_batch_norm`.
+        rngs: see `BatchNorm`.
         **settings: the other arguments of `BatchNorm`.
 
     >>> layer = GhostBatchNorm(6, virtual_batch_size=4, rngs=nnx.Rngs(0))
@@ -63,23 +57,16 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
         d = clip((mu_B - mu) / sigma, -d_max, d_max)
         y = ((x - mu_B) / sigma_B * r + d) * scale + bias
 
-    mu and sigma are the running statistics from before the update. For small batches
-    and for batches that are not iid. Variables, views and inference as `BatchNorm`'s.
-    Start with r_max = 1, d_max = 0 (batch normalization) until the running statistics
-    are worth something, then relax: `r_max=optax.linear_schedule(1, 3, 35_000, 5_000)`.
-    With `warmup_steps` the layer counts its updates, in `steps` (nnx.BatchStat), and no
-    step needs to be given: r_max = 1 and d_max = 0 during the warm-up, then as given.
-    `bnjax.linen.BatchRenorm` shows a critic with joint batches.
+    See `bnjax.linen.BatchRenorm` for schedules, the warm-up and a critic with joint
+    batches. Variables and views are those of `BatchNorm`; with `warmup_steps` also
+    `steps` (nnx.BatchStat), which counts the updates.
 
     Args:
         num_features: the size of the feature axis.
-        r_max: the largest factor between the standard deviations, >= 1; a number or a
-            function of the step.
-        d_max: the largest distance between the means, >= 0, in running standard
-            deviations; a number or a function of the step.
-        warmup_steps: how many updates the running statistics get before they correct
-            the batch's. None: no counter, and `step` is given to schedules.
-        rngs: as `BatchNorm`'s.
+        r_max: a number or a function of the step; see `bnjax.renorm.batch_renorm`.
+        d_max: a number or a function of the step; see `bnjax.renorm.batch_renorm`.
+        warmup_steps: the updates before corrections begin; None for no counter.
+        rngs: see `BatchNorm`.
         **settings: the other arguments of `BatchNorm`.
 
     >>> layer = BatchRenorm(6, r_max=lambda step: 1 + step / 100, rngs=nnx.Rngs(0))
@@ -125,37 +112,35 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature), real; integers and booleans are promoted.
+            x: (batch, *spatial, feature), real.
             use_running_average: as in `BatchNorm.__call__`.
-            step: (), integer: the training step, for schedules. None: the layer's own
-                counter, which exists only with `warmup_steps`.
+            step: (), integer: the training step; see `bnjax.linen.BatchRenorm`.
             **options: as in `BatchNorm.__call__`.
 
         Returns:
             An array of the shape of `x`.
 
         Raises:
-            TypeError: `x` is complex, or as for `BatchNorm`.
-            ValueError: in training, r_max or d_max is a schedule, and there is neither
-                a `step` nor a counter; or as for `BatchNorm`.
+            TypeError: as for `bnjax.linen.BatchRenorm`.
+            ValueError: as for `bnjax.linen.BatchRenorm`.
         """
         ops = self._layer_ops(step)
         return self._normalize(x, use_running_average, ops, **options)
 
 
 class SplitBatchNorm(Normalization):
-    """Split batch normalization: statistics of its own for each domain of the batch.
+    """Split batch normalization: separate statistics for each domain of the batch.
 
         y_i = (x_i - mean_d) / sqrt(var_d + epsilon) * scale_d + bias_d
 
-    Variables as `BatchNorm`'s, but (num_splits, feature). Domain 0 is the main one, by
-    which inference normalizes unless the call names another.
+    See `bnjax.linen.SplitBatchNorm`. Variables are those of `BatchNorm`, but
+    (num_splits, feature).
 
     Args:
         num_features: the size of the feature axis.
         num_splits: the number of domains.
         shared_affine: whether all domains share one scale and bias, (feature,).
-        rngs: as `BatchNorm`'s.
+        rngs: see `BatchNorm`.
         **settings: the other arguments of `BatchNorm`.
 
     >>> layer = SplitBatchNorm(6, num_splits=2, rngs=nnx.Rngs(0))
@@ -194,20 +179,17 @@ class SplitBatchNorm(Normalization):
         """Normalizes `x` and, in training, updates the running statistics.
 
         Args:
-            x: (batch, *spatial, feature); integers and booleans are promoted.
+            x: (batch, *spatial, feature).
             use_running_average: as in `BatchNorm.__call__`.
-            domain: integers: () if all examples belong to one domain, (batch,) for one
-                each. None: in training the batch is `num_splits` equal contiguous
-                blocks, block d for domain d; in inference all is domain 0.
+            domain: integers, () or (batch,), or None; see `bnjax.linen.SplitBatchNorm`.
             **options: as in `BatchNorm.__call__`.
 
         Returns:
             An array of the shape of `x`.
 
         Raises:
-            TypeError: `domain` is not integer, or as for `BatchNorm`.
-            ValueError: `domain` is None and `num_splits` does not divide the batch; a
-                `domain` that is known to be out of range; or as for `BatchNorm`.
+            TypeError: as for `bnjax.linen.SplitBatchNorm`.
+            ValueError: as for `bnjax.linen.SplitBatchNorm`.
         """
         ops = self._layer_ops(domain)
         return self._normalize(x, use_running_average, ops, **options)
@@ -219,20 +201,17 @@ class DecorrelatedBatchNorm(Normalization):
         y = activation(W (x - mean) * scale + bias + residual)
         W = (covariance + epsilon I)^(-1/2)
 
-    Within groups of adjacent features. Variables: `scale`, `bias` (nnx.Param), `mean`
-    and `cov` (nnx.BatchStat), cov (groups, size, size), which starts as the identity.
-    Inference takes the root of the running covariance at each call; `bnjax.whiten` has
-    the pure functions, to do it once.
+    See `bnjax.linen.DecorrelatedBatchNorm`. Variables: `scale` and `bias` (nnx.Param),
+    `mean` and `cov` (nnx.BatchStat), where cov is (groups, size, size).
 
     Args:
         num_features: the size of the feature axis.
-        group_size: the features of a group, adjacent, which are whitened together;
-            None for one group of all. A batch should hold several times as many
-            positions.
-        method: "eigh" (exact, ZCA), "newton_schulz" (IterNorm: products alone, stops
-            early) or "cholesky" (exact, not ZCA); see `bnjax.whiten.inverse_sqrt`.
+        group_size: how many features are whitened together; None for all. See
+            `bnjax.whiten.decorrelate`.
+        method: "eigh", "newton_schulz" (IterNorm) or "cholesky"; see
+            `bnjax.whiten.inverse_sqrt`.
         iterations: of "newton_schulz".
-        rngs: as `BatchNorm`'s.
+        rngs: see `BatchNorm`.
         **settings: the other arguments of `BatchNorm`.
 
     >>> layer = DecorrelatedBatchNorm(6, group_size=3, rngs=nnx.Rngs(0))
