@@ -228,6 +228,22 @@ def test_what_is_masked_changes_nothing_in_a_frozen_layer(name, update_stats):
     assert_close(jnp.where(seen, clean[0], inferred), inferred)
 
 
+@every_layer
+def test_masked_values_of_inference_do_not_overflow_float16(name):
+    entry = ENTRIES[name]
+    layer, variables = entry.linen(dtype=jnp.float16), entry.variables()
+    variables["params"] = jax.tree.map(lambda p: 100 * p, variables["params"])
+    mask = mask_of(entry, "position")
+    seen = np.broadcast_to(mask, entry.shape)
+    x = poison(entry.x(dtype=np.float16), mask, np.finfo(np.float16).max)
+    infer = functools.partial(layer.apply, variables, x, True, **entry.extra())
+    y, unmasked = infer(mask=mask), infer()
+    assert y.dtype == jnp.float16
+    assert np.isfinite(y).all()
+    assert not np.isfinite(unmasked).all()
+    assert_same_bits(jnp.where(seen, y, 0), jnp.where(seen, unmasked, 0))
+
+
 @covering(strength=1, name=ENTRIES, how=["all masked", "no example"])
 def test_nothing_valid(name, how):
     """Normalized by the running statistics, which are left as they were."""
@@ -504,7 +520,7 @@ def test_flax_sees_one_method(name):
     _, updates = entry.linen().apply(
         entry.variables(),
         entry.x(),
-        True,
+        False,
         **entry.extra(),
         capture_intermediates=lambda module, method: True,
         mutable=["batch_stats", "batch_moments"],
