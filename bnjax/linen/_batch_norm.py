@@ -114,7 +114,7 @@ class Normalization(nn.Module):
         residual: ArrayLike | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
-        """The call, for the `ops` of one call."""
+        """`__call__` by the given `ops`, which may depend on its `step` or `domain`."""
         use_running = self.frozen or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )

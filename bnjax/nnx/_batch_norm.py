@@ -202,7 +202,7 @@ class Normalization(nnx.Module):
         residual: ArrayLike | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
-        """The call, for the `ops` of one call."""
+        """`__call__` by the given `ops`, which may depend on its `step` or `domain`."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         use_running = self.frozen or _checks.chosen(use_running_average)
