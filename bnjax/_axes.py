@@ -1,4 +1,4 @@
-"""Axis arithmetic. The only place where a negative axis exists."""
+"""Axis arithmetic. The only place where negative axes are resolved."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -65,7 +65,10 @@ def where(condition: jax.Array, value: jax.Array, other: jax.Array) -> jax.Array
 
 
 def split_like(reference: jax.Array, x: jax.Array) -> jax.Array:
-    """`x`, split over Explicit mesh axes as `reference`, where it is not broadcast."""
+    """`x`, split over Explicit mesh axes as `reference`; axes of size 1 stay whole.
+
+    `x` has the axes of `reference`, or its leading ones, each of its size or 1.
+    """
     sharding = jax.typeof(reference).sharding
     if not any(sharding.spec) or x.ndim == 0:
         return x

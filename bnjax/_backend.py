@@ -72,10 +72,10 @@ def _(storage, implementation, primals, tangents):
 
 
 def reread_cotangent(storage, implementation: str | None, tangent: jax.Array):
-    """The identity on a tangent; its transpose reads the cotangent again, as `reread`.
+    """Returns `tangent`; on a CPU its transpose reads the cotangent again.
 
-    Use it only where the cotangent was widened from `storage`. Forward-mode tangents
-    are rounded to `storage`.
+    See `reread`. The cotangent must have been widened from the dtype `storage`. On a
+    CPU a forward-mode tangent is rounded to `storage`.
     """
     if tangent.dtype == storage:
         return tangent
@@ -108,7 +108,8 @@ def force_cotangent_rounding(
 ) -> jax.Array:
     """Returns `y`; its cotangent is rounded to a narrower dtype, and widened again.
 
-    For a cotangent that is written in that dtype: all its uses read what was written.
+    Use it where the cotangent is stored in that dtype anyway: then every use can read
+    what was stored. Except on a CPU, a forward-mode tangent is rounded as well.
     """
     return (
         y
@@ -137,10 +138,11 @@ def _(dtype, implementation, primals, tangents):
 
 @jax.custom_jvp
 def fence_cotangent(y: jax.Array) -> jax.Array:
-    """Returns `y`; its cotangent is computed before anything that uses it.
+    """Returns `y`; its cotangent passes an `optimization_barrier`.
 
-    For a vector that is repeated for each group. XLA merges the sum over each group and
-    the sum of these sums into one reduction of the input, which then is read twice.
+    For a vector that is repeated for each group. Its gradient is the sum of the sums
+    over the groups. Without the barrier XLA takes it from the input, in a reduction of
+    its own: the input is read once more.
     """
     return y
 

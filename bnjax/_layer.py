@@ -65,13 +65,13 @@ class LayerOps(NamedTuple):
     leading: tuple[int, ...] = ()
 
 
-def ghost(virtual_batch_size: int, remainder: Remainder) -> LayerOps:
+def ghost_ops(virtual_batch_size: int, remainder: Remainder) -> LayerOps:
     """The functions of `GhostBatchNorm`."""
     by = {"virtual_batch_size": virtual_batch_size, "remainder": remainder}
     return LayerOps(partial(ghost_batch_norm, **by))
 
 
-def renorm(
+def renorm_ops(
     r_max: Limit,
     d_max: Limit,
     step: ArrayLike | None,
@@ -109,7 +109,7 @@ def next_step(steps: ArrayLike) -> jax.Array:
     return steps + (steps < jnp.iinfo(jnp.int32).max).astype(steps.dtype)
 
 
-def split(num_splits: int, domain: ArrayLike | None) -> LayerOps:
+def split_ops(num_splits: int, domain: ArrayLike | None) -> LayerOps:
     """The functions of `SplitBatchNorm`."""
     main = 0 if domain is None else domain
 
@@ -127,7 +127,7 @@ def split(num_splits: int, domain: ArrayLike | None) -> LayerOps:
     )
 
 
-def decorrelated(group_size: int | None, method: str, iterations: int) -> LayerOps:
+def decorrelated_ops(group_size: int | None, method: str, iterations: int) -> LayerOps:
     """The functions of `DecorrelatedBatchNorm`."""
     by = {"method": method, "iterations": iterations}
 
@@ -164,7 +164,7 @@ def to_inexact(x: ArrayLike) -> jax.Array:
     return _checks.require_inexact("x", x)
 
 
-def infer(
+def infer_and_measure(
     x: jax.Array,
     stored: running.State,
     ops: LayerOps,
@@ -175,8 +175,8 @@ def infer(
 ) -> tuple[jax.Array, Any]:
     """Normalizes `x` by the running statistics; also returns its Moments, if wanted.
 
-    Masked values do not affect the result. They are set to zero, because a masked NaN
-    would make the gradient of the scale NaN.
+    Masked values are normalized like the others. Those that are NaN, infinite or beyond
+    1e9 are read as 0, because a masked NaN would make the gradient of the scale NaN.
 
     Args:
         x: (batch, *spatial, feature).
@@ -222,6 +222,7 @@ def update_running_stats(
         keep_dtype: whether the result keeps the dtype of `stored` instead. A real dtype
             is not kept for a complex result.
     """
+    # CoMoments pass as Moments: m2 is then the co-moment matrix, var the covariance.
     rule = running.ema(momentum, ddof=int(unbiased), skip_nonfinite=skip_nonfinite)
     values = []
     for old, new in zip(stored, rule.update(stored, Moments(*batch))):

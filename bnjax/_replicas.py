@@ -58,7 +58,7 @@ def all_sum(x: jax.Array, axis_name: AxisName | None, groups: Groups | None = No
         return x
     if groups is None:
         return lax.psum(_cast(x, _typed(axis_name)), axis_name)
-    return _own_group(_all_gather(x, axis_name), axis_name, groups).sum(0)
+    return _zero_other_groups(_all_gather(x, axis_name), axis_name, groups).sum(0)
 
 
 def num_shards(x: jax.Array, axis: int) -> int:
@@ -101,17 +101,17 @@ def packed_rows(values, axis_name: AxisName):
     return jax.vmap(unpack)(_all_gather(vector, axis_name, invarying=True))
 
 
-def of_own_group(rows: jax.Array, axis_name: AxisName, groups: Groups | None):
+def zero_other_groups(rows: jax.Array, axis_name: AxisName, groups: Groups | None):
     """The rows of replicas, with those of other groups set to zero."""
-    return rows if groups is None else _own_group(rows, axis_name, groups)
+    return rows if groups is None else _zero_other_groups(rows, axis_name, groups)
 
 
-def own_rows(rows, axis_name: AxisName | None, groups: Groups | None):
+def select_own_group(rows, axis_name: AxisName | None, groups: Groups | None):
     """From each array with a row for every group, the row of this replica's group."""
     if groups is None or axis_name is None:
         return list(rows)
-    own_group = _of_this_replica(_groups_of(axis_size(axis_name), groups), axis_name)
-    return [lax.dynamic_index_in_dim(row, own_group, keepdims=False) for row in rows]
+    group_index = _at_this_replica(_groups_of(axis_size(axis_name), groups), axis_name)
+    return [lax.dynamic_index_in_dim(row, group_index, keepdims=False) for row in rows]
 
 
 def group_sizes(axis_name: AxisName | None, groups: Groups | None, dtype):
@@ -183,11 +183,11 @@ def _cast(x, axes: frozenset):
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _own_group(rows: jax.Array, axis_name: AxisName, groups: Groups):
+def _zero_other_groups(rows: jax.Array, axis_name: AxisName, groups: Groups):
     """`rows` with every row of another group set to zero (not multiplied: NaN)."""
     group_of = _groups_of(rows.shape[0], groups)
-    own_group = _of_this_replica(group_of, axis_name)
-    in_group = (group_of == own_group).reshape((-1,) + (1,) * (rows.ndim - 1))
+    group_index = _at_this_replica(group_of, axis_name)
+    in_group = (group_of == group_index).reshape((-1,) + (1,) * (rows.ndim - 1))
     return jnp.where(in_group, rows, jnp.zeros_like(rows))
 
 
@@ -199,6 +199,6 @@ def _groups_of(replicas: int, groups: Groups) -> np.ndarray:
     return group_of
 
 
-def _of_this_replica(values: np.ndarray, axis_name: AxisName) -> jax.Array:
+def _at_this_replica(values: np.ndarray, axis_name: AxisName) -> jax.Array:
     """The value of this replica, of values that have one for each."""
     return jnp.asarray(values)[lax.axis_index(axis_name)]

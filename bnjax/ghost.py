@@ -5,13 +5,13 @@
 
 The batch is cut into groups of `virtual_batch_size` examples, each normalized by its
 own statistics. Its gradients are those of gradient accumulation over the groups, and of
-replicas that do not share statistics: what keeps the accuracy of small batches where
+replicas that do not share statistics. This keeps the accuracy of small batches where
 the batch is large.
 
 Two deviations from the paper. The running statistics are those of the whole batch (the
-groups' Moments, merged): they hold the variance between the groups' means, which the
-paper's rule, a moving average over the groups in turn, leaves out, as if inference saw
-but one group. And one step moves them once, not once per group.
+groups' Moments, merged). They include the variance between the means of the groups,
+which the paper leaves out: it averages over the groups in turn. And one step updates
+them once, not once per group.
 
 References: Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", section 4.
 """
@@ -28,8 +28,8 @@ from bnjax._bound import bind
 from bnjax.moments import (
     Moments,
     ReductionSpec,
-    merged_statistics,
-    nested_statistics,
+    merge_rows_with_rule,
+    moments_of_group_and_pool,
     reduction_spec,
 )
 from bnjax.normalize import (
@@ -103,11 +103,11 @@ def ghost_batch_norm(
         remainder: what to do with a batch that is not divisible: "error", or "smaller"
             for a smaller last group.
         **options: those of `batch_norm`. Over `axis_name` the returned Moments are
-            merged. A group lies within a replica; one that is larger than a replica's
-            batch is of adjacent replicas, of two of 16 for a size of 32, which takes
-            one collective. Where replicas do not fall into such groups,
-            remainder="smaller" leaves each a group of its own. `fallback` normalizes
-            groups without a valid value.
+            merged. A group lies within a replica if it is not larger than the replica's
+            batch. A larger one is made of adjacent replicas (a size of 32 with 16
+            examples per replica: of two) and takes one collective. Where replicas
+            cannot be grouped so, remainder="smaller" makes each replica one group.
+            `fallback` normalizes groups without a valid value.
 
     Returns:
         y, of the shape of `x`, and the Moments of the whole batch.
@@ -138,7 +138,7 @@ def ghost_batch_norm(
     together = _together(x.shape, batch, virtual_batch_size, remainder, reduction)
     if together is not None:
         options["axis_index_groups"] = together
-        transform = bind(_over_replicas, pools=reduction.groups)
+        transform = bind(_normalize_over_replicas, outer_groups=reduction.groups)
         return apply_training_transform(transform, x, scale, bias, options)
     runs = _runs(x.shape, batch, virtual_batch_size, remainder)
     options = {**options, "axis_name": None, "axis_index_groups": None}
@@ -155,7 +155,7 @@ def ghost_batch_norm(
     ]
     y, rows = pieces[0] if len(pieces) == 1 else _joined(pieces, batch)
     shift = None if shift is None else jnp.asarray(shift)
-    return y, merged_statistics(*rows, shift, reduction.axis_name, reduction.groups)
+    return y, merge_rows_with_rule(*rows, shift, reduction.axis_name, reduction.groups)
 
 
 def _check_vectors(x: jax.Array, axis, vectors: dict[str, ArrayLike | None]) -> None:
@@ -180,19 +180,19 @@ def _together(
     own = shape[batch]
     if reduction.axis_name is None or own == 0 or size <= own:
         return None
-    pools = reduction.groups or (
+    outer_groups = reduction.groups or (
         tuple(range(_replicas.axis_size(reduction.axis_name))),
     )
     several, rest = divmod(size, own)
-    if not rest and not any(len(pool) % several for pool in pools):
+    if not rest and not any(len(pool) % several for pool in outer_groups):
         return tuple(
             pool[start : start + several]
-            for pool in pools
+            for pool in outer_groups
             for start in range(0, len(pool), several)
         )
     if remainder == "smaller":
         return None
-    least = min(map(len, pools))
+    least = min(map(len, outer_groups))
     raise ValueError(
         _REPLICAS.format(
             size=size,
@@ -206,16 +206,19 @@ def _together(
     )
 
 
-def _over_replicas(
-    given: Inputs, spec: TransformSpec, *, pools: tuple[tuple[int, ...], ...] | None
+def _normalize_over_replicas(
+    inputs: Inputs,
+    spec: TransformSpec,
+    *,
+    outer_groups: tuple[tuple[int, ...], ...] | None,
 ) -> tuple[jax.Array, Moments]:
     """Each group of replicas by its statistics; the Moments of the pool it is in."""
-    group, pool = nested_statistics(
-        given.x, given.mask, given.shift, spec.reduction, pools
+    group, pool = moments_of_group_and_pool(
+        inputs.x, inputs.mask, inputs.shift, spec.reduction, outer_groups
     )
-    vectors = *stats_or_fallback(group, given, spec), given.scale, given.bias
+    vectors = *stats_or_fallback(group, inputs, spec), inputs.scale, inputs.bias
     return normalize_with_stats(
-        given.bounded_x(), vectors, given.epsilon, spec.affine
+        inputs.bounded_x(), vectors, inputs.epsilon, spec.affine
     ), pool
 
 

@@ -1,4 +1,4 @@
-"""Batch renormalization: batch normalization that trains on what it will infer with.
+"""Batch renormalization: training computes nearly the same function as evaluation.
 
     r = clip(sigma_B / sigma, 1/r_max, r_max),    d = clip((mu_B - mu) / sigma, +-d_max)
     y = ((x - mu_B) / sigma_B * r + d) * scale + bias
@@ -116,12 +116,12 @@ def batch_renorm(
     running = lax.stop_gradient((jnp.asarray(mean), jnp.asarray(var)))
     options["fallback"] = running
     return apply_training_transform(
-        _by_corrected, x, scale, bias, options, r_max, d_max
+        _normalize_with_corrected_stats, x, scale, bias, options, r_max, d_max
     )
 
 
 def at_step(name: str, limit: Limit, step: ArrayLike | None) -> ArrayLike:
-    """The limit, of which a schedule is asked at the training step.
+    """The limit; a schedule is evaluated at `step`.
 
         r_max(step), d_max(step)
 
@@ -159,7 +159,7 @@ def warmed_up(
         r_max: a number >= 1.
         d_max: a number >= 0.
         steps: (), integer: how often the running statistics were updated.
-        warmup_steps: as many updates make them worth something.
+        warmup_steps: the number of updates after which the limits apply.
 
     Returns:
         r_max and d_max, scalar arrays.
@@ -183,23 +183,25 @@ def warmed_up(
     return jnp.where(warm, r_max, 1), jnp.where(warm, d_max, 0)
 
 
-def _by_corrected(given: Inputs, spec: TransformSpec, r_max: Any, d_max: Any):
-    batch, _ = compute_moments(given.x, given.mask, given.shift, spec.reduction)
-    mean, var = stats_or_fallback(batch, given, spec)
-    r, d = lax.stop_gradient(_corrections(mean, var, given, r_max, d_max))
-    vectors = mean, var, given.scale * r, given.bias + given.scale * d
+def _normalize_with_corrected_stats(
+    inputs: Inputs, spec: TransformSpec, r_max: Any, d_max: Any
+):
+    batch, _ = compute_moments(inputs.x, inputs.mask, inputs.shift, spec.reduction)
+    mean, var = stats_or_fallback(batch, inputs, spec)
+    r, d = lax.stop_gradient(_corrections(mean, var, inputs, r_max, d_max))
+    vectors = mean, var, inputs.scale * r, inputs.bias + inputs.scale * d
     return normalize_with_stats(
-        given.bounded_x(), vectors, given.epsilon, spec.affine
+        inputs.bounded_x(), vectors, inputs.epsilon, spec.affine
     ), batch
 
 
-def _corrections(mean, var, given: Inputs, r_max, d_max):
+def _corrections(mean, var, inputs: Inputs, r_max, d_max):
     """r and d, from the batch's mean and variance and the running ones."""
-    epsilon = jnp.asarray(given.epsilon, var.dtype)
+    epsilon = jnp.asarray(inputs.epsilon, var.dtype)
     r_max, d_max = (jnp.asarray(limit, var.dtype) for limit in (r_max, d_max))
-    sigma = jnp.sqrt(given.fallback_var + epsilon)
+    sigma = jnp.sqrt(inputs.fallback_var + epsilon)
     r = jnp.clip(jnp.sqrt(var + epsilon) / sigma, 1 / r_max, r_max)
-    d = jnp.clip((mean - given.fallback_mean) / sigma, -d_max, d_max)
+    d = jnp.clip((mean - inputs.fallback_mean) / sigma, -d_max, d_max)
     return r, d
 
 

@@ -170,11 +170,11 @@ def _read_debiased(state: AverageState) -> State:
 
 
 def cumulative(*, ddof: int = 0, skip_nonfinite: bool = False) -> Rule:
-    """The plain average over all batches, of biased variances; PyTorch's with `ddof=1`.
+    """The plain average over all batches.
 
         value <- value + (batch value - value) / t
 
-    PyTorch's momentum=None averages unbiased variances: `cumulative(ddof=1)`.
+    PyTorch's momentum=None, and Algorithm 2, average unbiased variances: ddof=1.
 
     Args:
         ddof: 0 for the biased variance, 1 for the unbiased one (PyTorch).
@@ -225,7 +225,7 @@ def _init_average(shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Avera
 
 
 def _usable(batch: Moments, ddof: int, skip_nonfinite: bool) -> jax.Array:
-    """Per feature, whether the batch has an estimate of its mean and variance."""
+    """Per feature: count > ddof. With skip_nonfinite, False if any is not finite."""
     mean = jnp.asarray(batch.mean)
     usable = broadcast_count(jnp.asarray(batch.count), mean).real > ddof
     if skip_nonfinite:

@@ -3,7 +3,7 @@
     mean_d = mean of the x_i of domain d,   var_d likewise
     y_i = (x_i - mean_d) / sqrt(var_d + epsilon) * scale_d + bias_d,    d = domain of i
 
-All other weights are shared. Domains are given by example (clean and adversarial
+All other weights are shared. Domains are given per example (clean and adversarial
 images; hospitals; agents), for the whole batch, or as equal parts of it in turn.
 
 References: Xie et al. 2019, "Adversarial Examples Improve Image Recognition" (AdvProp,
@@ -121,8 +121,8 @@ def split_batch_norm(
     mean, var = options.pop("fallback", None) or (None, None)
     shift = options.pop("shift", None)
     shift = mean if shift is None else shift
-    given = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
-    rows = {n: _rows(n, v, x, num_splits, options) for n, v in given.items()}
+    vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
+    rows = {n: _rows(n, v, x, num_splits, options) for n, v in vectors.items()}
     if domain is None:
         y, found = normalize_groups(x, options, rows, num_splits)
         return y, found.moments
@@ -133,7 +133,7 @@ def split_batch_norm(
     if domain.ndim:
         leading = (num_splits,)
         return apply_training_transform(
-            _by_domain, x, scale, bias, options, domain, leading=leading
+            _normalize_each_domain, x, scale, bias, options, domain, leading=leading
         )
     y, batch = apply_training_transform(
         normalize_with_batch_stats, x, scale, bias, options
@@ -215,55 +215,64 @@ def split_normalize(
     x = _checks.require_inexact("x", x)
     splits = jnp.shape(mean)[0]
     domain = jnp.asarray(_domains(x, splits, domain, options))
-    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
-    rows = {n: _rows(n, v, x, splits, options) for n, v in given.items()}
+    vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    rows = {n: _rows(n, v, x, splits, options) for n, v in vectors.items()}
     others: Any = options  # those of `normalize`
     if domain.ndim == 0:
         own = {n: _row(v, domain) for n, v in rows.items()}
         return normalize(x, **own, **others)
     axes = _axes.canonical(options.get("axis", -1), x.ndim)
     batch = batch_axis(x, options)
-    each = {n: _by_example(v, domain, axes, batch) for n, v in rows.items()}
+    each = {n: _rows_of_examples(v, domain, axes, batch) for n, v in rows.items()}
     return normalize(x, **each, **{**others, "axis": (*axes, batch)})
 
 
-def _by_domain(given: Inputs, spec: TransformSpec, domain: jax.Array):
+def _normalize_each_domain(inputs: Inputs, spec: TransformSpec, domain: jax.Array):
     """Statistics by a mask for each domain; then each example by those of its own."""
     axes, batch = spec.affine.feature_axes, spec.reduction.axes[0]
-    along = [domain.size if a == batch else 1 for a in range(given.x.ndim)]
+    along = [domain.size if a == batch else 1 for a in range(inputs.x.ndim)]
 
     def one(number: jax.Array, shift: jax.Array) -> Moments:
         own = (domain == number).reshape(along)
-        if given.mask is None:
+        if inputs.mask is None:
             mask = own
-        elif is_weighted(given.mask):
-            mask = mask_with_weights(given.x, own, given.mask)
+        elif is_weighted(inputs.mask):
+            mask = mask_with_weights(inputs.x, own, inputs.mask)
         else:
-            mask = own & given.mask
-        return compute_moments(given.x, mask, shift, spec.reduction)[0]
+            mask = own & inputs.mask
+        return compute_moments(inputs.x, mask, shift, spec.reduction)[0]
 
-    numbers = jnp.arange(len(given.fallback_mean), dtype=domain.dtype)
-    found = jax.vmap(one)(numbers, given.shift)
+    numbers = jnp.arange(len(inputs.fallback_mean), dtype=domain.dtype)
+    found = jax.vmap(one)(numbers, inputs.shift)
     seen = broadcast_count(found.count, found.m2) > 0
-    mean = jnp.where(seen, found.mean, given.fallback_mean).astype(
-        given.fallback_mean.dtype
+    mean = jnp.where(seen, found.mean, inputs.fallback_mean).astype(
+        inputs.fallback_mean.dtype
     )
-    var = jnp.where(seen, found.variance(), given.fallback_var)
+    var = jnp.where(seen, found.variance(), inputs.fallback_var)
     vectors = [
-        _by_example(rows, domain, axes, batch)
-        for rows in (mean, var, given.scale, given.bias)
+        _rows_of_examples(rows, domain, axes, batch)
+        for rows in (mean, var, inputs.scale, inputs.bias)
     ]
     affine = spec.affine._replace(feature_axes=tuple(sorted((*axes, batch))))
-    y = normalize_with_stats(given.bounded_x(), vectors, given.epsilon, affine)
+    y = normalize_with_stats(inputs.bounded_x(), vectors, inputs.epsilon, affine)
     return y, found
 
 
-def _by_example(
+def _rows_of_examples(
     rows: jax.Array | None, domain: jax.Array, axes: tuple[int, ...], batch: int
 ) -> Any:
-    """The row of each example's domain: the features, and the batch at its place.
+    """The row of each example's domain.
 
-    A sum over the domains, all but one of which are 0: it is transposed to a sum.
+    A masked sum over the domains, because its transpose is a sum and not a scatter.
+
+    Args:
+        rows: (domain, *feature), or None.
+        domain: (batch,).
+        axes: of the features in `x`.
+        batch: the batch axis of `x`.
+
+    Returns:
+        *feature with the batch axis at its place; None for None.
     """
     if rows is None:
         return None
@@ -276,7 +285,7 @@ def _by_example(
 
 def _row(rows: jax.Array | None, domain: jax.Array) -> Any:
     """The row of one domain."""
-    row = _by_example(rows, domain[None], (), 0)
+    row = _rows_of_examples(rows, domain[None], (), 0)
     return None if row is None else row[0]
 
 

@@ -148,7 +148,7 @@ class Normalization(nn.Module):
         collects = self._asks_for_moments()
         if use_running:
             measure = bool(update or (collects and not self.frozen))
-            y, batch = _layer.infer(
+            y, batch = _layer.infer_and_measure(
                 x, stored, ops, moments_options, normalize_options, measure=measure
             )
         else:

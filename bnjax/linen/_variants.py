@@ -42,7 +42,7 @@ class GhostBatchNorm(Normalization, nn.BatchNorm):
 
     @nn.nowrap
     def _layer_ops(self) -> _layer.LayerOps:
-        return _layer.ghost(self.virtual_batch_size, self.remainder)
+        return _layer.ghost_ops(self.virtual_batch_size, self.remainder)
 
 
 class BatchRenorm(Normalization, nn.BatchNorm):
@@ -131,7 +131,7 @@ class BatchRenorm(Normalization, nn.BatchNorm):
         steps = None if self.warmup_steps is None else self._steps()
         if steps is not None and self.is_initializing():
             self.put_variable("batch_stats", "steps", steps)
-        ops = _layer.renorm(self.r_max, self.d_max, step, steps, self.warmup_steps)
+        ops = _layer.renorm_ops(self.r_max, self.d_max, step, steps, self.warmup_steps)
         return self._normalize(x, use_running_average, ops, **options)
 
     @nn.nowrap
@@ -211,7 +211,7 @@ class SplitBatchNorm(Normalization):
             ValueError: `domain` is None and `num_splits` does not divide the batch; a
                 `domain` that is known to be out of range; or as for `BatchNorm`.
         """
-        ops = _layer.split(self.num_splits, domain)
+        ops = _layer.split_ops(self.num_splits, domain)
         return self._normalize(x, use_running_average, ops, **options)
 
 
@@ -254,4 +254,4 @@ class DecorrelatedBatchNorm(Normalization):
 
     @nn.nowrap
     def _layer_ops(self) -> _layer.LayerOps:
-        return _layer.decorrelated(self.group_size, self.method, self.iterations)
+        return _layer.decorrelated_ops(self.group_size, self.method, self.iterations)

@@ -33,7 +33,11 @@ from bnjax.moments._masks import (
     valid_or_bounded,
     zero_where_masked,
 )
-from bnjax.moments._merge import merged_rows, merged_statistics, nested_statistics
+from bnjax.moments._merge import (
+    merge_rows,
+    merge_rows_with_rule,
+    moments_of_group_and_pool,
+)
 from bnjax.moments._moments import (
     Moments,
     Union,
@@ -62,12 +66,12 @@ __all__ = [
     "mask_with_weights",
     "mean_from_sum",
     "merge",
-    "merged_rows",
-    "merged_statistics",
+    "merge_rows",
+    "merge_rows_with_rule",
     "moments",
+    "moments_of_group_and_pool",
     "multiply_by_weights",
     "name_for_remat",
-    "nested_statistics",
     "reduction_spec",
     "valid_or_bounded",
     "variance_from_m2",
@@ -91,7 +95,8 @@ def moments(
         w = 1 for each value, or its weight; 0 where the mask is False
 
     One read of `x`, and one or two more where a mean lies further than 3 standard
-    deviations from the shift (on a GPU never: one read, and one of a small subsample).
+    deviations from the shift. On one GPU there are never more: `x` is read once, and a
+    small part of it.
     The relative error of the variance stays below 1e-5 in float32 at |mean|/std = 1e4,
     whatever the shift.
 
@@ -107,10 +112,11 @@ def moments(
         shift: (feature,), a guess of the mean that does not depend on `x`, such as a
             running mean; None for 0. It saves reads, and does not change the result.
         weights: real floats >= 0, broadcastable to `x`: how often each value counts,
-            1 for all of them by default. A weight of 2 is the value there twice, one of
-            0 is a False mask; to multiply all by a number leaves mean and biased
-            variance as they are, but not the count, nor the unbiased variance, which
-            divides by sum w - 1. Differentiable. Beside a `mask` both apply.
+            1 for all of them by default. A weight of 2 counts the value twice; 0
+            ignores it. If all weights are multiplied by the same number, the mean and
+            the biased variance do not change; the count and the unbiased variance,
+            which divides by sum w - 1, do. Differentiable. `mask` and `weights` can be
+            combined.
 
     Returns:
         Moments of `promote_types(x.dtype, float32)`; feature axes in ascending order.
@@ -130,8 +136,8 @@ def moments(
     x = _checks.require_inexact("x", x)
     mask, weights = _checks.mask(mask, x.shape), _checks.weights(weights, x.shape)
     mask = mask_with_weights(x, mask, weights)
-    plain = _backend.resolve_implementation(None, x)
-    spec = reduction_spec(x, axis, axis_name, axis_index_groups, plain)
+    implementation = _backend.resolve_implementation(None, x)
+    spec = reduction_spec(x, axis, axis_name, axis_index_groups, implementation)
     features = _axes.sizes(x.shape, _axes.complement(spec.axes, x.ndim))
     shift = _checks.shift(shift, features, axis, x.dtype)
     return _moments(x, mask, shift, spec)

@@ -1,9 +1,10 @@
-"""The moments of one batch, from sums that depend on no earlier reduction of it.
+"""The moments of one batch, from sums about a shift that is near the mean.
 
     s1 = sum d,   s2 = sum |d|^2,   d = x - shift        (valid values, by weight)
     mean = shift + s1/n,   m2 = s2 - |s1|^2/n
 
-The shift is known before `x` is: the running mean of the layer, or 0. Then
+Where it can, the shift is known before `x` is: the running mean of the layer, or 0.
+Then
 
 * a compiler can take the sums where `x` is produced. On a TPU they become part of the
   convolution, while its output is still on the chip: no read of `x` at all. A shift
@@ -53,8 +54,8 @@ from bnjax.moments._moments import (
     abs_product,
     broadcast_count,
     drop_last_bit,
+    fast_two_sum,
     mean_from_sum,
-    two_sum,
 )
 
 # The first sums are used where (mean - shift)^2 <= _MAX_SHIFT_SQUARED var: the variance
@@ -74,7 +75,7 @@ _SUBSAMPLE, _FEWEST = 32, 4
 CHECKPOINT_NAME = "bnjax_moments"
 
 
-Sums = Callable[[jax.Array | None], tuple[jax.Array, jax.Array]]
+SumsAbout = Callable[[jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
 class ReductionSpec(NamedTuple):
@@ -86,7 +87,8 @@ class ReductionSpec(NamedTuple):
         axis_name: the named axis or axes to merge over, bound; or None.
         groups: a partition of the named axis, or None.
         implementation: see `batch_norm`.
-        local: whether each reduction stays on one device.
+        local: whether to assume that each sum stays on one device, as those of groups
+            of examples. Where that is wrong, it costs communication only.
     """
 
     axes: tuple[int, ...]
@@ -114,8 +116,9 @@ def compute_moments(
 ) -> tuple[Moments, jax.Array]:
     """Returns the Moments of `x` over all replicas, and the rounding error of the mean.
 
-    Differentiable. The error reaches 1e-3 standard deviations at |mean|/std = 1e4. A
-    merge needs it for the distances between the means.
+    Differentiable. The error, (feature,), is the exact mean minus the returned one. It
+    reaches 1e-3 standard deviations at |mean|/std = 1e4. A merge needs it for the
+    distances between the means.
 
     Args:
         x: (batch, *spatial, feature), at least float32.
@@ -142,7 +145,7 @@ def batch_moments(
     shift: jax.Array | None,
     spec: ReductionSpec,
 ) -> tuple[Moments, jax.Array]:
-    """The value of `compute_moments`, by the implementation for each platform."""
+    """Carries the derivative rule of `compute_moments`; chooses by platform."""
     features = _axes.complement(spec.axes, x.ndim)
     zero = jnp.zeros(_axes.sizes(x.shape, features), x.dtype)
     shift = common_shift(shift, spec.axis_name, zero)
@@ -155,19 +158,21 @@ def batch_moments(
             x, shift = _replicas.pvary_together(x, shift)
         else:
             x, shift, mask = _replicas.pvary_together(x, shift, mask)
-    split = _replicas.may_be_sharded_by_jit(x)
+    sharded = _replicas.may_be_sharded_by_jit(x)
     local = _is_local(x, spec)
 
     def moments_for(implementation):
-        known = spec._replace(implementation=implementation)
-        if known.axis_name is not None:
-            return functools.partial(_moments_by_shift, spec=known)
-        if local if split else implementation == "subsample":
-            return functools.partial(_moments_by_subsample, spec=known)
-        return functools.partial(_moments_by_shift_vmappable, spec=known)
+        platform_spec = spec._replace(implementation=implementation)
+        if spec.axis_name is not None:
+            return functools.partial(_moments_by_shift, spec=platform_spec)
+        # The condition of the other functions would need a collective if x is sharded,
+        # even where each sum stays on one device.
+        if local if sharded else implementation == "subsample":
+            return functools.partial(_moments_by_subsample, spec=platform_spec)
+        return functools.partial(_moments_by_shift_vmappable, spec=platform_spec)
 
-    choose = _backend.by_platform(spec.implementation, moments_for)
-    return choose(x, mask, shift, count)
+    compute = _backend.by_platform(spec.implementation, moments_for)
+    return compute(x, mask, shift, count)
 
 
 @functools.partial(batch_moments.defjvp, symbolic_zeros=True)
@@ -176,8 +181,8 @@ def _(spec, primals, tangents):
     # Named here: a checkpoint policy does not see names inside a jitted call.
     result, mean_error = jax.tree.map(name_for_remat, batch_moments(*primals, spec))
     sums = tangent_sums(x, mask, result.mean, dx, dw, spec)
-    several = spec.axis_name is not None or _replicas.may_span_devices(x)
-    change = moments_tangent(result, sums, spec.axis_name, spec.groups, several)
+    spans_devices = spec.axis_name is not None or _replicas.may_span_devices(x)
+    change = moments_tangent(result, sums, spec.axis_name, spec.groups, spans_devices)
     return (result, mean_error), (change, jnp.zeros_like(mean_error))
 
 
@@ -199,17 +204,19 @@ def tangent_sums(x, mask, mean, dx, dw, spec: ReductionSpec):
     return first.sum(spec.axes), second.sum(spec.axes), dn
 
 
-def moments_tangent(result: Moments, sums, axis_name, groups, several: bool) -> Moments:
+def moments_tangent(
+    result: Moments, sums, axis_name, groups, spans_devices: bool
+) -> Moments:
     """Returns the tangent of the Moments, summed over replicas in one collective."""
     *sums, dn = sums
     if dn is not None and axis_name is not None:
         *sums, dn = _replicas.packed_sum((*sums, dn), axis_name, groups)
-    elif several:
+    elif spans_devices:  # one array: under jit XLA then sends one all-reduce
         sums = _replicas.all_sum(jnp.stack(sums), axis_name, groups)
     dmean, dm2 = mean_from_sum(sums[0], result.count), 2 * sums[1].real
     if dn is None:
         return Moments(jnp.zeros_like(result.count), dmean, dm2)
-    # Nothing varies about the values given for those of an empty batch.
+    # The mean and m2 of an empty batch are the constant 0.
     seen = broadcast_count(result.count, result.m2) > 0
     dmean, dm2 = (_axes.where(seen, v, jnp.zeros((), v.dtype)) for v in (dmean, dm2))
     return Moments(dn, dmean, dm2)
@@ -256,12 +263,15 @@ def _subsample_mean(
     so the shifted sums lose at most a factor 1 + N/K of precision. Along an axis that
     the mask varies by, of each N/K adjacent values the one of the largest weight is
     taken: so the bound holds among the valid, by weight.
-    The slice is one of `x` as it is stored: a compiler may write what is sliced.
+    `x` is narrowed to its stored dtype before it is sliced, because a compiler may
+    write the operand of a slice to memory. Masked axes come last, because their values
+    are gathered, not sliced; the batch comes after the spatial axes, because it is
+    split over devices more often.
     """
     axes, dtype = spec.axes, x.dtype
     x = x if jnp.iscomplexobj(x) else x.astype(spec.storage)
     values = math.prod(x.shape[a] for a in axes)
-    stride = _SUBSAMPLE  # what is left to be skipped along the next axes
+    stride = _SUBSAMPLE  # how many times smaller the subsample must still become
     if isinstance(values, int):
         stride = min(stride, max(values // _FEWEST, 1))
     masked = [a for a in axes if mask is not None and mask.shape[a] != 1]
@@ -330,13 +340,18 @@ def _moments_by_shift(
     shift,
     count,
     spec: ReductionSpec,
-    size: int | None = None,
-    axes=(),
+    vmap_size: int | None = None,
+    vmap_axes=(),
 ) -> tuple[Moments, jax.Array]:
-    """Returns the Moments; or those of `size` batches, along the `axes` of vmap."""
+    """Returns the Moments; under vmap, those of `vmap_size` batches.
+
+    `vmap_axes` has 0 or None for each of x, mask, shift and count.
+    """
 
     def vmapped(function, *axes):
-        return function if size is None else jax.vmap(function, axes, axis_size=size)
+        if vmap_size is None:
+            return function
+        return jax.vmap(function, axes, axis_size=vmap_size)
 
     # The condition is given x as it is stored, not a widened copy.
     stored = x if jnp.iscomplexobj(x) else x.astype(spec.storage)
@@ -347,19 +362,19 @@ def _moments_by_shift(
             return sums_about(stored.astype(dtype), mask, centre, spec)
 
         along = None if centre is None else 0
-        return vmapped(of_one, *axes[:2], along)(stored, mask, centre)
+        return vmapped(of_one, *vmap_axes[:2], along)(stored, mask, centre)
 
     def first_sums(x, mask, shift):
         if spec.implementation == "reread":
             return jnp.zeros_like(shift), *sums_about(x, mask, None, spec)
         return shift, *sums_about(x, mask, shift, spec)
 
-    if size is not None and axes[3] is None:
-        count = jnp.broadcast_to(count, (size, *count.shape))
+    if vmap_size is not None and vmap_axes[3] is None:
+        count = jnp.broadcast_to(count, (vmap_size, *count.shape))
     return moments_with_retry(
         sums,
         count,
-        vmapped(first_sums, *axes[:3])(x, mask, shift),
+        vmapped(first_sums, *vmap_axes[:3])(x, mask, shift),
         spec.axis_name,
         spec.groups,
         spec.implementation,
@@ -368,7 +383,7 @@ def _moments_by_shift(
 
 
 def moments_with_retry(
-    sums: Sums,
+    sums: SumsAbout,
     count: jax.Array,
     first: tuple[jax.Array, jax.Array, jax.Array],
     axis_name: _replicas.AxisName | None,
@@ -394,8 +409,8 @@ def moments_with_retry(
     def group_sums(*values):  # a row for each group of replicas, if there are groups
         return _replicas.packed_group_sums(values, axis_name, groups)
 
-    def own_group(*rows):
-        return _replicas.own_rows(rows, axis_name, groups)
+    def select_own(*rows):
+        return _replicas.select_own_group(rows, axis_name, groups)
 
     centre, s1, s2 = first
     centre = _axes.split_like(s1, centre)
@@ -405,9 +420,9 @@ def moments_with_retry(
     else:
         count, s1, s2 = group_sums(count, s1, s2)
     # All groups decide together: the collectives of the branch are of all replicas.
-    exact = _shift_is_near_enough(count, s1, s2, centre)
-    count, s1, s2 = own_group(count, s1, s2)
-    divisor = _replicas.pvary_like(s1, count)
+    near_enough = _centre_is_near_enough(count, s1, s2, centre)
+    count, s1, s2 = select_own(count, s1, s2)
+    varying_count = _replicas.pvary_like(s1, count)
 
     def keep_first_sums():
         return _replicas.pvary_together(centre, s1, s2)
@@ -415,23 +430,26 @@ def moments_with_retry(
     def recompute_about_mean():
         total = s1  # about 0 on a CPU
         if implementation != "reread":
-            (total,) = own_group(*group_sums(sums(None)[0]))
-        mean = drop_last_bit(mean_from_sum(total, divisor))
-        return [mean, *own_group(*group_sums(*sums(mean)))]
+            (total,) = select_own(*group_sums(sums(None)[0]))
+        mean = drop_last_bit(mean_from_sum(total, varying_count))
+        return [mean, *select_own(*group_sums(*sums(mean)))]
 
     def finish(values):
-        (_, mean, m2), mean_error = moments_from_sums(divisor, *values)
+        (_, mean, m2), mean_error = moments_from_sums(varying_count, *values)
         return mean, m2, mean_error
 
-    if implementation == "reread":  # else XLA:CPU takes the mean again for each value
+    # On a CPU the Moments are finished inside the branches: outside of them XLA:CPU
+    # would compute the mean again for each value. Elsewhere they are finished outside:
+    # the first branch then returns its operands, and a GPU need not compute both.
+    if implementation == "reread":
         mean, m2, mean_error = lax.cond(
-            exact,
+            near_enough,
             lambda: finish(keep_first_sums()),
             lambda: finish(recompute_about_mean()),
         )
-    else:  # a GPU computes both branches, unless one returns no more than it is given
+    else:
         mean, m2, mean_error = finish(
-            lax.cond(exact, keep_first_sums, recompute_about_mean)
+            lax.cond(near_enough, keep_first_sums, recompute_about_mean)
         )
     return Moments(count, mean, m2), mean_error
 
@@ -444,12 +462,12 @@ def moments_from_sums(count, centre, s1, s2) -> tuple[Moments, jax.Array]:
     """
     centre = centre * broadcast_count(count > 0, centre)
     delta = mean_from_sum(s1, count)
-    mean, mean_error = two_sum(centre, delta)
+    mean, mean_error = fast_two_sum(centre, delta)
     m2 = jnp.maximum(s2 - abs_product(s1, delta), 0)
     return Moments(count, mean, m2), mean_error
 
 
-def _shift_is_near_enough(count, s1, s2, centre) -> jax.Array:
+def _centre_is_near_enough(count, s1, s2, centre) -> jax.Array:
     """Returns whether the first sums are accurate enough for every feature.
 
     A feature that is not finite counts as accurate: a second pass would not help.
@@ -489,13 +507,13 @@ def sums_about(
     spec: ReductionSpec,
 ) -> tuple[jax.Array, jax.Array]:
     """sum w d and sum w |d|^2 over the valid values, d = x - centre; None for 0."""
-    first = _reread_operands(x, centre, spec)
-    again = _reread_operands(*first, spec)
+    first = _reread_x_and_centre(x, centre, spec)
+    again = _reread_x_and_centre(*first, spec)
     values = multiply_by_weights(deviation(*first, mask, spec), mask)
     d = deviation(*again, mask, spec)
     squares = abs_product(d, multiply_by_weights(d, mask))
     several_axes = x.ndim - len(spec.axes) > 1
-    if spec.implementation == "subsample" and several_axes:
+    if spec.implementation == "subsample" and several_axes:  # compiled for a GPU
         return _sums_together(values, squares, spec.axes)
     return values.sum(spec.axes), squares.sum(spec.axes)
 
@@ -536,12 +554,12 @@ def deviation_for_gradient(
     x: jax.Array, mask: jax.Array | None, mean: jax.Array, spec: ReductionSpec
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns x - mean, 0 outside the gradient mask, and that mask. Reads `x` again."""
-    x, centre = _reread_operands(x, mean, spec)
+    x, centre = _reread_x_and_centre(x, mean, spec)
     where = gradient_mask(x, mask)
     return deviation(x, centre, where, spec), where
 
 
-def _reread_operands(x: jax.Array, centre: jax.Array | None, spec: ReductionSpec):
+def _reread_x_and_centre(x: jax.Array, centre: jax.Array | None, spec: ReductionSpec):
     """Returns both behind a fence, so that the next sum reads `x` again on a CPU."""
     vectors = [] if centre is None else [centre]
     values = _replicas.pvary_together(x, *vectors)

@@ -56,7 +56,10 @@ def zero_where_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 def count_valid(
     x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...]
 ) -> jax.Array:
-    """The sum of the weights; (feature,) where the mask varies by feature."""
+    """The sum of the weights: (), or (feature,) where the mask varies by feature.
+
+    Linear in the mask, so that it also sums the tangent of weights.
+    """
     dtype = _dtypes.real(x.dtype)
     if mask is None:
         return jnp.full((), math.prod(x.shape[a] for a in axes), dtype)
@@ -76,10 +79,10 @@ def count_valid(
 
 
 def valid_or_bounded(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns where `x` is unmasked, or small enough not to overflow in a derivative.
+    """Returns where `x` is valid, or |x| is at most 1e9.
 
-    There the square and cube of a masked value, times those of rstd, are multiplied by
-    its cotangent, 0.
+    Derivatives multiply powers of a masked x and of rstd by a cotangent of 0. If the
+    powers overflowed, the product would be NaN.
     """
     limit = min(_MAX_MASKED_VALUE, float(jnp.finfo(x.dtype).max))
     return mask.astype(bool) | (jnp.abs(x) <= limit)

@@ -26,7 +26,7 @@ from bnjax.moments._moments import (
 )
 
 
-def merged_rows(
+def merge_rows(
     rows: Moments,
     axis_name: _replicas.AxisName | None = None,
     groups: _replicas.Groups | None = None,
@@ -37,11 +37,13 @@ def merged_rows(
     """Merges rows of Moments, and the rows of every replica.
 
     Args:
-        rows: of sets of values; their axis leads.
+        rows: Moments of sets of values, (rows, *feature); the count (rows,) or
+            (rows, *feature).
         axis_name: of the replicas to merge over, or None.
         groups: a partition of that axis, or None.
-        mean_errors: the rounding error of each mean, if known.
-        shift: see the module; of the shape of the merged mean.
+        mean_errors: the rounding error of each mean, (rows, *feature), if known.
+        shift: (*feature,), a guess of the merged mean, the same on all replicas; None
+            for 0.
     """
 
     def sums(centre):
@@ -62,7 +64,7 @@ def merged_rows(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def merged_statistics(
+def merge_rows_with_rule(
     rows: Moments,
     mean_errors: jax.Array,
     shift: jax.Array | None,
@@ -70,13 +72,13 @@ def merged_statistics(
     groups: _replicas.Groups | None = None,
 ) -> Moments:
     """The merge of rows of moments, differentiable, and of those of every replica."""
-    return merged_rows(rows, axis_name, groups, mean_errors=mean_errors, shift=shift)
+    return merge_rows(rows, axis_name, groups, mean_errors=mean_errors, shift=shift)
 
 
-@functools.partial(merged_statistics.defjvp, symbolic_zeros=True)
+@functools.partial(merge_rows_with_rule.defjvp, symbolic_zeros=True)
 def _(axis_name, groups, primals, tangents):
     (rows, mean_errors, _), (change, _, _) = primals, tangents
-    result = merged_statistics(*primals, axis_name, groups)
+    result = merge_rows_with_rule(*primals, axis_name, groups)
     counted = not is_zero(change.count)
     dn, dmean, dm2 = (
         jnp.zeros_like(row) if is_zero(t) else t for row, t in zip(rows, change)
@@ -96,12 +98,12 @@ def _(axis_name, groups, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def nested_statistics(
+def moments_of_group_and_pool(
     x: jax.Array,
     mask: jax.Array | None,
     shift: jax.Array | None,
     spec: ReductionSpec,
-    pools: _replicas.Groups | None,
+    outer_groups: _replicas.Groups | None,
 ) -> tuple[Moments, Moments]:
     """The moments over a group of replicas, and over the pool of groups that it is in.
 
@@ -117,23 +119,27 @@ def nested_statistics(
     """
     name = spec.axis_name
     assert name is not None
-    local, rest = batch_moments(
+    local, mean_error = batch_moments(
         x, mask, shift, spec._replace(axis_name=None, groups=None)
     )
-    each = _replicas.packed_rows((*local, rest), name)
+    each = _replicas.packed_rows((*local, mean_error), name)
 
     def merged(groups):
-        own = (_replicas.of_own_group(value, name, groups) for value in each)
-        *rows, mean_errors = own
-        return merged_rows(Moments(*rows), mean_errors=mean_errors)
+        of_own_group = (
+            _replicas.zero_other_groups(value, name, groups) for value in each
+        )
+        *rows, mean_errors = of_own_group
+        return merge_rows(Moments(*rows), mean_errors=mean_errors)
 
-    return merged(spec.groups), merged(pools)
+    return merged(spec.groups), merged(outer_groups)
 
 
-@functools.partial(nested_statistics.defjvp, symbolic_zeros=True)
-def _(spec, pools, primals, tangents):
+@functools.partial(moments_of_group_and_pool.defjvp, symbolic_zeros=True)
+def _(spec, outer_groups, primals, tangents):
     (x, mask, _), (dx, dw, _) = primals, tangents
-    group, pool = jax.tree.map(name_for_remat, nested_statistics(*primals, spec, pools))
+    group, pool = jax.tree.map(
+        name_for_remat, moments_of_group_and_pool(*primals, spec, outer_groups)
+    )
     first, second, dn = tangent_sums(x, mask, group.mean, dx, dw, spec)
     apart = group.mean - pool.mean
     about_pool = [first, second + jnp.conj(apart) * first, dn]
@@ -143,5 +149,5 @@ def _(spec, pools, primals, tangents):
         about_pool[1] = about_pool[1] + jnp.conj(apart) * apart * weight / 2
     return (group, pool), (
         moments_tangent(group, (first, second, dn), spec.axis_name, spec.groups, True),
-        moments_tangent(pool, about_pool, spec.axis_name, pools, True),
+        moments_tangent(pool, about_pool, spec.axis_name, outer_groups, True),
     )

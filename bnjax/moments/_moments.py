@@ -69,17 +69,13 @@ def merge(first: Moments, *rest: Moments) -> Moments:
 
         n = n_a + n_b,  mean = mean_a + d n_b/n,  m2 = m2_a + m2_b + |d|^2 n_a n_b/n
 
-    Each merge rounds the mean. At |mean|/std = 1e4 that is up to 1e-3 of a standard
-    deviation in float32, and many small sets lose accuracy by it; one reduction over
-    `axis_name` does not.
-
-    How far it is right, in float32: the count is exact up to 2^24, and from there on
-    each merge rounds it by at most 6e-8 of it, k merges by k 6e-8: 6e-4 after 10,000. A
-    set of fewer than 6e-8 of the values that it is merged into is not counted. The mean
-    and the variance do not depend on that: they are no quotients of rounded sums, but
-    the larger set's, moved towards the other's. For a count that is exact up to 2^31,
-    give all Moments one of an integer dtype,
-    `batch._replace(count=batch.count.astype(int))`; it stops at the largest integer.
+    Accuracy in float32. Each merge rounds the mean: at |mean|/std = 1e4 by up to 1e-3
+    of a standard deviation, so that many merges of small sets lose accuracy; one
+    reduction over `axis_name` does not. The count is exact up to 2^24 values. Beyond
+    that each merge adds a relative error of up to 6e-8 to the count, 6e-4 after 10,000
+    merges, and does not count a set that is smaller than that. Mean and variance are
+    not affected. For a count that is exact up to 2^31 use integer counts,
+    `batch._replace(count=batch.count.astype(int))`; they stop at the largest integer.
 
     Args:
         first: Moments.
@@ -115,8 +111,8 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
 class Union(NamedTuple):
     """The counts of two disjoint sets, and of their union.
 
-    Where the count of the union is rounded, sums over it would drift from it: a total
-    is the rounded count times a mean that is not.
+    The count of the union may be rounded. A total is therefore computed as that count
+    times the mean per value, so that total / count stays accurate.
     """
 
     n_a: jax.Array
@@ -143,16 +139,20 @@ class Union(NamedTuple):
         return self.n_b / _divisor(self.count)
 
     def blend(self, a: jax.Array, b: jax.Array, more: ArrayLike = 0) -> jax.Array:
-        """The mean of two means, and `more`: a step away from that of the larger set.
+        """The weighted mean of `a` and `b`, plus `more`.
 
-        Its terms are summed first: each by itself may be too small to be added.
+        It starts from the mean of the larger set. The small terms are added to each
+        other first, because rounding could lose each of them alone.
         """
         from_a = a + ((b - a) * broadcast_count(self.share_b, a) + more)
         from_b = b + ((a - b) * broadcast_count(self.share_a, a) + more)
         return _axes.where(_padded(self.n_a >= self.n_b, a.ndim), from_a, from_b)
 
     def total(self, a: ArrayLike, b: ArrayLike, between: jax.Array) -> jax.Array:
-        """The sum over the union, of those over the sets and the mean between them."""
+        """The sum over the union, from the sums `a` and `b` over the sets.
+
+        `between` is the part per value that comes from the distance of their means.
+        """
         a, b = _inexact(a), _inexact(b)
         mean_a = a / broadcast_count(_divisor(self.n_a), a)
         mean_b = b / broadcast_count(_divisor(self.n_b), b)
@@ -214,18 +214,21 @@ def variance_from_m2(m2: ArrayLike, count: ArrayLike, ddof: int) -> jax.Array:
 
 
 def abs_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """|a||b| for b a real multiple of a: Re(conj(a) b)."""
+    """Returns |a||b| where b = t a with a real t >= 0: Re(conj(a) b)."""
     return (jnp.conj(a) * b).real if jnp.iscomplexobj(a) else a * b
 
 
-def two_sum(base: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the rounded sum base + step, and its rounding error.
+def fast_two_sum(base: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the rounded sum base + step, and its error: exact minus rounded.
 
-    `base` must have passed `drop_last_bit`.
+    The error is exact if |base| >= |step|. `base` is the number that was subtracted
+    from x; if it was computed here, it must have passed `drop_last_bit`.
+
+    References: Dekker 1971 (Fast2Sum).
     """
-    force_rounding = drop_last_bit(step)
-    total = base + force_rounding
-    return total, (force_rounding - (total - base)) + (step - force_rounding)
+    rounded = drop_last_bit(step)
+    total = base + rounded
+    return total, (rounded - (total - base)) + (step - rounded)
 
 
 def drop_last_bit(value: jax.Array) -> jax.Array:

@@ -234,7 +234,7 @@ class Normalization(nnx.Module):
         }
         if use_running:
             measure = bool(update or record)
-            y, batch = _layer.infer(
+            y, batch = _layer.infer_and_measure(
                 x, stored, ops, moments_options, normalize_options, measure=measure
             )
         else:

@@ -47,7 +47,7 @@ class GhostBatchNorm(Normalization, nnx.BatchNorm):
         super().__init__(num_features, rngs=rngs, **settings)
 
     def _layer_ops(self) -> _layer.LayerOps:
-        return _layer.ghost(self.virtual_batch_size, self.remainder)
+        return _layer.ghost_ops(self.virtual_batch_size, self.remainder)
 
 
 class BatchRenorm(Normalization, nnx.BatchNorm):
@@ -94,7 +94,7 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
 
     def _layer_ops(self, step: ArrayLike | None = None) -> _layer.LayerOps:
         steps = None if self.warmup_steps is None else self.steps[...]
-        return _layer.renorm(self.r_max, self.d_max, step, steps, self.warmup_steps)
+        return _layer.renorm_ops(self.r_max, self.d_max, step, steps, self.warmup_steps)
 
     def _update(self, stored: running.State, batch: Any, x: jax.Array) -> None:
         super()._update(stored, batch, x)
@@ -166,7 +166,7 @@ class SplitBatchNorm(Normalization):
         super().__init__(num_features, rngs=rngs, **settings)
 
     def _layer_ops(self, domain: ArrayLike | None = None) -> _layer.LayerOps:
-        return _layer.split(self.num_splits, domain)
+        return _layer.split_ops(self.num_splits, domain)
 
     def __call__(
         self,
@@ -239,4 +239,4 @@ class DecorrelatedBatchNorm(Normalization):
         super().__init__(num_features, rngs=rngs, **settings)
 
     def _layer_ops(self) -> _layer.LayerOps:
-        return _layer.decorrelated(self.group_size, self.method, self.iterations)
+        return _layer.decorrelated_ops(self.group_size, self.method, self.iterations)

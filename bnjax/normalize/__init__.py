@@ -9,13 +9,17 @@ its own, and JAX composes and transposes them:
                 A = dscale - a rstd dvar/2,   B = dbias - a dmean
     moments:    dmean = sum dx / n,   dm2 = 2 sum (x - mean) dx     (each by its weight)
 
-The backward pass is then two full reductions, S = sum dy and T = sum dy x_hat, one
-collective, and dx = a (dy - S/n - x_hat T/n): Ioffe & Szegedy 2015, section 3.
+The backward pass, with y_bar and x_bar for cotangents, is then two full reductions,
+S = sum y_bar and T = sum y_bar x_hat, one collective, and
+
+    x_bar = a (y_bar - S/n - x_hat T/n)                Ioffe & Szegedy 2015, section 3
+
 
 Both sit inside one `jax.checkpoint` that keeps the moments by name. Stored for the
-backward pass are `x` in its own dtype and per-feature vectors; the normalized value,
-the sum with the residual and the activation are computed again. The checkpoint stands
-outside the derivative rules because `jax_remat3` cannot transpose one inside.
+backward pass are `x` in its own dtype, per-feature vectors, and the residual, mask and
+weights where they are given; the normalized value, the sum with the residual and the
+activation are computed again. The checkpoint stands outside the derivative rules,
+because JAX with its setting `jax_remat3` cannot transpose one inside.
 """
 
 from collections.abc import Sequence
@@ -106,8 +110,8 @@ def normalize(
         activation: an elementwise function.
         dtype: of the output; None for `result_type(x, scale, bias)`. The arithmetic is
             in at least float32 and rounded once, at the end.
-        implementation: None for "xla": the arithmetic alone; see `batch_norm`, also
-            for "plain", which `jax.experimental.jet` needs.
+        implementation: None for "xla"; "plain" for `jax.experimental.jet`. See
+            `batch_norm`.
 
     Returns:
         An array of the shape of `x`.
@@ -128,7 +132,7 @@ def normalize(
     arrays = x, mean, var, scale, bias, residual
     implementation = (
         _backend.resolve_implementation(implementation, *arrays) or "xla"
-    )  # one read of x
+    )  # x is read once: no platform needs the fences of "reread"
     spec = affine_spec(
         x,
         (scale, bias),
@@ -141,13 +145,13 @@ def normalize(
     _checks.epsilon(epsilon, vectors[0].shape)
     residual = _checks.residual(residual, x.shape, spec.compute)
 
-    def transform(x, vectors, epsilon, residual):
+    def forward(x, vectors, epsilon, residual):
         y = normalize_with_stats(x, vectors, epsilon, spec)
         return add_residual_and_activate(y, residual, activation, spec)
 
     if implementation != _backend.PLAIN:
-        transform = checkpoint_saving_moments(transform)
-    return transform(x, vectors, epsilon, residual)
+        forward = checkpoint_saving_moments(forward)
+    return forward(x, vectors, epsilon, residual)
 
 
 def batch_norm(
@@ -184,43 +188,46 @@ def batch_norm(
         axis: the feature axis or axes; all others are reduced.
         epsilon: added to the variance.
         mask: boolean, broadcastable to `x`; True = counts. Masked values are normalized
-            like the others, but take no part in the statistics; those that are not
-            finite, or beyond 1e9, are read as 0, and what overflows float16 is 0.
+            like the others, but do not count in the statistics. Those that are not
+            finite, or beyond 1e9, are read as 0; a masked float16 output that overflows
+            becomes 0.
         axis_name: the axis, or axes, of shard_map, pmap or vmap to share statistics
             over. Not needed under jit: the statistics of a sharded batch are global
-            there. Local ones are those of ghost batches: normalize x reshaped.
+            there. For statistics of parts of the batch use
+            `bnjax.ghost.ghost_batch_norm`.
         axis_index_groups: a partition of that axis: statistics are shared within each
             group. Groups may differ in size.
         residual: of the shape of `x`; added before the activation.
         activation: an elementwise function; its input is computed again, not stored.
         dtype: of the output; None for `result_type(x, scale, bias)`.
-        implementation: "xla" lets XLA share reads of `x`; "reread" has each reduction
-            read it again, which is faster on a CPU; "subsample" takes the shift from
-            `x`, and needs no condition, for which a GPU's host would wait. None chooses
-            for the platform. "plain" is the definition, two reads of `x`, whose
-            derivative is JAX's own and stores more: for what knows no derivative rules
-            and no `jax.checkpoint`, as `jax.experimental.jet` (which chooses it, but
-            cannot where it meets a function compiled before).
+        implementation: None to choose for the platform.
+            "xla" lets XLA share reads of `x`.
+            "reread" has each reduction read `x` again, which is faster on a CPU.
+            "subsample" is for GPUs: it takes the shift from `x`, without a condition,
+            unless replicas must share the shift.
+            "plain" is the definition: two reads of `x`, no derivative rules, and more
+            is stored. `jax.experimental.jet` needs it, and gets it for None, but not
+            inside a jitted function that was traced before.
         shift: (feature,), a guess of the mean that does not depend on `x`; see
             `moments`. None for the mean of `fallback`.
         fallback: (mean, var), each (feature,): normalizes the features without a valid
             value. None for (0, 1).
         weights: real floats >= 0, broadcastable to `x`: how often each value counts in
-            the statistics; all are normalized alike. A weight of 2 is the value there
-            twice, one of 0 is a False mask. To multiply all weights by a number leaves
-            the output as it is; but not the count, nor the unbiased variance, which
-            divides by sum w - 1. Differentiable. Beside a `mask` both apply.
+            the statistics; all are normalized alike. A weight of 2 counts the value
+            twice; 0 ignores it. If all weights are multiplied by the same number, the
+            output does not change; the count and the unbiased variance, which divides
+            by sum w - 1, do. Differentiable. `mask` and `weights` can be combined.
 
     Returns:
-        y, of the shape of `x`, and the Moments of the batch (of every replica).
+        y, of the shape of `x`, and the Moments of the batch, merged over all replicas.
 
     Raises:
         TypeError: `x`, `residual` or `weights` holds integers; `activation` is not
             callable.
         ValueError: shapes that do not fit, an axis out of range or repeated, a mask or
             weights that do not broadcast, weights known to be negative or not finite,
-            an axis name that is not bound, groups that do
-            not partition it, a negative epsilon, an integer dtype.
+            an axis name that is not bound, groups that do not partition it, a negative
+            epsilon, an integer dtype.
 
     Warns:
         BatchNormWarning: at trace time, for one value per feature.

@@ -34,7 +34,12 @@ _ASTRAY = (
 
 
 class GroupMoments(NamedTuple):
-    """The Moments of each group, with a leading group axis; the means' rounding."""
+    """The Moments of each group.
+
+    Attributes:
+        moments: (group, *feature).
+        mean_errors: (group, *feature), the exact minus the rounded means.
+    """
 
     moments: Moments
     mean_errors: jax.Array
@@ -44,9 +49,9 @@ def normalize_groups(
     x: jax.Array,
     options: Options,
     vectors: Mapping[str, ArrayLike | None],
-    groups: int,
+    num_groups: int,
 ) -> tuple[jax.Array, GroupMoments]:
-    """Normalizes each of `groups` contiguous blocks of the batch by its own statistics.
+    """Normalizes each contiguous block of the batch by its own statistics.
 
         (batch, *spatial, feature) = (groups x size, *spatial, feature)
 
@@ -60,48 +65,55 @@ def normalize_groups(
         vectors: by name, mean, var, scale, bias and shift; mean and var replace the
             statistics of groups without a valid value. Each is None, (feature,) or
             (groups, feature).
-        groups: the number of groups; it must divide the batch size.
+        num_groups: it must divide the batch size.
 
     Returns:
         y, of the shape of `x`, and the GroupMoments.
     """
     axes = _axes.canonical(options.get("axis", -1), x.ndim)
-    batch = batch_axis(x, options)
-    before = sum(a < batch for a in axes)  # the features before the group's axis
+    batch_dim = batch_axis(x, options)
+    before = sum(a < batch_dim for a in axes)  # feature axes before the group axis
 
     def cut(value: jax.Array) -> jax.Array:
-        sizes = (1, 1) if value.shape[batch] == 1 else (groups, -1)
-        if 0 in value.shape:
-            sizes = (groups, value.shape[batch] // max(groups, 1))
-        return value.reshape(*value.shape[:batch], *sizes, *value.shape[batch + 1 :])
+        sizes = (1, 1) if value.shape[batch_dim] == 1 else (num_groups, -1)
+        if 0 in value.shape:  # reshape cannot infer a size
+            sizes = (num_groups, value.shape[batch_dim] // max(num_groups, 1))
+        return value.reshape(
+            *value.shape[:batch_dim], *sizes, *value.shape[batch_dim + 1 :]
+        )
 
     def repeated(value: ArrayLike | None) -> jax.Array | None:
         if value is None:
             return None
         value = jnp.asarray(value)
         if value.ndim == len(axes):
-            value = jnp.broadcast_to(value, (groups, *value.shape))
+            value = jnp.broadcast_to(value, (num_groups, *value.shape))
             value = _backend.fence_cotangent(value)
         return jnp.moveaxis(value, 0, before)
 
     mask = _checks.mask(options.get("mask"), x.shape)
     weights = _checks.weights(options.get("weights"), x.shape)
+    # complex64: only the shape; `apply_training_transform` checks the dtype.
     residual = _checks.residual(options.get("residual"), x.shape, jnp.complex64)
     mean, var, scale, bias, shift = (
         repeated(vectors[name]) for name in ("mean", "var", "scale", "bias", "shift")
     )
-    inner: Options = {**options, "axis": _with(axes, batch), "shift": shift}
+    inner: Options = {
+        **options,
+        "axis": _feature_and_group_axes(axes, batch_dim),
+        "shift": shift,
+    }
     inner["mask"] = None if mask is None else cut(mask)
     inner["weights"] = None if weights is None else cut(weights)
     inner["residual"] = None if residual is None else cut(residual)
     if mean is not None and var is not None:
         inner["fallback"] = mean, var
-    if mask is None and groups:
+    if mask is None and num_groups:
         reduced = [x.shape[a] for a in _axes.complement(axes, x.ndim)]
-        count = math.prod(reduced) // groups
-        _checks.warn_single_value(count, x.shape, options.get("axis", -1), groups)
+        count = math.prod(reduced) // num_groups
+        _checks.warn_single_value(count, x.shape, options.get("axis", -1), num_groups)
     y, rows = apply_training_transform(
-        _each_group, cut(x), scale, bias, inner, warns=False
+        _normalize_each_group, cut(x), scale, bias, inner, warns=False
     )
 
     def leading(value: jax.Array) -> jax.Array:
@@ -109,11 +121,12 @@ def normalize_groups(
 
     rows = jax.tree.map(leading, rows)
     count = rows.moments.count
-    given = [value for value in (mask, weights) if value is not None]
+    masks = [value for value in (mask, weights) if value is not None]
     if count.ndim == 0:
-        count = jnp.broadcast_to(count, (groups,))
-    elif given and all(value.shape[a] == 1 for value in given for a in axes):
-        count = count.max(tuple(range(1, count.ndim)), initial=0)  # of all features
+        count = jnp.broadcast_to(count, (num_groups,))
+    elif masks and all(value.shape[a] == 1 for value in masks for a in axes):
+        # The same for all features; a maximum, because there may be no feature.
+        count = count.max(tuple(range(1, count.ndim)), initial=0)
     return y.reshape(x.shape), rows._replace(moments=rows.moments._replace(count=count))
 
 
@@ -126,17 +139,21 @@ def batch_axis(x: jax.Array, options: Options) -> int:
     return reduced[0]
 
 
-def _each_group(given: Inputs, spec: TransformSpec) -> tuple[jax.Array, GroupMoments]:
+def _normalize_each_group(
+    inputs: Inputs, spec: TransformSpec
+) -> tuple[jax.Array, GroupMoments]:
     reduction = spec.reduction._replace(local=True)
-    batch, mean_errors = compute_moments(given.x, given.mask, given.shift, reduction)
-    if not is_weighted(given.mask):  # a constant, and the merge is to know it
+    batch, mean_errors = compute_moments(inputs.x, inputs.mask, inputs.shift, reduction)
+    # Without weights the count is a constant. With a symbolic zero for its tangent the
+    # rule of the merge skips it.
+    if not is_weighted(inputs.mask):
         batch = batch._replace(count=lax.stop_gradient(batch.count))
-    vectors = *stats_or_fallback(batch, given, spec), given.scale, given.bias
-    y = normalize_with_stats(given.bounded_x(), vectors, given.epsilon, spec.affine)
+    vectors = *stats_or_fallback(batch, inputs, spec), inputs.scale, inputs.bias
+    y = normalize_with_stats(inputs.bounded_x(), vectors, inputs.epsilon, spec.affine)
     return y, GroupMoments(batch, mean_errors)
 
 
-def _with(axes: tuple[int, ...], batch: int) -> tuple[int, ...]:
+def _feature_and_group_axes(axes: tuple[int, ...], batch: int) -> tuple[int, ...]:
     """Returns the feature axes and the group axis, after the batch axis became two."""
     return (*(a + (a > batch) for a in axes), batch)
 

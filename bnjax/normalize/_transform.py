@@ -56,12 +56,15 @@ class Options(TypedDict, total=False):
 class Inputs(NamedTuple):
     """The arrays that a transform is given, checked.
 
+    Vectors have the shape (*leading, feature) and the dtype of the arithmetic; leading
+    is (domain,) where each example has a domain, else empty.
+
     Attributes:
         x: (batch, *spatial, feature).
         fallback_mean: normalizes features without a valid value.
         fallback_var: likewise.
-        scale: per feature, as all vectors.
-        bias: per feature.
+        scale: a vector.
+        bias: a vector.
         shift: see `moments`.
         epsilon: added to the variance.
         mask: boolean, or weights; `moments.mask_with_weights` builds it. None for all.
@@ -77,7 +80,7 @@ class Inputs(NamedTuple):
     mask: jax.Array | None
 
     def bounded_x(self) -> jax.Array:
-        """Returns `x` with 0 for masked values that are NaN, infinite or huge."""
+        """See `zero_masked_garbage`."""
         return zero_masked_garbage(self.x, self.mask)
 
 
@@ -133,8 +136,8 @@ def affine_spec(
     _checks.activation(activation)
     _checks.implementation(implementation, _backend.IMPLEMENTATIONS)
     if dtype is None:
-        given = map(_checks.parameter, ("scale", "bias"), parameters)
-        output = _dtypes.promote(x, *(p for p in given if p is not None))
+        arrays = map(_checks.parameter, ("scale", "bias"), parameters)
+        output = _dtypes.promote(x, *(a for a in arrays if a is not None))
     else:
         output = _checks.output_dtype(dtype)
     compute = _dtypes.statistics_dtype(x.dtype, output)
@@ -144,16 +147,16 @@ def affine_spec(
 
 
 def feature_vectors(
-    x, axis, spec: AffineSpec, leading: tuple[int, ...] = (), **given
+    x, axis, spec: AffineSpec, leading: tuple[int, ...] = (), **values
 ) -> tuple[jax.Array, ...]:
-    """The values given by name, checked, in their order; the default for None.
+    """The values, checked, in the order of their names; the default for None.
 
     Each is of shape (*leading, feature).
     """
     shape = leading + _axes.sizes(x.shape, spec.feature_axes)
     default = {"mean": 0, "var": 1, "scale": 1, "bias": 0, "shift": 0}
     vectors = []
-    for name, value in given.items():
+    for name, value in values.items():
         start, dtype = default[name], spec.compute
         if name == "var":
             dtype = _dtypes.real(dtype)
@@ -212,10 +215,12 @@ def apply_training_transform(
     )
     mean, var = options.get("fallback") or (None, None)
     shift = mean if options.get("shift") is None else options.get("shift")
-    given = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
-    vectors = feature_vectors(x, axis, spec, leading, **given)
+    values = {"mean": mean, "var": var, "scale": scale, "bias": bias, "shift": shift}
+    fallback_mean, fallback_var, scale, bias, shift = feature_vectors(
+        x, axis, spec, leading, **values
+    )
     epsilon = options.get("epsilon", 1e-5)
-    _checks.epsilon(epsilon, vectors[0].shape)
+    _checks.epsilon(epsilon, fallback_mean.shape)
     mask = _checks.mask(options.get("mask"), x.shape)
     weights = _checks.weights(options.get("weights"), x.shape)
     residual = _checks.residual(options.get("residual"), x.shape, spec.compute)
@@ -227,22 +232,21 @@ def apply_training_transform(
         y = add_residual_and_activate(y, residual, activation, spec)
         return zero_masked_overflow(y, inputs.mask), batch
 
-    mean, var, scale, bias, shift = vectors
     mask = mask_with_weights(x, mask, weights)
-    inputs = Inputs(x, mean, var, scale, bias, shift, epsilon, mask)
+    inputs = Inputs(x, fallback_mean, fallback_var, scale, bias, shift, epsilon, mask)
     run = run if implementation == _backend.PLAIN else checkpoint_saving_moments(run)
     y, batch = run(inputs, residual, *extra)
-    return y, jax.tree.map(jnp.asarray, batch)  # a constant count is no array yet
+    return y, jax.tree.map(jnp.asarray, batch)  # the count may be a number
 
 
 def stats_or_fallback(
-    batch: Moments, given: Inputs, spec: TransformSpec
+    batch: Moments, inputs: Inputs, spec: TransformSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean and variance to normalize by; those given where there is no value."""
+    """The batch's mean and variance; the fallback of features with count 0."""
     mean, var = batch.mean.astype(spec.affine.compute), batch.variance()
-    if given.mask is not None or 0 in (given.x.shape[a] for a in spec.reduction.axes):
-        mean = _axes.where(batch.count > 0, mean, given.fallback_mean)
-        var = _axes.where(batch.count > 0, var, given.fallback_var)
+    if inputs.mask is not None or 0 in (inputs.x.shape[a] for a in spec.reduction.axes):
+        mean = _axes.where(batch.count > 0, mean, inputs.fallback_mean)
+        var = _axes.where(batch.count > 0, var, inputs.fallback_var)
     return mean, var
 
 
@@ -251,20 +255,20 @@ def stats_or_fallback(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _compiled(transform: Transform, given: Inputs, spec: TransformSpec, *extra):
-    x = given.x.astype(_dtypes.statistics_dtype(given.x.dtype))
-    x = _backend.force_cotangent_rounding(x, given.x.dtype, spec.affine.implementation)
-    return transform(given._replace(x=x), spec, *extra)
+def _compiled(transform: Transform, inputs: Inputs, spec: TransformSpec, *extra):
+    x = inputs.x.astype(_dtypes.statistics_dtype(inputs.x.dtype))
+    x = _backend.force_cotangent_rounding(x, inputs.x.dtype, spec.affine.implementation)
+    return transform(inputs._replace(x=x), spec, *extra)
 
 
 def normalize_with_batch_stats(
-    given: Inputs, spec: TransformSpec
+    inputs: Inputs, spec: TransformSpec
 ) -> tuple[jax.Array, Moments]:
     """Batch normalization itself: Algorithm 1."""
-    batch, _ = compute_moments(given.x, given.mask, given.shift, spec.reduction)
-    vectors = *stats_or_fallback(batch, given, spec), given.scale, given.bias
+    batch, _ = compute_moments(inputs.x, inputs.mask, inputs.shift, spec.reduction)
+    vectors = *stats_or_fallback(batch, inputs, spec), inputs.scale, inputs.bias
     return normalize_with_stats(
-        given.bounded_x(), vectors, given.epsilon, spec.affine
+        inputs.bounded_x(), vectors, inputs.epsilon, spec.affine
     ), batch
 
 
@@ -272,19 +276,19 @@ def normalize_with_batch_stats(
 def normalize_with_stats(x, vectors, epsilon, spec: AffineSpec):
     """(x - mean) / sqrt(var + epsilon) * scale + bias, by (mean, var, scale, bias).
 
-    Its derivative is in the symbols of the package's docstring. Only A and B meet the
-    axes that the replicas vary over; stacked and cast once, they transpose to one
-    collective.
+    Its derivative is in the symbols of the package's docstring. Only A (slope) and B
+    (offset) meet the axes that the replicas vary over. In a typed shard_map they are
+    stacked and cast once, which transposes to one collective.
     """
     mean, var, scale, bias = vectors
-    var = var + jnp.asarray(epsilon, var.dtype)
+    var_plus_epsilon = var + jnp.asarray(epsilon, var.dtype)
     affine = _affine_value if spec.implementation == _backend.PLAIN else _affine
-    return affine(x.astype(spec.compute), mean, var, scale, bias, spec)
+    return affine(x.astype(spec.compute), mean, var_plus_epsilon, scale, bias, spec)
 
 
-def _affine_value(x, mean, var, scale, bias, spec: AffineSpec):
-    a = lax.rsqrt(var).astype(spec.compute) * scale
-    x, mean, a, bias = _reread_operands(spec, x, mean, a, bias)
+def _affine_value(x, mean, var_plus_epsilon, scale, bias, spec: AffineSpec):
+    a = lax.rsqrt(var_plus_epsilon).astype(spec.compute) * scale
+    x, mean, a, bias = _reread_in_rank_of_x(spec, x, mean, a, bias)
     return (x - mean) * a + bias
 
 
@@ -293,9 +297,9 @@ _affine = jax.custom_jvp(_affine_value, nondiff_argnums=(5,))
 
 @functools.partial(_affine.defjvp, symbolic_zeros=True)
 def _(spec, primals, tangents):
-    x, mean, var, scale, _ = primals
+    x, mean, var_plus_epsilon, scale, _ = primals
     y = _affine(*primals, spec)
-    rstd = lax.rsqrt(var).astype(spec.compute)
+    rstd = lax.rsqrt(var_plus_epsilon).astype(spec.compute)
     a = rstd * scale
     dx, dmean, dvar, dscale, dbias = (None if is_zero(t) else t for t in tangents)
     slope = _add_tangents(
@@ -304,7 +308,7 @@ def _(spec, primals, tangents):
     offset = _add_tangents(dbias, None if dmean is None else -a * dmean)
     slope, offset = _pvary_like(x, slope, offset)
 
-    x, mean, rstd, a = _reread_operands(spec, x, mean, rstd, a)
+    x, mean, rstd, a = _reread_in_rank_of_x(spec, x, mean, rstd, a)
     again = functools.partial(
         _backend.reread_cotangent, spec.cotangent, spec.implementation
     )
@@ -327,14 +331,14 @@ def _add_tangents(first, second):
 
 def _pvary_like(x, *vectors) -> list:
     """The vectors that are not None, cast together to vary over the replicas as x."""
-    given = [v for v in vectors if v is not None]
-    if not given or not _replicas.may_span_devices(x):
+    present = [v for v in vectors if v is not None]
+    if not present or not _replicas.may_span_devices(x):
         return list(vectors)
-    cast = iter(_replicas.pvary_like(x, jnp.stack(given)))
+    cast = iter(_replicas.pvary_like(x, jnp.stack(present)))
     return [None if v is None else next(cast) for v in vectors]
 
 
-def _reread_operands(spec: AffineSpec, x, *vectors):
+def _reread_in_rank_of_x(spec: AffineSpec, x, *vectors):
     """`x`, to be read again, and the per-feature vectors in its rank."""
     values = _replicas.pvary_together(x, *vectors)
     x, *vectors = _backend.reread(spec.storage, spec.implementation, *values)
@@ -348,6 +352,7 @@ def add_residual_and_activate(
     shape = y.shape
     if residual is not None:
         y = y + residual.astype(y.dtype)
+        # The cotangent of this sum is that of the residual, stored in its dtype.
         y = _backend.force_cotangent_rounding(y, residual.dtype, spec.implementation)
     if activation is not None:
         y = activation(y)

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from bnjax import _checks, _dtypes, _trees
-from bnjax.moments import Moments, merge, merged_rows
+from bnjax.moments import Moments, merge, merge_rows
 from bnjax.running import Rule, State, ema
 
 
@@ -127,7 +127,7 @@ def _merge(stats: State, counts, axis_name, path: str) -> tuple[jax.Array, ...]:
     local = Moments(count, mean, m2)
     if axis_name is not None:  # one row: the other replicas are on the named axis
         local = jax.tree.map(lambda value: value[None], local)
-    merged = merged_rows(local, axis_name)
+    merged = merge_rows(local, axis_name)
     new = merged.mean, jnp.where(merged.count > 0, merged.variance(), 1)
     return tuple(v.astype(old.dtype) for v, old in zip(new, stored))
 
@@ -283,7 +283,7 @@ def accumulate(
     carry, (losses, output, rows) = lax.scan(step, (start, state), batches)
     total, state = carry
     grads = jax.tree.map(lambda g, p: (g / len(losses)).astype(p.dtype), total, params)
-    pooled = {path: merged_rows(moments) for path, moments in rows.items()}
+    pooled = {path: merge_rows(moments) for path, moments in rows.items()}
     if pool is not None:
         pooled = {path: merge(pool[path], each) for path, each in pooled.items()}
 
