@@ -170,7 +170,7 @@ def _read_debiased(state: AverageState) -> State:
 
 
 def cumulative(*, ddof: int = 0, skip_nonfinite: bool = False) -> Rule:
-    """The plain average over all batches.
+    """The plain average over all batches; of biased variances, unless ddof=1.
 
         value <- value + (batch value - value) / t
 

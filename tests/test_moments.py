@@ -193,13 +193,13 @@ def test_which_sums_are_used(monkeypatch):
     near, far = x + np.float32([2.8, -2.8, 0]), x + np.float32([0, 0, 3.3])
 
     def second_reads(x, shift=None):
-        found, decide = [], _batch._shift_is_near_enough
+        found, decide = [], _batch._centre_is_near_enough
 
         def recorded(*sums):
             jax.debug.callback(found.append, decide(*sums))
             return decide(*sums)
 
-        monkeypatch.setattr(_batch, "_shift_is_near_enough", recorded)
+        monkeypatch.setattr(_batch, "_centre_is_near_enough", recorded)
         jax.clear_caches()
         bnjax.batch_norm(x, shift=shift, implementation="xla")
         jax.effects_barrier()
@@ -500,9 +500,10 @@ def test_moments_take_a_shift():
 def test_a_constant_feature_near_its_running_mean_is_not_read_again():
     x, shift = jnp.full((64, 3), 7.0), jnp.full(3, 7.0) * (1 + 1e-5)
     count, d = jnp.float32(64), x - shift[None]
-    assert _batch._shift_is_near_enough(count, d.sum(0), (d**2).sum(0), shift)
-    d = x - (shift[None] + 0.1)
-    assert not _batch._shift_is_near_enough(count, d.sum(0), (d**2).sum(0), shift + 0.1)
+    assert _batch._centre_is_near_enough(count, d.sum(0), (d**2).sum(0), shift)
+    far = shift + 0.1
+    d = x - far[None]
+    assert not _batch._centre_is_near_enough(count, d.sum(0), (d**2).sum(0), far)
 
 
 # ---- counts beyond what float32 can hold ----
