@@ -1,4 +1,4 @@
-"""Batch normalization for JAX, done properly."""
+"""Batch normalization for JAX: functions, and layers for Flax."""
 
 from bnjax import (
     convert,
