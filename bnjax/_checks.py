@@ -15,7 +15,12 @@ from jax.typing import ArrayLike
 
 
 class BatchNormWarning(UserWarning):
-    """Batch normalization is about to do something that is rarely meant."""
+    """The input is valid, but the result is probably not what you want.
+
+    Three cases: one value per feature, so that the output is the bias; a mask or
+    weights that fit the first axes of the input as well as the last; float64 that
+    `bnjax.convert` rounds to float32.
+    """
 
 
 class UnboundAxisNameError(NameError, ValueError):

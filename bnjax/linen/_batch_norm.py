@@ -23,9 +23,9 @@ Shape = tuple[int, ...]
 class Normalization(nn.Module):
     """The common part of the layers, which differ in their `LayerOps`.
 
-    Layers with Flax's variables and inference also inherit from `flax.linen.BatchNorm`,
-    because user code tests for it with `isinstance`. `Normalization` comes first, so
-    that its `__call__` is used.
+    Layers with Flax's variables and evaluation also inherit from
+    `flax.linen.BatchNorm`, because user code tests for it with `isinstance`.
+    `Normalization` comes first, so that its `__call__` is used.
 
     Helper methods are `nn.nowrap`: Flax would name scopes after them, and list their
     calls in summaries.
@@ -75,7 +75,8 @@ class Normalization(nn.Module):
 
         Args:
             x: (batch, *spatial, feature). Integers and booleans are promoted.
-            use_running_average: see the attribute; exactly one of the two is given.
+            use_running_average: see the attribute. Exactly one of the two is given;
+                with `frozen=True` none is needed.
             mask: boolean, broadcastable to `x`; False leaves a value out of the
                 statistics.
             weights: real floats >= 0, broadcastable to `x`: how often each value counts
@@ -263,18 +264,20 @@ class BatchNorm(Normalization, nn.BatchNorm):
 
     Variables: `params/{scale,bias}`, `batch_stats/{mean,var}` (float32). Two switches
     are independent: where the statistics come from (`use_running_average`), and whether
-    the running statistics are written (`update_stats`). Where `mutable` names
-    `batch_moments` (`mutable=True` does not), the layer leaves the Moments of its input
-    there, as `batch_moments/moments`, merged with what the collection already holds: a
-    layer that is called twice pools both inputs. Start it empty at each step.
+    the running statistics are written (`update_stats`).
+
+    If `mutable` is a list with "batch_moments", the layer also stores the Moments of
+    its input, as `batch_moments/moments` (`mutable=True` is not enough). Two calls in
+    one step are merged. Do not pass `batch_moments` into the next step, or it is merged
+    too.
 
     The class is a subclass of `flax.linen.BatchNorm`, for code that tests for it with
     `isinstance`, but uses none of its methods. So are GhostBatchNorm and BatchRenorm,
-    whose variables and inference are the same.
+    whose variables and evaluation are the same.
 
     Attributes:
-        use_running_average: whether to normalize by the running statistics; here or in
-            the call, not both.
+        use_running_average: whether to normalize with the running statistics; here or
+            in the call, not both.
         axis: the feature axis or axes; all others are reduced.
         momentum: the weight of the old running value (PyTorch's is one minus this).
         epsilon: added to the variance.
@@ -292,19 +295,18 @@ class BatchNorm(Normalization, nn.BatchNorm):
             `param_dtype`; they are computed in at least float32 all the same.
         unbiased: whether the running variance divides by n - 1, as PyTorch's does. The
             batch is always normalized by the biased variance.
-        update_stats: whether the running statistics are written. None: as Flax, when
-            batch statistics are used. False: never, and `mutable` is not needed; where
-            batch statistics are used neither is `batch_stats`, which makes a layer
-            without running statistics (PyTorch's track_running_stats=False). True:
-            always, also when normalizing by the running statistics (those from before
-            the update).
+        update_stats: None: update when the batch's statistics are used, as Flax does.
+            False: never update; `mutable` is then not needed. (With
+            use_running_average=False the layer also needs no `batch_stats`; PyTorch's
+            track_running_stats=False.) True: always update, also when the layer
+            normalizes with the running statistics, which are then the old ones.
         skip_nonfinite_updates: whether a batch whose moments hold a NaN or an infinity
             leaves the running statistics as they were.
         activation: an elementwise function; its input is not stored for the backward
             pass.
-        frozen: if True, the layer runs in inference mode regardless of the call: it
-            uses the running statistics and never writes them, and the Moments that it
-            leaves are empty. To freeze scale and bias as well, mask the optimizer with
+        frozen: if True, the layer evaluates, whatever the call says: it uses the
+            running statistics and never writes them, and the Moments that it stores
+            are empty. To freeze scale and bias as well, mask the optimizer with
             `bnjax.training.freeze_mask`.
 
     >>> import jax

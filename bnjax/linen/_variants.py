@@ -18,9 +18,9 @@ class GhostBatchNorm(Normalization, nn.BatchNorm):
 
         y_i = (x_i - mean_g) / sqrt(var_g + epsilon) * scale + bias,   i in group g
 
-    The layer of `bnjax.ghost.ghost_batch_norm`, which says how groups lie over
-    replicas. The running statistics are those of the whole batch. Variables and
-    inference are those of `BatchNorm`. `init` takes a batch of any size.
+    The layer of `bnjax.ghost.ghost_batch_norm`, which says how groups of examples lie
+    over replicas. The running statistics are those of the whole batch. Variables and
+    evaluation are those of `BatchNorm`. `init` takes a batch of any size.
 
     Attributes:
         virtual_batch_size: how many examples are normalized together.
@@ -46,7 +46,7 @@ class GhostBatchNorm(Normalization, nn.BatchNorm):
 
 
 class BatchRenorm(Normalization, nn.BatchNorm):
-    """Batch renormalization: trains on what it will infer with.
+    """Batch renormalization: trains with nearly what it evaluates with.
 
         r = clip(sigma_B / sigma, 1/r_max, r_max)
         d = clip((mu_B - mu) / sigma, -d_max, d_max)
@@ -54,23 +54,30 @@ class BatchRenorm(Normalization, nn.BatchNorm):
 
     The layer of `bnjax.renorm.batch_renorm`, for small batches and for batches that are
     not iid. mu and sigma are the running statistics before the update. Variables and
-    inference are those of `BatchNorm`. Start with r_max = 1, d_max = 0 (batch
-    normalization) until the running statistics have settled, then relax:
-    `r_max=optax.linear_schedule(1, 3, 35_000, 5_000)`.
+    evaluation are those of `BatchNorm`. Start with r_max = 1, d_max = 0 (batch
+    normalization) until the running statistics have settled, then relax both. A plain
+    d_max=5.0 beside a schedule of r_max corrects from the first step:
+
+        BatchRenorm(
+            r_max=optax.linear_schedule(1, 3, 35_000, 5_000),
+            d_max=optax.linear_schedule(0, 5, 20_000, 5_000),
+        )
 
     With `warmup_steps` the layer counts its updates in `batch_stats/steps`, and needs
     no `step`: r_max = 1 and d_max = 0 during the warm-up, then the given values.
-    Checkpoints of the layer in SBX and CrossQ (mean, var, steps, r_max, d_max) load
-    unchanged into `BatchRenorm(warmup_steps=100_000, epsilon=1e-3)`. Their r_max and
-    d_max, always 3 and 5, are not read. SBX and CrossQ add epsilon after the
-    correction, so that outputs differ by up to a third where variances are near
-    epsilon.
+    Checkpoints of the BatchRenorm layer in SBX (a JAX library for RL) and in CrossQ
+    (mean, var, steps, r_max, d_max) load without conversion into
+    `BatchRenorm(warmup_steps=100_000, epsilon=1e-3)`. Their r_max and d_max, always 3
+    and 5, are not read. Their layer adds epsilon after the correction, so that outputs
+    can differ by up to a third where a variance is near epsilon.
 
     Attributes:
         r_max: see `bnjax.renorm.batch_renorm`; a number or a function of the step.
         d_max: see `bnjax.renorm.batch_renorm`; a number or a function of the step.
         warmup_steps: how many updates the running statistics get before they correct
             the batch's. None: no counter, and schedules need the `step` of the call.
+            With numbers and None the layer corrects from the first step; to train from
+            scratch set `warmup_steps`, or schedules.
 
     All others are those of `BatchNorm`.
 
@@ -80,17 +87,19 @@ class BatchRenorm(Normalization, nn.BatchNorm):
     >>> import jax.numpy as jnp
     >>> class Critic(nn.Module):
     ...     @nn.compact
-    ...     def __call__(self, observation, action, step, train):
+    ...     def __call__(self, observation, action, train):
     ...         x = jnp.concatenate([observation, action], -1)
     ...         for features in (64, 64):
-    ...             norm = BatchRenorm(not train, activation=nn.relu)
-    ...             x = norm(nn.Dense(features, use_bias=False)(x), step=step)
+    ...             x = nn.Dense(features, use_bias=False)(x)
+    ...             x = BatchRenorm(
+    ...                 not train, warmup_steps=100_000, activation=nn.relu
+    ...             )(x)
     ...         return nn.Dense(1)(x)[..., 0]
     >>> observations, actions = jnp.zeros((2, 5, 3)), jnp.zeros((2, 5, 1))  # now, next
     >>> both = observations.reshape(10, 3), actions.reshape(10, 1)
     >>> critic = Critic()
-    >>> variables = critic.init(jax.random.key(0), *both, 0, True)
-    >>> q, updates = critic.apply(variables, *both, 0, True, mutable=["batch_stats"])
+    >>> variables = critic.init(jax.random.key(0), *both, train=True)
+    >>> q, updates = critic.apply(variables, *both, train=True, mutable=["batch_stats"])
     >>> q_now, q_next = jnp.split(q, 2)
 
     References: Ioffe 2017, Algorithm 1.
@@ -158,7 +167,7 @@ class SplitBatchNorm(Normalization):
 
     The layer of `bnjax.split.split_batch_norm`. Variables: `params/{scale,bias}` and
     `batch_stats/{mean,var}`, each (num_splits, feature). Domain 0 is the main one:
-    inference normalizes by it, unless the call names another.
+    evaluation normalizes with its statistics, unless the call names another.
 
     Attributes:
         num_splits: the number of domains.
@@ -200,7 +209,8 @@ class SplitBatchNorm(Normalization):
             use_running_average: as in `BatchNorm.__call__`.
             domain: integers: () if all examples belong to one domain, (batch,) for one
                 each. None: in training the batch is `num_splits` equal contiguous
-                blocks, block d for domain d; in inference all examples are of domain 0.
+                blocks, block d for domain d; in evaluation all examples are of domain
+                0.
             **options: as in `BatchNorm.__call__`.
 
         Returns:
@@ -223,7 +233,7 @@ class DecorrelatedBatchNorm(Normalization):
 
     The layer of `bnjax.whiten.decorrelate`: it whitens within groups of adjacent
     features. Variables: `params/{scale,bias}` and `batch_stats/{mean,cov}`, where cov
-    is (groups, size, size) and starts as the identity. Inference takes the root of the
+    is (groups, size, size) and starts as the identity. Evaluation takes the root of the
     running covariance at each call; the functions of `bnjax.whiten` can take it once.
 
     Attributes:

@@ -78,7 +78,7 @@ class Settings(TypedDict, total=False):
 class Normalization(nnx.Module):
     """The common part of the layers, which differ in their `LayerOps`.
 
-    Layers with Flax's variables and inference also inherit from `flax.nnx.BatchNorm`,
+    Layers with Flax's variables and evaluation also inherit from `flax.nnx.BatchNorm`,
     because user code tests for it with `isinstance`. `Normalization` comes first, so
     that its methods are used.
     """
@@ -342,16 +342,17 @@ class BatchNorm(Normalization, nnx.BatchNorm):
     the mean is complex64 where `dtype` or `param_dtype` is complex, which is how a
     layer is declared for complex inputs). Two switches are independent: where the
     statistics come from (`use_running_average`; `train()` and `eval()` set it), and
-    whether the running statistics are written (`update_stats`). Where `record_moments`
-    is true, each call merges the Moments of its input into `moments`, a BatchMoments
-    variable that starts empty whenever `record_moments=True` is set.
+    whether the running statistics are written (`update_stats`).
+
+    If `record_moments` is True, the layer also has a variable `moments`, a
+    BatchMoments. Each call merges the Moments of its input into it. Setting
+    `record_moments=True` empties it; setting False removes it, and so does `nnx.pop`.
     `nnx.view(model, record_moments=True)` sets it in the view alone,
-    `model.set_attributes(record_moments=True)` in the model. False removes the
-    variable, and so does `nnx.pop`.
+    `model.set_attributes(record_moments=True)` in the model.
 
     The class is a subclass of `flax.nnx.BatchNorm`, for code that tests for it with
     `isinstance`, but uses none of its methods. So are GhostBatchNorm and BatchRenorm,
-    whose variables and inference are the same.
+    whose variables and evaluation are the same.
 
     One difference to Flax is intended. Flax casts the input and all variables to
     `dtype` before it computes. In evaluation, (x - mean) / sqrt(var + epsilon) is then
@@ -362,7 +363,7 @@ class BatchNorm(Normalization, nnx.BatchNorm):
 
     Args:
         num_features: the size of the feature axis.
-        use_running_average: whether to normalize by the running statistics. The call
+        use_running_average: whether to normalize with the running statistics. The call
             takes precedence; None leaves it to the call.
         axis: the feature axis; all others are reduced.
         momentum: the weight of the old running value (PyTorch's is one minus this).
@@ -387,16 +388,16 @@ class BatchNorm(Normalization, nnx.BatchNorm):
         scale_metadata: metadata of the variable `scale`.
         unbiased: whether the running variance divides by n - 1, as PyTorch's does. The
             batch is always normalized by the biased variance.
-        update_stats: whether the running statistics are written. None: as Flax, when
-            batch statistics are used. False: never. True: always, also when normalizing
-            by the running statistics (those from before the update).
+        update_stats: None: update when the batch's statistics are used, as Flax does.
+            False: never update. True: always update, also when the layer normalizes
+            with the running statistics, which are then the old ones.
         skip_nonfinite_updates: whether a batch whose moments hold a NaN or an infinity
             leaves the running statistics as they were.
         activation: an elementwise function; its input is not stored for the backward
             pass.
-        frozen: if True, the layer runs in inference mode regardless of the call and of
-            `train()`: it uses the running statistics and never writes them, and
-            `moments` stay empty. See `bnjax.nnx.freeze`. To freeze scale and bias as
+        frozen: if True, the layer evaluates, whatever the call and `train()` say: it
+            uses the running statistics and never writes them, and `moments` stay
+            empty. See `bnjax.nnx.freeze`. To freeze scale and bias as
             well, mask the optimizer with `bnjax.training.freeze_mask`.
 
     >>> layer = BatchNorm(6, rngs=nnx.Rngs(0))
@@ -419,8 +420,9 @@ def freeze(model: nnx.Module, *patterns: str, frozen: bool = True) -> tuple[str,
     Sets `frozen` of these layers, in place. They use their running statistics and never
     write them, whatever `model.train()`, the call, or
     `set_attributes(use_running_average=False)` say. Scale and bias are still
-    parameters; `bnjax.training.freeze_mask` keeps the optimizer from changing them. To
-    freeze only a view of the model, write `nnx.view(model, frozen=True)`.
+    parameters; `bnjax.training.freeze_mask` makes a mask for the optimizer, so that it
+    does not change them. To freeze only a view of the model, write
+    `nnx.view(model, frozen=True)`.
 
     Args:
         model: a model with layers of `bnjax.nnx`, or such a layer.

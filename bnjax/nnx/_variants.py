@@ -51,7 +51,7 @@ class GhostBatchNorm(Normalization, nnx.BatchNorm):
 
 
 class BatchRenorm(Normalization, nnx.BatchNorm):
-    """Batch renormalization: trains on what it will infer with.
+    """Batch renormalization: trains with nearly what it evaluates with.
 
         r = clip(sigma_B / sigma, 1/r_max, r_max)
         d = clip((mu_B - mu) / sigma, -d_max, d_max)
@@ -65,7 +65,9 @@ class BatchRenorm(Normalization, nnx.BatchNorm):
         num_features: the size of the feature axis.
         r_max: a number or a function of the step; see `bnjax.renorm.batch_renorm`.
         d_max: a number or a function of the step; see `bnjax.renorm.batch_renorm`.
-        warmup_steps: the updates before corrections begin; None for no counter.
+        warmup_steps: the updates before corrections begin; None for no counter. With
+            numbers and None the layer corrects from the first step; to train from
+            scratch set `warmup_steps`, or schedules.
         rngs: see `BatchNorm`.
         **settings: the other arguments of `BatchNorm`.
 
