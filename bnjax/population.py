@@ -9,7 +9,7 @@ Where the examples of a batch are independent, m/(m-1) makes up for that. Where 
 not, the result is too small: the smaller the batches, the more.
 
 The model is called as `apply_fn(variables, batch)`. It normalizes by the statistics of
-the batch, and returns the Moments that its layers leave in `batch_moments`. For Linen:
+the batch, and returns the Moments that its layers store in `batch_moments`. For Linen:
 
     def apply_fn(variables, batch):
         return model.apply(
@@ -33,12 +33,13 @@ and for NNX:
 over devices, shards for a shard_map in the model. The inputs of a layer that is called
 twice count as one batch. Averages are kept in float64 on the host.
 
-The variants: The batch of a GhostBatchNorm is all of `batch`, whatever its groups. Each
-domain of a SplitBatchNorm is estimated from its own examples, and has to occur. The
-output of a BatchRenorm depends on the statistics that it had: give `apply_fn` a model
-with r_max=1, d_max=0, which normalizes by the batch like the others. The covariances of
-a DecorrelatedBatchNorm are not estimated: name it in `keep`. Other leaves of
-`batch_stats`, such as the vectors of `nn.SpectralNorm`, stay as they are.
+The variants: The batch of a GhostBatchNorm is all of `batch`, whatever its groups of
+examples. Each domain of a SplitBatchNorm is estimated from its own examples, and has to
+occur. The output of a BatchRenorm depends on the statistics that it had: give
+`apply_fn` a model with r_max=1, d_max=0, which normalizes with the statistics of the
+batch. The covariances of a DecorrelatedBatchNorm are not estimated: name it in `keep`.
+Other leaves of `batch_stats`, such as the vectors of `nn.SpectralNorm`, stay as they
+are.
 """
 
 import functools
@@ -112,8 +113,8 @@ def algorithm_2(
 
     Args:
         apply_fn: (variables, batch) -> what the model's `apply` returns with
-            `mutable=["batch_stats", "batch_moments"]`, or the tree below
-            `batch_moments` alone. Compiled once per shape of batch; pass the same
+            `mutable=["batch_stats", "batch_moments"]`, or only the collection
+            `batch_moments` of it. Compiled once per shape of batch; pass the same
             function again, not a new lambda, to compile nothing again.
         variables: the variables of the model, with "batch_stats". The parameters may
             be averages over training.
@@ -178,8 +179,8 @@ def pooled(
 
     Args:
         apply_fn: (variables, batch) -> what the model's `apply` returns with
-            `mutable=["batch_stats", "batch_moments"]`, or the tree below
-            `batch_moments` alone. Compiled once per shape of batch; pass the same
+            `mutable=["batch_stats", "batch_moments"]`, or only the collection
+            `batch_moments` of it. Compiled once per shape of batch; pass the same
             function again, not a new lambda, to compile nothing again.
         variables: the variables of the model, with "batch_stats". The parameters may
             be averages over training.

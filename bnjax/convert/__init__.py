@@ -77,8 +77,8 @@ def from_torch(
 ) -> dict[str, Any]:
     """Flax variables from the state_dict of a torch layer or model.
 
-    `num_batches_tracked` is dropped. Parameters that lie directly on modules of other
-    kinds keep names and axes. Nothing of torch is imported.
+    `num_batches_tracked` is dropped. Parameters of modules that have no layer in Flax
+    pass unchanged, with their names and axes. torch is not imported.
 
     Args:
         state_dict: entries by dotted name: torch tensors on any device, or arrays. That
@@ -90,16 +90,17 @@ def from_torch(
             transposed convolutions, embeddings and PReLU. All of them at once:
             `{name: type(module).__name__ for name, module in net.named_modules()}`.
             Layers of unknown classes are read by names and shapes.
-        like: variables of the Flax model, from `init` or `jax.eval_shape`, which the
-            result has to match in structure, shapes and dtypes. Their dtypes are taken
-            where that loses nothing, and their metadata boxes (`nn.Partitioned`).
-            Entries of other names have to be there as they are, in any collection.
+        like: variables of the Flax model, from `init` or `jax.eval_shape`. The result
+            has to have the same structure and shapes. It gets their dtypes, which is an
+            error if the cast loses anything, and their metadata boxes
+            (`nn.Partitioned`). An entry that passes unchanged has to be in `like` under
+            the same name, in any collection.
 
     Returns:
-        {"params": ..., "batch_stats": ...}, those of them that occur, as new arrays.
-        Without `like` also "buffers": integers of other names than those above. Other
-        buffers cannot be told from parameters in a state_dict, and are returned among
-        them.
+        {"params": ..., "batch_stats": ...}, without empty collections, as new arrays.
+        Without `like` there may also be "buffers": integers that are no
+        `num_batches_tracked`. A state_dict does not say which other entries are
+        buffers, so these are in "params".
         float64 becomes float32, with a warning, unless `jax_enable_x64` is set.
 
     Raises:
@@ -178,8 +179,9 @@ def to_torch(
 ) -> dict[str, np.ndarray]:
     """The state_dict of a torch layer or model from Flax variables.
 
-    The exact inverse of `from_torch`; with `like` also for parameters of a user's
-    module that are called as Flax calls others. Load the result with:
+    The exact inverse of `from_torch`, except that `num_batches_tracked` is 0 unless you
+    pass it. Give `like` if a module of your own has parameters with names that Flax
+    uses in other layers, such as kernel or scale. Load the result with:
 
         state_dict = to_torch(variables)
         tensors = {name: torch.as_tensor(v) for name, v in state_dict.items()}

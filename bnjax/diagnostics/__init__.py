@@ -1,7 +1,7 @@
 """What is wrong with a model's statistics, and what cures it.
 
 `report` looks at variables, and at the Moments of a batch if it is given them. A model
-leaves these in the collection `batch_moments` where that is mutable:
+stores these in the collection `batch_moments` if `mutable` names it:
 
     _, updates = model.apply(variables, x, train=True, mutable=["batch_moments", ...])
     print(report(variables, batch_moments=updates["batch_moments"]))
@@ -150,19 +150,20 @@ def report(
 
     Looks for statistics that were never updated, for exploded and dead channels, for
     scales near zero; and with `batch_moments` for batches that lie far from the
-    running statistics. Channels are judged by the batch where there is one: running
-    statistics take long to forget. Channels of a SplitBatchNorm are [domain, channel].
+    running statistics. If there is a batch, dead and exploded channels are looked for
+    in its statistics, because the running ones take long to change. Channels of a
+    SplitBatchNorm are [domain, channel].
 
     Args:
         variables: {"params": ..., "batch_stats": ...}.
-        batch_moments: the tree of Moments that the layers leave, of one batch or of
-            many.
+        batch_moments: the collection `batch_moments` that `apply` returns: the Moments
+            of one batch or of many.
         epsilon: the epsilon of the layers.
-        largest_drift: the largest drift that is no finding: of the mean in running
-            standard deviations; of the standard deviation its ratio to the running
-            one, or the inverse ratio, minus 1. A finding must also be beyond chance:
-            a batch of independent, normal values has such a drift anywhere in the
-            model less than once in 1,000 reports.
+        largest_drift: the limit L. Reported are a mean that is more than L running
+            standard deviations away from the running mean, and a standard deviation
+            that is more than 1 + L times larger or smaller than the running one, but
+            only if chance does not explain it: batches of independent, normal values
+            give a report of drift less than once in 1,000.
 
     Returns:
         Report. Iterate over it, print it, or `rich.print` it. Empty, and false, where

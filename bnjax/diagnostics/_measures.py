@@ -325,8 +325,8 @@ def replicas_agree(
 
         difference = max_r value_r - min_r value_r,  per element
 
-    A replicated array has one copy on every device, and JAX takes them for equal. They
-    differ where statistics were not synchronised in pmap or in
+    A replicated array has one copy on every device, and JAX assumes that the copies
+    are equal. They differ where statistics were not synchronised in pmap or in
     shard_map(check_vma=False), or where processes have diverged. Each device then
     evaluates another model.
 

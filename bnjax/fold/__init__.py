@@ -1,4 +1,4 @@
-"""Inference without batch normalization: linear layers take in its affine map.
+"""Evaluation without batch normalization: linear layers take in its affine map.
 
     multiplier = scale / sqrt(var + epsilon),  offset = bias - mean * multiplier
     kernel' = kernel * multiplier,  bias' = bias * multiplier + offset
@@ -27,24 +27,26 @@ __all__ = [
 
 
 def fold_model(model: Any, *arguments: Any, **keywords: Any) -> Folded:
-    """The model without its batch normalization, for inference.
+    """The model without its batch normalization, for evaluation.
 
         fold_model(model, variables, x, train=False)     # Linen: as model.apply
         fold_model(model, x)                             # NNX: as the call
 
     The model is traced with these arguments. A BatchNorm, GhostBatchNorm, BatchRenorm
     or SplitBatchNorm is folded into a Conv, ConvTranspose or Dense (Linear) whose
-    output it reads, if nothing else does. Any other normalization becomes
-    `(x - mean) * multiplier + bias`. It stays as it is where its variables are not its
-    own, as under `nn.scan`. Of a SplitBatchNorm the row is taken that these arguments
-    lead to, 0 without a domain; the layer stays as it is where the domain is an array.
-    A residual and an activation of bnjax's layers remain. Nothing that is passed in is
-    changed.
+    output it reads, if nothing else does. Elsewhere it is replaced by
+    `(x - mean) * multiplier + bias`, with the same result. Of a SplitBatchNorm the row
+    of the domain in these arguments is taken, or row 0. A residual and an activation of
+    bnjax's layers remain. Nothing that is passed in is changed.
 
-    A kernel that is transformed before it is used (by more than casts, reshapes and
-    scalings) takes in nothing. A folded kernel and bias are stored at least in the
-    dtype that they are computed in. Where the normalization returns a wider one than
-    the layer before it, its offset is added in its place, as `params[norm]["bias"]`.
+    These stay as they are: a DecorrelatedBatchNorm, a layer whose variables are not its
+    own (under `nn.scan`), and a SplitBatchNorm with one domain for each example.
+
+    Nothing is folded into a kernel that is itself transformed (e.g. `nn.WeightNorm`);
+    casts, reshapes and scalings do not count. A folded kernel and bias are stored at
+    least in the dtype that they are computed in. If the normalization returns a wider
+    dtype than the layer before it, only its scale is folded; its offset is added where
+    the normalization was, from `params[norm]["bias"]`.
 
     Args:
         model: a `flax.linen.Module`, or a `flax.nnx.Module` in evaluation mode.
@@ -56,8 +58,8 @@ def fold_model(model: Any, *arguments: Any, **keywords: Any) -> Folded:
     Returns:
         Folded. `apply(params, *inputs)` returns what the model does; `params` is a
         nested dictionary of arrays. Variables of other collections that remain are
-        constants of `apply`. `folded` names the pairs, `kept` the others, with the
-        reason.
+        constants of `apply`. `folded` names the pairs. `kept` names every normalization
+        that was not folded into another layer, replaced or not, with the reason.
 
     Raises:
         TypeError: a model of another library.

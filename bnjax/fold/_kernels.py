@@ -1,4 +1,4 @@
-"""The affine map that inference is, and its product with the kernel before it."""
+"""The affine map that evaluation is, and its product with the kernel before it."""
 
 import jax
 import jax.numpy as jnp

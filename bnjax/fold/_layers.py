@@ -394,7 +394,7 @@ class Folded(NamedTuple):
             hold no array are those that it was folded with.
         params: a nested dictionary of arrays.
         folded: (linear layer, normalization) for each pair that has become one.
-        kept: (normalization, reason) for each that has not.
+        kept: (normalization, reason) for each that was not folded into another layer.
     """
 
     apply: Callable[..., Any]

@@ -1,6 +1,6 @@
 """What surrounds the layers in a training loop.
 
-- `TrainState`: Flax's TrainState with batch_stats; a skipped step keeps them
+- `TrainState`: Flax's TrainState with batch_stats; a skipped step does not change them
 - `accumulate`: gradients of micro-batches; one running update, from all of them
 - `weight_decay_mask`: where weight decay applies, for optax
 - `freeze_mask`: what is frozen, by patterns of paths, for optax and statistics
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class TrainState(train_state.TrainState):
-    """Flax's TrainState with `batch_stats`, which a skipped step leaves as they were.
+    """Flax's TrainState with `batch_stats`, which a skipped step does not change.
 
     `state.apply(params, x, ...)` calls the model and always returns the pair (output,
     batch_stats), in training and in evaluation; `mutable` does not appear:
@@ -106,7 +106,7 @@ class TrainState(train_state.TrainState):
         step is skipped if `finite` is False, or by the optimizer: within
         `optax.apply_if_finite`, or by `should_skip_update_fn` of `optax.MultiSteps`.
         (After too many skipped steps, apply_if_finite applies gradients that are not
-        finite. The statistics are kept even then.)
+        finite. The statistics do not change even then.)
 
         Args:
             grads: the gradients, of the structure of `params`.
@@ -152,16 +152,17 @@ def _select(condition: Any, value: Any, other: Any) -> Any:
 
 
 def weight_decay_mask(params: Any, *, batch_stats: Any = None) -> Any:
-    """Where weight decay applies: not to batch normalization's scale, nor to any bias.
+    """Where weight decay applies: not to parameters named bias or scale.
 
     Decaying the scale of a layer that is normalized again only changes its effective
-    learning rate, and a bias has nothing to overfit with.
+    learning rate, and biases are few and contribute little to overfitting. A scale is
+    recognized by its name, also in Flax's LayerNorm and others; with `batch_stats`,
+    only the parameters of batch normalization do not decay, and biases.
 
     Args:
         params: the parameters, of Linen (`variables["params"]`) or of NNX.
         batch_stats: the statistics of the same model, which show the layers that are
-            batch normalization. Without them no parameter named scale decays, even
-            those of Flax's other normalizations.
+            batch normalization; scales of other layers then decay.
 
     Returns:
         A tree of bool of the structure of `params`, True where weight decay applies:
@@ -201,7 +202,7 @@ def freeze_mask(tree: Any, *patterns: str) -> Any:
         no    yes      use_running_average=False: training
 
     A mask of the statistics answers only the last question, for chosen layers and
-    without a change of the model: the old statistics replace those that were written.
+    without a change of the model: put the old statistics back in place of the new ones.
 
         frozen = freeze_mask(params, "encoder/*")
         tx = optax.chain(tx, optax.masked(optax.set_to_zero(), frozen))

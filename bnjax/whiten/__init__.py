@@ -75,7 +75,7 @@ def whiten_by(
     activation: Activation | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """Whitens `x` by given statistics: inference, or frozen statistics.
+    """Whitens `x` with given statistics: evaluation, or frozen statistics.
 
         y = activation(W (x - mean) * scale + bias + residual)
         W = inverse_sqrt(covariance, epsilon=epsilon, method=method)

@@ -106,7 +106,8 @@ def min_max_scale(*, axis: Axis = -1, low: float = 0.0, high: float = 1.0) -> Sc
 
         y = (x - min) / (max - min) * (high - low) + low
 
-    Two values of each feature decide. Inputs that are scaled later may lie outside.
+    Only the smallest and the largest value of each feature matter, so that one outlier
+    changes the scale of all. Inputs that are scaled later may lie outside.
 
     Args:
         axis: the feature axis or axes; all others are reduced.
