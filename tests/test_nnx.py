@@ -715,6 +715,29 @@ def test_remat_updates_once():
     assert_trees_close(arrays(remat), arrays(plain))
 
 
+def test_remat_policy():
+    """Less is stored than without it, and no matrix product runs twice."""
+    options = {"use_running_average": False, "update_stats": False}
+    graph, params, rest = nnx.split(Net(BatchNorm, **options), nnx.Param, ...)
+
+    def measured(call):
+        def loss(params, x):
+            model = nnx.merge(graph, params, jax.tree.map(jnp.asarray, rest))
+            return jnp.sum(jnp.sin(call(model, x)))
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(params, data())
+        vjp = jax.vjp(loss, params, data())[1]
+        stored = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
+        return str(jaxpr).count("dot_general"), stored
+
+    products, stored = measured(lambda model, x: model(x))
+    saving = nnx.remat(lambda model, x: model(x), policy=bnjax.remat_policy)
+    products_saving, stored_saving = measured(saving)
+    assert products_saving == products
+    assert stored_saving < stored
+    assert measured(nnx.remat(lambda model, x: model(x)))[0] > products
+
+
 def test_gradients():
     x, dy = data(), data(9)
     layer = layer_of(update_stats=False)
