@@ -8,8 +8,9 @@ are split into batches. `algorithm_2` leaves out the variance of the batches' me
 Where the examples of a batch are independent, m/(m-1) makes up for that. Where they are
 not, the result is too small: the smaller the batches, the more.
 
-The model is called as `apply_fn(variables, batch)`. It normalizes by the statistics of
-the batch, and returns the Moments that its layers store in `batch_moments`. For Linen:
+The model is called as `apply_fn(variables, batch)`. It normalizes with the statistics
+of the batch, and returns the Moments that its layers store in `batch_moments`. For
+Linen:
 
     def apply_fn(variables, batch):
         return model.apply(
@@ -172,7 +173,7 @@ def pooled(
 
     Batches are weighted by their numbers of values, and the variance is biased. The
     batches' Moments are merged in float64, so that the result does not depend on how
-    the data is split. (In deeper layers it does: their inputs were normalized by the
+    the data is split. (In deeper layers it does: their inputs were normalized with the
     statistics of each batch.)
     At |mean|/std = 1e4 the relative error of the variance of n values in all is about
     6e-4/sqrt(n), from the float32 means of the batches: 1e-5 is met with 10^4 values.

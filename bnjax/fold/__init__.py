@@ -63,8 +63,8 @@ def fold_model(model: Any, *arguments: Any, **keywords: Any) -> Folded:
 
     Raises:
         TypeError: a model of another library.
-        ValueError: a layer that normalizes by the batch or updates its statistics; a
-            model that reads the variables of a normalization by itself.
+        ValueError: a layer that uses the statistics of the batch or updates the running
+            ones; a model that reads the variables of a normalization by itself.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn
     >>> class Model(nn.Module):

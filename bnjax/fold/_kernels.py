@@ -16,7 +16,7 @@ def affine(
     *,
     epsilon: float = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
-    """Batch normalization by given statistics as a multiplier and an offset.
+    """Batch normalization with given statistics as a multiplier and an offset.
 
         (x - mean) / sqrt(var + epsilon) * scale + bias = x * multiplier + offset
         multiplier = scale / sqrt(var + epsilon),  offset = bias - mean * multiplier

@@ -277,7 +277,7 @@ class Normalization(nnx.Module):
         """Sets what is not None; `nnx.view` calls it on its copies of the layers.
 
         Args:
-          use_running_average: whether to normalize by the running statistics.
+          use_running_average: whether to normalize with the running statistics.
           update_stats: whether the running statistics are written.
           record_moments: whether calls leave the Moments of their input in `moments`,
             which then starts empty.

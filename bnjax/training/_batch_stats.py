@@ -189,7 +189,7 @@ def accumulate(
         loss = (1/K) sum_k loss_k,   grads = (1/K) sum_k grads_k,
         batch_stats <- rule.update(batch_stats, merge of the K Moments)
 
-    Each micro-batch is normalized by its own statistics: the gradients are those of
+    Each micro-batch is normalized with its own statistics: the gradients are those of
     ghost batch normalization of the whole batch, in groups of a micro-batch. The
     running update is that of the whole batch, with the variance of the micro-batches'
     means. An update per micro-batch would leave that out, and decay K times.
