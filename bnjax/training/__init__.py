@@ -156,8 +156,8 @@ def weight_decay_mask(params: Any, *, batch_stats: Any = None) -> Any:
 
     Decaying the scale of a layer that is normalized again only changes its effective
     learning rate, and biases are few and contribute little to overfitting. A scale is
-    recognized by its name, also in Flax's LayerNorm and others; with `batch_stats`,
-    only the parameters of batch normalization do not decay, and biases.
+    recognized by its name, also in Flax's LayerNorm and others. With `batch_stats`,
+    biases and the parameters of batch normalization do not decay, and all others do.
 
     Args:
         params: the parameters, of Linen (`variables["params"]`) or of NNX.

@@ -202,13 +202,14 @@ def accumulate(
     Args:
         loss_fn: (variables, micro-batch) -> (loss, result); result is what the model's
             `apply` returns with `mutable=["batch_stats", "batch_moments"]` and further
-            collections to advance; or the tree below `batch_moments`, if nothing else
-            is updated. The loss is a mean over the micro-batch.
+            collections to advance; or only the collection `batch_moments` of it, if
+            nothing else is updated. The loss is a mean over the micro-batch.
         variables: {"params", "batch_stats"} and the model's other collections.
         batches: a tree of arrays with the micro-batches along their leading axis,
-            (K, batch / K, ...); keys of `jax.random.split(key, K)`, too. To split a
-            batch that lies on several devices, so that each has its part of all
-            micro-batches: `x.reshape(-1, K, *x.shape[1:]).swapaxes(0, 1)`.
+            (K, batch / K, ...). Random keys, one for each micro-batch, come from
+            `jax.random.split(key, K)`. To split a batch that lies on several devices,
+            so that each has its part of all micro-batches:
+            `x.reshape(-1, K, *x.shape[1:]).swapaxes(0, 1)`.
         rule: the running update, `bnjax.running.ema(momentum)`, or with `ddof=1` for
             layers with `unbiased=True`. The momentum of a layer is not among its
             variables, so it is named here.
