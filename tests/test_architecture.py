@@ -100,7 +100,7 @@ def test_options_are_keyword_only(name):
     for parameter in inspect.signature(PUBLIC[name]).parameters.values():
         if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
             is_array = parameter.default is inspect.Parameter.empty
-            assert is_array or parameter.name in optional_arrays | {"decay"}
+            assert is_array or parameter.name in optional_arrays | {"decay", "layer"}
 
 
 def test_public_names():

@@ -6,6 +6,7 @@ the bit.
 """
 
 from bnjax.nnx._batch_norm import BatchMoments, BatchNorm, freeze
+from bnjax.nnx._replace import Replacement, replace_batch_norm, restore_batch_norm
 from bnjax.nnx._variants import (
     BatchRenorm,
     DecorrelatedBatchNorm,
@@ -19,6 +20,9 @@ __all__ = [
     "BatchRenorm",
     "DecorrelatedBatchNorm",
     "GhostBatchNorm",
+    "Replacement",
     "SplitBatchNorm",
     "freeze",
+    "replace_batch_norm",
+    "restore_batch_norm",
 ]

@@ -1,0 +1,242 @@
+"""Other layers in the place of those of a model that somebody else has written."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from bnjax import _trees
+from bnjax.nnx._batch_norm import BatchNorm, Normalization
+
+_ARGUMENTS = (  # of flax.nnx.BatchNorm that its instances keep
+    "use_running_average",
+    "axis",
+    "momentum",
+    "epsilon",
+    "dtype",
+    "param_dtype",
+    "axis_name",
+    "axis_index_groups",
+    "use_fast_variance",
+    "promote_dtype",
+)
+_VARIABLES = ("scale", "bias", "mean", "var")
+
+_LAYER = (
+    "layer={layer!r} does not have the variables of flax.nnx.BatchNorm: expected "
+    "BatchNorm, GhostBatchNorm, BatchRenorm or SplitBatchNorm of bnjax.nnx, or a "
+    "subclass of one."
+)
+_OPTION = (
+    "{option}= is given, but a replaced layer keeps its own {option}: expected options "
+    "that flax.nnx.BatchNorm does not have, such as activation=. Set it on the layers "
+    "afterwards."
+)
+
+
+class Replacement(NamedTuple):
+    """What became of one layer.
+
+    Attributes:
+        path: of the layer, such as "encoder/norm"; "" for the model itself.
+        before: the name of its class.
+        after: the name of the class that it has now; None if it was left.
+        reason: why it was left, or what was lost; else "".
+    """
+
+    path: str
+    before: str
+    after: str | None
+    reason: str = ""
+
+
+def replace_batch_norm(
+    model: nnx.Module,
+    layer: Callable[..., Normalization] = BatchNorm,
+    *,
+    where: str | Sequence[str] = "*",
+    **options: Any,
+) -> tuple[Any, tuple[Replacement, ...]]:
+    """Replaces each `flax.nnx.BatchNorm` of a model by a layer of bnjax.
+
+    In place, like PyTorch's `convert_sync_batchnorm`. The new layers hold the variables
+    of the old ones: values, metadata, shardings and paths stay, so that an optimizer
+    that was made before still fits. They also keep the arguments of the old ones, and
+    their mode. A layer that stands in several places of the model is replaced once.
+    Layers that were stacked by `nnx.vmap` stay stacked.
+
+    A `SplitBatchNorm` has a row of each variable for each domain: all start as copies,
+    and an optimizer must be made anew.
+
+    Args:
+        model: a model, or a layer.
+        layer: a class of `bnjax.nnx` with the variables of `BatchNorm`.
+        where: shell patterns for the paths of layers, such as "encoder/*"; * matches
+            any characters, also /.
+        **options: those of `layer` that `flax.nnx.BatchNorm` does not have, such as
+            `virtual_batch_size=32` or `unbiased=True`.
+
+    Returns:
+        The model (the new layer, if the model is a layer), and a Replacement for each
+        layer of Flax's or bnjax's.
+
+    Raises:
+        TypeError: a `layer` with other variables, or that does not take `options`.
+        ValueError: a pattern that matches no layer, or an option that the old layers
+            decide. The model is as it was.
+
+    >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
+    ...                        nnx.BatchNorm(4, rngs=nnx.Rngs(1)))
+    >>> model, found = replace_batch_norm(model)
+    >>> print(found[0].path, found[0].before, found[0].after)
+    layers/1 flax.nnx.BatchNorm bnjax.nnx.BatchNorm
+
+    References: PyTorch's `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
+    """
+    for option in options:
+        if option in (*_ARGUMENTS, "use_bias", "use_scale", "num_features", "rngs"):
+            raise ValueError(_OPTION.format(option=option))
+
+    def make(old: nnx.BatchNorm) -> tuple[Any, str]:
+        kind = type(old)
+        if isinstance(old, Normalization):
+            return None, "is a layer of bnjax"
+        if kind.__call__ is not nnx.BatchNorm.__call__:
+            return None, f"{kind.__qualname__} overrides __call__"
+        new = _like(old, layer, **options)
+        if getattr(new, "statistics", None) != ("mean", "var"):
+            raise TypeError(_LAYER.format(layer=layer))
+        shape = new.mean.shape
+        for name in _VARIABLES:
+            variable = getattr(old, name)
+            if variable is not None and len(shape) > 1:  # a row for each domain
+                if variable.get_metadata().get("out_sharding"):
+                    return None, f"the sharding of {name} is that of one row"
+                variable = _with_rows(variable, getattr(new, name).ndim, shape[0])
+            setattr(new, name, variable)
+        if hasattr(new, "steps"):  # a counter for each layer of a stack
+            stack = old.mean.shape[:-1]
+            new.steps.set_value(jnp.zeros(stack, new.steps.get_value().dtype))
+        return new, ""
+
+    return _replace(model, nnx.BatchNorm, make, where)
+
+
+def restore_batch_norm(
+    model: nnx.Module, *, where: str | Sequence[str] = "*"
+) -> tuple[Any, tuple[Replacement, ...]]:
+    """Replaces the layers of bnjax in a model by `flax.nnx.BatchNorm`.
+
+    The inverse of `replace_batch_norm`, in place. Left are layers with other variables
+    (`SplitBatchNorm`, `DecorrelatedBatchNorm`), and those with an option that Flax does
+    not have, because the model would compute something else.
+
+    Args:
+        model: a model, or a layer.
+        where: see `replace_batch_norm`.
+
+    Returns:
+        As `replace_batch_norm`.
+
+    Raises:
+        ValueError: a pattern that matches no layer. The model is as it was.
+
+    >>> layer, found = restore_batch_norm(BatchNorm(3, rngs=nnx.Rngs(0)))
+    >>> print(type(layer) is nnx.BatchNorm)
+    True
+
+    References: see `replace_batch_norm`.
+    """
+
+    def make(old: Any) -> tuple[Any, str]:
+        if not isinstance(old, Normalization):
+            return None, "is a layer of Flax"
+        if not isinstance(old, nnx.BatchNorm):
+            return None, f"{type(old).__name__} has other variables"
+        defaults = {"unbiased": False, "update_stats": None, "frozen": False}
+        defaults |= {"skip_nonfinite_updates": False, "activation": None}
+        set_options = [n for n, value in defaults.items() if getattr(old, n) != value]
+        if set_options:
+            return None, f"Flax has no {', '.join(set_options)}"
+        new = _like(old, nnx.BatchNorm)
+        for name in _VARIABLES:
+            setattr(new, name, getattr(old, name))
+        lost = [n for n in ("steps", "moments") if hasattr(old, n)]
+        return new, f"lost: {', '.join(lost)}" if lost else ""
+
+    return _replace(model, (nnx.BatchNorm, Normalization), make, where)
+
+
+def _like(old: Any, layer: Callable[..., Any], **options: Any) -> Any:
+    """A layer with the arguments of `old`, and with new variables."""
+    arguments = {name: getattr(old, name) for name in _ARGUMENTS}
+    arguments |= {"use_scale": old.scale is not None, "use_bias": old.bias is not None}
+    return layer(old.num_features, rngs=nnx.Rngs(0), **arguments, **options)
+
+
+def _with_rows(variable: nnx.Variable, ndim: int, rows: int) -> nnx.Variable:
+    """A variable with `rows` copies of the value, along an axis before the features."""
+    value = variable.get_value()
+    if ndim > 1:
+        value = jnp.repeat(jnp.expand_dims(value, -2), rows, axis=-2)
+    return type(variable)(value, **variable.get_metadata())
+
+
+def _replace(model, kinds, make, where) -> tuple[Any, tuple[Replacement, ...]]:
+    layers: dict[str, Any] = {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, kinds)
+    }
+    chosen = _trees.matching(where, {*layers}, "where") if layers else set()
+    references = [*_references(model)]
+    fixed = {id(child) for node, _, child in references if isinstance(node, tuple)}
+    reached = {id(model), *(id(child) for _, _, child in references)} - fixed
+    found, new_layers = [], {}
+    for path, old in layers.items():
+        new, reason = make(old) if path in chosen else (None, "where does not match it")
+        if new is not None and id(old) not in reached:
+            new, reason = None, "is held by a tuple or an unknown container"
+        if new is not None:
+            new_layers[id(old)] = new
+        after = None if new is None else _name(new)
+        found.append(Replacement(path, _name(old), after, reason))
+    for node, key, child in references:
+        if id(child) not in new_layers:
+            continue
+        if isinstance(node, list | dict | nnx.List):
+            node[key] = new_layers[id(child)]
+        else:
+            setattr(node, key, new_layers[id(child)])
+    return new_layers.get(id(model), model), tuple(found)
+
+
+def _references(model: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """(holder, key, child) for all that modules, lists, tuples and dicts hold."""
+    seen, todo = set(), [model]
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, list | tuple | nnx.List):
+            items = list(enumerate(node))
+        elif isinstance(node, dict):
+            items = list(node.items())
+        elif isinstance(node, nnx.Module):
+            items = [
+                (k, v) for k, v in vars(node).items() if not k.startswith("_pytree")
+            ]
+        else:
+            continue
+        for key, child in items:
+            yield node, key, child
+            todo.append(child)
+
+
+def _name(layer: Any) -> str:
+    """Such as flax.nnx.BatchNorm, for a class that its library exports."""
+    kind = type(layer)
+    library = ".".join(kind.__module__.split(".")[:2])
+    return f"{library}.{kind.__qualname__}"
