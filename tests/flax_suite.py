@@ -3,10 +3,12 @@
     python tests/flax_suite.py            # fetches the sources of the installed Flax
     python tests/flax_suite.py FOLDER     # an unpacked source distribution of Flax
     python tests/flax_suite.py -k norm    # options of pytest
+    python tests/flax_suite.py --context  # Linen by bnjax.linen.replacing_batch_norm
 
 Runs every test file that names `BatchNorm`. Flax turns warnings into errors and trains
 with one value per feature, so BatchNormWarning is ignored. Both layers are replaced
-because some tests compare Linen with NNX to the bit. No test is left out.
+because some tests compare Linen with NNX to the bit. No test is left out. With
+`--context` Linen's class stays Flax's, and each test runs in the context manager.
 """
 
 import importlib.metadata
@@ -22,13 +24,28 @@ import flax.linen
 import flax.linen.normalization
 import flax.nnx
 import flax.nnx.nn.normalization
+import pytest
+
 import bnjax
 
-flax.linen.BatchNorm = flax.linen.normalization.BatchNorm = bnjax.BatchNorm
 flax.nnx.BatchNorm = flax.nnx.nn.normalization.BatchNorm = bnjax.nnx.BatchNorm
 
 
+def pytest_addoption(parser):
+    parser.addoption("--context", action="store_true")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    if not item.config.getoption("--context"):
+        return (yield)
+    with bnjax.linen.replacing_batch_norm():
+        return (yield)
+
+
 def pytest_configure(config):
+    if not config.getoption("--context"):
+        flax.linen.BatchNorm = flax.linen.normalization.BatchNorm = bnjax.BatchNorm
     config.addinivalue_line("filterwarnings", "ignore::bnjax.BatchNormWarning")
     config.addinivalue_line("filterwarnings", "ignore:jax.pmap:DeprecationWarning")
 """

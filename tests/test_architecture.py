@@ -22,7 +22,7 @@ LEVELS = {
         "diagnostics",
         "convert",
     ],
-    4: ["_layer"],
+    4: ["_layer", "_replacement"],
     5: ["fold", "linen", "nnx", "training"],
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}

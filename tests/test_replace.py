@@ -242,9 +242,9 @@ def test_what_is_lost():
             "expected BatchNorm, Gh",
         ),
         (
-            {"momentum": 0.5},
+            {"use_bias": False},
             ValueError,
-            "momentum= is given, but a replaced layer keeps",
+            "use_bias=False is given, but a layer that is replaced keeps",
         ),
         ({"where": "nowhere/*"}, ValueError, "nowhere"),
         ({"virtual_batch_size": 4}, TypeError, "virtual_batch_size"),

@@ -5,7 +5,9 @@
 share everything with it except what their papers change.
 """
 
+from bnjax._replacement import Replacement
 from bnjax.linen._batch_norm import BatchNorm
+from bnjax.linen._replace import replacing_batch_norm
 from bnjax.linen._variants import (
     BatchRenorm,
     DecorrelatedBatchNorm,
@@ -18,5 +20,7 @@ __all__ = [
     "BatchRenorm",
     "DecorrelatedBatchNorm",
     "GhostBatchNorm",
+    "Replacement",
     "SplitBatchNorm",
+    "replacing_batch_norm",
 ]

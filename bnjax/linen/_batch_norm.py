@@ -20,6 +20,17 @@ from bnjax import _axes, _checks, _dtypes, _layer, running
 Shape = tuple[int, ...]
 
 
+def asks_for(collection: str, scope: flax.core.Scope | None) -> bool:
+    """Whether the caller has named the collection as mutable.
+
+    Summaries and careless callers pass `mutable=True` or a DenyList. They would get a
+    collection that Flax does not have, and more work in evaluation.
+    """
+    if scope is None or isinstance(scope.mutable, (bool, flax.core.DenyList)):
+        return False
+    return scope.is_mutable_collection(collection)
+
+
 class Normalization(nn.Module):
     """The common part of the layers, which differ in their `LayerOps`.
 
@@ -55,6 +66,7 @@ class Normalization(nn.Module):
     force_float32_reductions = True  # a field of Flax's subclasses alone
     shared_affine = False
     needs_running_stats_in_training = False
+    moments_collection = "batch_moments"
 
     @nn.nowrap
     def _layer_ops(self) -> _layer.LayerOps:
@@ -146,7 +158,7 @@ class Normalization(nn.Module):
 
         moments_options["axis_name"] = self.axis_name
         moments_options["axis_index_groups"] = self.axis_index_groups
-        collects = self._asks_for_moments()
+        collects = asks_for(self.moments_collection, self.scope)
         if use_running:
             measure = bool(update or (collects and not self.frozen))
             y, batch = _layer.infer_and_measure(
@@ -159,7 +171,8 @@ class Normalization(nn.Module):
         if update:
             self._update(variables, stored, batch, x)
         if collects:  # empty if frozen: nothing updates the statistics by them
-            collected = self.variable("batch_moments", "moments", ops.empty, shape)
+            place = self.moments_collection, "moments"
+            collected = self.variable(*place, ops.empty, shape)
             if not self.frozen:
                 collected.value = ops.merge(collected.value, batch)
         return y
@@ -220,18 +233,6 @@ class Normalization(nn.Module):
             parameters = options.get("scale"), options.get("bias")
             options["dtype"] = _dtypes.result(given, *parameters)
         return options
-
-    @nn.nowrap
-    def _asks_for_moments(self) -> bool:
-        """Whether `batch_moments` is mutable by name.
-
-        Summaries and careless callers pass `mutable=True` or a DenyList. They would get
-        a collection that Flax does not have, and more work in evaluation.
-        """
-        everything = self.scope is None or isinstance(
-            self.scope.mutable, (bool, flax.core.DenyList)
-        )
-        return not everything and self.is_mutable_collection("batch_moments")
 
     @nn.nowrap
     def _update(

@@ -5,8 +5,9 @@
 the bit.
 """
 
+from bnjax._replacement import Replacement
 from bnjax.nnx._batch_norm import BatchMoments, BatchNorm, freeze
-from bnjax.nnx._replace import Replacement, replace_batch_norm, restore_batch_norm
+from bnjax.nnx._replace import replace_batch_norm, restore_batch_norm
 from bnjax.nnx._variants import (
     BatchRenorm,
     DecorrelatedBatchNorm,

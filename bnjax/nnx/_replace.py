@@ -1,26 +1,16 @@
 """Other layers in the place of those of a model that somebody else has written."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from bnjax import _trees
+from bnjax import _replacement, _trees
+from bnjax._replacement import Replacement, class_name
 from bnjax.nnx._batch_norm import BatchNorm, Normalization
 
-_ARGUMENTS = (  # of flax.nnx.BatchNorm that its instances keep
-    "use_running_average",
-    "axis",
-    "momentum",
-    "epsilon",
-    "dtype",
-    "param_dtype",
-    "axis_name",
-    "axis_index_groups",
-    "use_fast_variance",
-    "promote_dtype",
-)
 _VARIABLES = ("scale", "bias", "mean", "var")
 
 _LAYER = (
@@ -28,27 +18,6 @@ _LAYER = (
     "BatchNorm, GhostBatchNorm, BatchRenorm or SplitBatchNorm of bnjax.nnx, or a "
     "subclass of one."
 )
-_OPTION = (
-    "{option}= is given, but a replaced layer keeps its own {option}: expected options "
-    "that flax.nnx.BatchNorm does not have, such as activation=. Set it on the layers "
-    "afterwards."
-)
-
-
-class Replacement(NamedTuple):
-    """What became of one layer.
-
-    Attributes:
-        path: of the layer, such as "encoder/norm"; "" for the model itself.
-        before: the name of its class.
-        after: the name of the class that it has now; None if it was left.
-        reason: why it was left, or what was lost; else "".
-    """
-
-    path: str
-    before: str
-    after: str | None
-    reason: str = ""
 
 
 def replace_batch_norm(
@@ -74,8 +43,9 @@ def replace_batch_norm(
         layer: a class of `bnjax.nnx` with the variables of `BatchNorm`.
         where: shell patterns for the paths of layers, such as "encoder/*"; * matches
             any characters, also /.
-        **options: those of `layer` that `flax.nnx.BatchNorm` does not have, such as
-            `virtual_batch_size=32` or `unbiased=True`.
+        **options: arguments of `layer`, such as `virtual_batch_size=32`, that take
+            precedence over those of the old layers. `axis_name="batch"` lets layers
+            that were written for one device share statistics.
 
     Returns:
         The model (the new layer, if the model is a layer), and a Replacement for each
@@ -83,8 +53,8 @@ def replace_batch_norm(
 
     Raises:
         TypeError: a `layer` with other variables, or that does not take `options`.
-        ValueError: a pattern that matches no layer, or an option that the old layers
-            decide. The model is as it was.
+        ValueError: a pattern that matches no layer, or an option that would change
+            variables, the feature axis or the mode. The model is as it was.
 
     >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
     ...                        nnx.BatchNorm(4, rngs=nnx.Rngs(1)))
@@ -94,9 +64,7 @@ def replace_batch_norm(
 
     References: PyTorch's `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
-    for option in options:
-        if option in (*_ARGUMENTS, "use_bias", "use_scale", "num_features", "rngs"):
-            raise ValueError(_OPTION.format(option=option))
+    _replacement.check_options(options, layer)
 
     def make(old: nnx.BatchNorm) -> tuple[Any, str]:
         kind = type(old)
@@ -170,9 +138,10 @@ def restore_batch_norm(
 
 def _like(old: Any, layer: Callable[..., Any], **options: Any) -> Any:
     """A layer with the arguments of `old`, and with new variables."""
-    arguments = {name: getattr(old, name) for name in _ARGUMENTS}
+    names = {*inspect.signature(nnx.BatchNorm.__init__).parameters} & {*vars(old)}
+    arguments = {name: getattr(old, name) for name in names}
     arguments |= {"use_scale": old.scale is not None, "use_bias": old.bias is not None}
-    return layer(old.num_features, rngs=nnx.Rngs(0), **arguments, **options)
+    return layer(rngs=nnx.Rngs(0), **(arguments | options))
 
 
 def _with_rows(variable: nnx.Variable, ndim: int, rows: int) -> nnx.Variable:
@@ -200,8 +169,8 @@ def _replace(model, kinds, make, where) -> tuple[Any, tuple[Replacement, ...]]:
             new, reason = None, "is held by a tuple or an unknown container"
         if new is not None:
             new_layers[id(old)] = new
-        after = None if new is None else _name(new)
-        found.append(Replacement(path, _name(old), after, reason))
+        after = None if new is None else class_name(new)
+        found.append(Replacement(path, class_name(old), after, reason))
     for node, key, child in references:
         if id(child) not in new_layers:
             continue
@@ -233,10 +202,3 @@ def _references(model: Any) -> Iterator[tuple[Any, Any, Any]]:
         for key, child in items:
             yield node, key, child
             todo.append(child)
-
-
-def _name(layer: Any) -> str:
-    """Such as flax.nnx.BatchNorm, for a class that its library exports."""
-    kind = type(layer)
-    library = ".".join(kind.__module__.split(".")[:2])
-    return f"{library}.{kind.__qualname__}"
