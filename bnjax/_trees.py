@@ -46,7 +46,9 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
         tree, is_leaf=lambda node: _are_moments(node) or is_box(node)
     )[0]
     leaves, structure = jax.tree.flatten(tree, is_leaf=_are_moments)
-    return dict(zip((_name(path) for path, _ in nodes), leaves, strict=True)), structure
+    return dict(
+        zip((name_of(path) for path, _ in nodes), leaves, strict=True)
+    ), structure
 
 
 def is_box(node: Any) -> bool:
@@ -150,7 +152,7 @@ def _are_moments(node: Any) -> bool:
     return isinstance(node, tuple) and hasattr(node, "mean")
 
 
-def _name(path: tuple) -> str:
+def name_of(path: tuple) -> str:
     """'block/norm/mean', also of an NNX State, whose leaves end in .value."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]

@@ -541,7 +541,7 @@ FAULTS = [
     ),
     Fault(
         "many features alarm by chance",
-        "diagnostics/__init__.py",
+        "diagnostics/_judge.py",
         "    share = _ALARMS / (4 * max(features, 1))",
         "    share = _ALARMS * 100",
         "tests/test_diagnostics.py",

@@ -12,6 +12,7 @@ from helpers import BOXES, assert_close
 
 import bnjax
 from bnjax import Moments, diagnostics
+from bnjax.diagnostics import _judge
 
 N, C = 64, 5
 
@@ -234,7 +235,7 @@ def test_the_limits_are_close_to_the_quantiles(count, features):
 
     def beyond(field, drift):
         value = {"mean": np.zeros(1), "std": np.ones(1)} | {field: np.array([drift])}
-        found = diagnostics._beyond_chance(
+        found = _judge._beyond_chance(
             diagnostics.Drift(**value), np.array([count]), features
         )
         return bool(getattr(found, field)[0])

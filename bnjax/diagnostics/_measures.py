@@ -183,7 +183,7 @@ def batch_stats_in(variables: Mapping[str, Any]) -> Any:
     return variables["batch_stats"]
 
 
-def statistics_of(batch_stats: Any) -> dict[str, Mapping[str, jax.Array]]:
+def statistics_of(batch_stats: Any) -> dict[str, dict[str, jax.Array]]:
     """The nodes with a mean and a var, by path."""
     return _nodes(batch_stats, {"mean", "var"})
 
@@ -195,18 +195,19 @@ def moments_of(batch_moments: Any) -> dict[str, Moments]:
     return {path: m for path, m in recorded.items() if isinstance(m, Moments)}
 
 
-def _nodes(tree: Any, keys: set[str]) -> dict[str, Any]:
-    """The dictionaries of a tree that hold these keys, by path."""
+def counts_of(batch: Moments) -> np.ndarray:
+    """The number of values of each feature."""
+    m2 = jnp.asarray(batch.m2)
+    return np.asarray(broadcast_count(jnp.asarray(batch.count), m2))
 
-    def is_node(node: Any) -> bool:
-        return isinstance(node, Mapping) and keys <= set(node)
 
-    leaves = jax.tree.flatten_with_path(_trees.unboxed(tree), is_leaf=is_node)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): node
-        for path, node in leaves
-        if is_node(node)
-    }
+def _nodes(tree: Any, keys: set[str]) -> dict[str, dict[str, Any]]:
+    """The variables of the layers that have these names, by path of the layer."""
+    layers: dict[str, dict[str, Any]] = {}
+    for path, leaf in _trees.flatten(_trees.unboxed(tree))[0].items():
+        name = path.rpartition("/")[2]
+        layers.setdefault(_trees.layer_of(path), {})[name] = leaf
+    return {path: names for path, names in layers.items() if keys <= set(names)}
 
 
 def _shapes(running: Mapping[str, Any]) -> str:
@@ -352,7 +353,7 @@ def replicas_agree(
     References: google/flax#921 on statistics that were never synchronised.
     """
     leaves = jax.tree.flatten_with_path(_trees.unboxed(statistics))[0]
-    paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
+    paths = [_trees.name_of(path) for path, _ in leaves]
     if axis is None:
         copies = _on_devices([leaf for _, leaf in leaves])
     else:
