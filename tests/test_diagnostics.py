@@ -1,13 +1,21 @@
 """Planted faults: found in the layer that has them and in no other."""
 
+import ast
 import builtins
+import functools
+import json
+import pathlib
+import re
+import sys
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import matplotlib.style
 import numpy as np
 import pytest
 import rich.console
+from flax import nnx
 from helpers import BOXES, assert_close
 
 import bnjax
@@ -444,3 +452,518 @@ def test_boxes_of_an_initialized_model():
     assert isinstance(variables["params"]["scale"], nn.Partitioned)
     found = {finding.what for finding in diagnostics.report(variables)}
     assert found == {"gamma near zero", "statistics never updated"}
+
+
+# The momentum that a step shows.
+
+
+def linen_step(layer, x, **options):
+    """(variables, what a step returns) of a layer that has seen one batch before."""
+    variables = layer.init(jax.random.key(0), x, **options)
+    apply = functools.partial(layer.apply, mutable=["batch_stats", "batch_moments"])
+    first = apply(variables, x * 3 + 2, **options)[1]["batch_stats"]
+    variables = {"params": variables["params"], "batch_stats": first}
+    return variables, apply(variables, x, **options)[1]
+
+
+def reported(variables, updates, **options):
+    return diagnostics.report(
+        variables,
+        batch_moments=updates["batch_moments"],
+        updated=updates["batch_stats"],
+        largest_drift=1e3,
+        **options,
+    )
+
+
+def batch_of(*shape):
+    return np.random.default_rng(0).normal(1, 2, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, 0.9, 0.99])
+def test_the_momentum_of_a_linen_layer(momentum, unbiased):
+    layer = bnjax.BatchNorm(False, momentum=momentum, unbiased=unbiased)
+    report = reported(*linen_step(layer, batch_of(6, 4, 3)))
+    (measures,) = report.measures
+    assert measures.momentum == pytest.approx(momentum, abs=1e-5)  # float32
+    expected = ["momentum too small"] if momentum == 0.1 else []
+    assert [finding.what for finding in report] == expected
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, 0.9, 0.99])
+def test_the_momentum_of_an_nnx_layer(momentum, unbiased):
+    """States are read as they are."""
+    layer = bnjax.nnx.BatchNorm(
+        3, momentum=momentum, unbiased=unbiased, rngs=nnx.Rngs(0)
+    )
+    x = batch_of(6, 4, 3)
+    layer(x * 3 + 2)
+    layer.record_moments = True
+
+    def state(kind):
+        return jax.tree.map(jnp.copy, nnx.state(layer, kind))
+
+    variables = {"params": state(nnx.Param), "batch_stats": state(nnx.BatchStat)}
+    layer(x)
+    moments = state(bnjax.nnx.BatchMoments)
+    updates = {"batch_moments": moments, "batch_stats": state(nnx.BatchStat)}
+    report = reported(variables, updates)
+    (measures,) = report.measures
+    assert measures.layer == ""
+    assert measures.momentum == pytest.approx(momentum, abs=1e-5)  # float32
+    expected = ["momentum too small"] if momentum == 0.1 else []
+    assert [finding.what for finding in report] == expected
+    copies = jax.tree.map(lambda leaf: np.stack([leaf, leaf + 1]), state(nnx.BatchStat))
+    differ = diagnostics.replicas_agree(copies, axis=0)
+    assert sorted(differ.differences) == ["mean", "var"]
+    assert diagnostics.report(variables, replicas=differ).measures[0].difference > 0
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        bnjax.linen.GhostBatchNorm(False, virtual_batch_size=2, momentum=0.7),
+        bnjax.linen.BatchRenorm(False, momentum=0.7),
+    ],
+    ids=["ghost", "renorm"],
+)
+def test_the_momentum_of_variants(layer):
+    (measures,) = reported(*linen_step(layer, batch_of(6, 4, 3))).measures
+    assert measures.momentum == pytest.approx(0.7, abs=1e-5)  # float32
+
+
+def test_the_momentum_of_domains():
+    """By row; a domain without an example in the batch was rightly not updated."""
+    layer = bnjax.linen.SplitBatchNorm(False, momentum=0.1, num_splits=3)
+    x = batch_of(6, 4, 3)
+    variables, _ = linen_step(layer, x, domain=np.array([0, 1, 2, 0, 1, 2]))
+    domain = np.array([0, 2, 2, 0, 0, 0])
+    _, updates = layer.apply(
+        variables, x, domain=domain, mutable=["batch_stats", "batch_moments"]
+    )
+    report = reported(variables, updates)
+    (finding,) = report
+    assert finding.figure == "0.1, an average of 1.1 batches in the rows 0, 2"
+    assert [m.row for m in report.measures] == [(0,), (1,), (2,)]
+    assert [m.name for m in report.measures] == [".[0]", ".[1]", ".[2]"]
+    momenta = [m.momentum for m in report.measures]
+    assert np.isnan(momenta[1])
+    assert np.isnan(report.measures[1].drift.mean).all()
+    assert momenta[0::2] == pytest.approx([0.1, 0.1], abs=1e-5)  # float32
+
+
+def test_a_step_that_updates_nothing():
+    variables, updates = linen_step(bnjax.BatchNorm(False), batch_of(6, 4, 3))
+    still = updates | {"batch_stats": variables["batch_stats"]}
+    (finding,) = reported(variables, still)
+    assert finding[:3] == ("", "not updated by the step", "mean as before")
+    assert reported(variables, still).measures[0].momentum == 1
+    moments = updates["batch_moments"]["moments"]
+    same = {"moments": moments._replace(mean=variables["batch_stats"]["mean"])}
+    same = reported(variables, still | {"batch_moments": same})
+    assert not same  # the batch has the running mean
+    assert np.isnan(same.measures[0].momentum)
+
+
+def test_a_large_momentum_is_an_update():
+    """Although most channels are too close to the batch to show it."""
+    batch = Moments(np.float32(64), np.float32([1, 2, 3]), np.float32([64, 64, 64]))
+    old = {"mean": np.float32([2, 3, 4]), "var": np.ones(3, np.float32)}
+    new = old | {"mean": np.float32([2, 3, np.nextafter(np.float32(4), 0)])}
+    variables = {"batch_stats": old}
+    report = reported(
+        variables, {"batch_moments": {"moments": batch}, "batch_stats": new}
+    )
+    assert not report
+    assert 0.99 < report.measures[0].momentum < 1
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [bnjax.running.cumulative(), bnjax.running.debiased_ema(0.7)],
+    ids=["cumulative", "debiased"],
+)
+def test_averages_that_start_at_zero_are_no_small_momentum(rule):
+    """In their first steps a batch weighs much."""
+    rng = np.random.default_rng(0)
+    state = rule.init((5,))
+    for _ in range(4):
+        x = jnp.asarray(rng.normal(1, 2, (60, 5)), jnp.float32)
+        batch = bnjax.moments(x)
+        old = rule.read(state)._asdict()
+        state = rule.update(state, batch)
+        updates = {
+            "batch_moments": {"moments": batch},
+            "batch_stats": rule.read(state)._asdict(),
+        }
+        whats = [f.what for f in reported({"batch_stats": old}, updates)]
+        assert whats in ([], ["statistics never updated"])
+
+
+def test_a_batch_that_is_skipped_is_no_step_without_update():
+    layer = bnjax.BatchNorm(False, skip_nonfinite_updates=True)
+    x = batch_of(6, 4, 3)
+    variables, _ = linen_step(layer, x)
+    x[0, 0, 1] = np.nan
+    collections = ["batch_stats", "batch_moments"]
+    report = reported(variables, layer.apply(variables, x, mutable=collections)[1])
+    assert [finding.what for finding in report] == ["exploded"]
+    assert np.isnan(report.measures[0].momentum)
+
+
+def test_frozen_layers_are_no_step_without_update():
+    x = batch_of(6, 4, 3)
+    variables, _ = linen_step(bnjax.BatchNorm(False), x)
+    frozen = bnjax.BatchNorm(False, frozen=True)
+    updates = frozen.apply(variables, x, mutable=["batch_stats", "batch_moments"])[1]
+    updates = {"batch_stats": variables["batch_stats"]} | updates
+    report = reported(variables, updates)
+    assert not report, str(report)
+    assert np.isnan(report.measures[0].momentum)
+
+
+def test_the_update_of_another_batch_tells_no_momentum():
+    layer, x = bnjax.BatchNorm(False, momentum=0.9), batch_of(6, 4, 3)
+    variables, updates = linen_step(layer, x)
+    other = linen_step(layer, x[:, ::-1, ::-1] ** 2)[1]
+    report = reported(variables, updates | {"batch_stats": other["batch_stats"]})
+    assert np.isnan(report.measures[0].momentum)
+
+
+def test_updated_is_of_the_same_step_and_model(variables, moments):
+    stats = variables["batch_stats"]
+    with pytest.raises(ValueError, match=r"updated= without batch_moments: .* Write "):
+        diagnostics.report(variables, updated=stats)
+    for wrong in ({"first": stats["first"]}, {"batch_stats": stats}):
+        with pytest.raises(ValueError, match=r"updated/\w+ is of None .* \(5,\)"):
+            diagnostics.report(variables, batch_moments=moments, updated=wrong)
+
+
+# Replicas.
+
+
+def test_replicas_that_differ(variables):
+    """Whichever tree was compared; a layer that is none of ours is named too."""
+    copies = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), variables)
+    copies["batch_stats"]["second"]["mean"][1] += 3
+    copies["batch_stats"]["third"]["var"][1, 2] = np.nan
+    copies["params"]["first_dense"]["kernel"][0, 0, 0] += 9
+    agreement = diagnostics.replicas_agree(copies, axis=0)
+    report = diagnostics.report(variables, replicas=agreement)
+    relative = agreement.differences["batch_stats/second/mean"].relative
+    assert [finding[:3] for finding in report] == [
+        ("second", "replicas differ", f"by {relative:.1e} of the largest value (mean)"),
+        ("third", "replicas differ", "one is not finite (var)"),
+        ("first_dense", *report.findings[2][1:3]),
+    ]
+    assert report.findings[2].figure.endswith("value (kernel)")
+    assert [m.difference for m in report.measures] == [0, relative, np.inf]
+    stats = diagnostics.replicas_agree(copies["batch_stats"], axis=0)
+    assert diagnostics.report(variables, replicas=stats).findings == report.findings[:2]
+    same = diagnostics.replicas_agree(variables)
+    assert not diagnostics.report(variables, replicas=same)
+    assert diagnostics.report(variables).measures[0].difference is None
+
+
+# What a report keeps, and its forms.
+
+
+def chain(names, seed=0):
+    """A step of healthy layers: (variables, what apply returns), both NumPy's."""
+    rng = np.random.default_rng(seed)
+    trees = {"batch_stats": {}, "params": {}}, {"batch_stats": {}, "batch_moments": {}}
+    for name in names:
+        mean, var = rng.normal(size=C), rng.uniform(0.5, 2, C)
+        batch, wide = mean + 0.1 * rng.normal(size=C), var * rng.uniform(0.9, 1.1, C)
+        stats = {"mean": mean, "var": var}
+        new = {"mean": 0.9 * mean + 0.1 * batch, "var": 0.9 * var + 0.1 * wide}
+        moments = Moments(np.float32(400), np.float32(batch), np.float32(400 * wide))
+        trees[0]["batch_stats"][name] = jax.tree.map(np.float32, stats)
+        trees[0]["params"][name] = {"scale": np.ones(C, np.float32)}
+        trees[1]["batch_stats"][name] = jax.tree.map(np.float32, new)
+        trees[1]["batch_moments"][name] = {"moments": moments}
+    return trees
+
+
+def broken_chain(names):
+    """Each fault in another layer; the first layer and the last are healthy."""
+    variables, updates = chain(names)
+    stats, new = variables["batch_stats"], updates["batch_stats"]
+    moments = {k: v["moments"] for k, v in updates["batch_moments"].items()}
+    stats[names[1]] = {"mean": np.zeros(C, np.float32), "var": np.ones(C, np.float32)}
+    moments[names[2]].mean[3] = np.nan
+    moments[names[3]].m2[[1, 4]] = 0
+    variables["params"][names[4]]["scale"][0] = 0
+    moments[names[5]].mean[2] += 30
+    new[names[5]]["mean"][2] += 3
+    new[names[6]] = jax.tree.map(np.copy, stats[names[6]])
+    difference = (moments[names[7]].mean, stats[names[7]]["mean"])
+    new[names[7]]["mean"][:] = 0.9 * difference[0] + 0.1 * difference[1]
+    replicas = diagnostics.Agreement(
+        2,
+        {
+            f"{names[8]}/mean": diagnostics.Difference(3.0, 0.25),
+            f"{names[9]}/var": diagnostics.Difference(np.inf, np.inf),
+        },
+    )
+    return diagnostics.report(
+        variables,
+        batch_moments=updates["batch_moments"],
+        updated=new,
+        replicas=replicas,
+    )
+
+
+NAMES = [f"block_{i}" for i in range(12)]
+BROKEN = {
+    "block_1": "statistics never updated",
+    "block_2": "exploded",
+    "block_3": "dead",
+    "block_4": "gamma near zero",
+    "block_5": "mean drifted",
+    "block_6": "not updated by the step",
+    "block_7": "momentum too small",
+    "block_8": "replicas differ",
+    "block_9": "replicas differ",
+}
+
+
+def test_findings_and_measures_are_in_natural_order():
+    report = broken_chain(NAMES)
+    assert {f.layer: f.what for f in report} == BROKEN, str(report)
+    assert [f.layer for f in report] == list(BROKEN)
+    assert [m.layer for m in report.measures] == NAMES
+    assert all(finding.cure for finding in report)
+
+
+def test_measures_against_numpy():
+    variables, updates = chain(["a", "b"])
+    report = reported(variables, updates)
+    assert not report
+    for measures in report.measures:
+        stats = variables["batch_stats"][measures.layer]
+        batch = updates["batch_moments"][measures.layer]["moments"]
+        std = np.sqrt(np.float64(stats["var"]) + 1e-5)
+        shift = (np.float64(batch.mean) - stats["mean"]) / std
+        ratio = np.sqrt(np.float64(batch.m2) / 400 + 1e-5) / std
+        assert isinstance(measures.drift.mean, np.ndarray)
+        assert_close(measures.drift.mean, shift, tol=1e-5)
+        assert_close(measures.drift.std, ratio, tol=1e-5)
+        assert not np.any(measures.drifted)
+        assert not np.any(measures.channels)
+        assert not measures.never_updated
+        assert measures.momentum == pytest.approx(0.9, abs=1e-4)  # float32
+
+
+def test_channels_that_are_not_judged_have_no_drift():
+    measures = {m.layer: m for m in broken_chain(NAMES).measures}
+    known = {k: np.isfinite(m.drift.mean).tolist() for k, m in measures.items()}
+    assert known["block_0"] == [True] * C
+    assert known["block_1"] == [False] * C
+    assert known["block_2"] == [True, True, True, False, True]
+    assert known["block_3"] == [True, False, True, True, False]
+    assert measures["block_5"].drifted.mean.tolist() == [0, 0, 1, 0, 0]
+
+
+def test_rows_and_scalars_are_plain():
+    """JSON takes them: no NaN, no infinity, no arrays."""
+    report = broken_chain(NAMES)
+    rows = report.rows()
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert [row["layer"] for row in rows] == NAMES
+    assert [row["findings"] for row in rows] == [BROKEN.get(n, "") for n in NAMES]
+    counts = ("never_updated", "exploded", "dead", "gamma_near_zero")
+    found = {k: [row[k] for row in rows if row[k]] for k in counts}
+    assert list(found.values()) == [[1], [1], [2], [1]]
+    assert {row["channels"] for row in rows} == {C}
+    drift = report.measures[5].drift
+    assert rows[5]["mean_drift"] == pytest.approx(np.abs(drift.mean).max())
+    assert rows[5]["mean_drift"] > 10
+    std = report.measures[0].drift.std
+    farthest = std[np.argmax(np.abs(np.log(std)))]
+    assert rows[0]["std_ratio"] == pytest.approx(farthest)
+    momenta = [row["momentum"] for row in rows]
+    assert momenta[1:3] == [None, None]
+    assert momenta[6:8] == [1, pytest.approx(0.1, abs=1e-4)]  # float32
+    assert [row["replica_difference"] for row in rows[7:]] == [0, 0.25, None, 0, 0]
+
+    scalars = report.to_dict()
+    assert json.loads(json.dumps(scalars, allow_nan=False)) == scalars
+    assert all(type(value) in (int, float) for value in scalars.values())
+    assert (scalars["layers"], scalars["findings"]) == (12, 9)
+    assert scalars["block_5/mean_drift"] == rows[5]["mean_drift"]
+    assert "block_1/momentum" not in scalars
+
+
+def test_rows_leave_out_what_was_not_measured(variables):
+    (row, *_), others = diagnostics.report(variables).rows(), {"layer", "channels"}
+    counts = {"never_updated", "exploded", "dead", "gamma_near_zero", "findings"}
+    assert set(row) == others | counts
+    assert diagnostics.Report(0, ()).rows() == []
+    assert diagnostics.Report(0, ()).to_dict() == {"layers": 0, "findings": 0}
+
+
+def test_html_is_escaped():
+    stats = {"<b>": {"mean": np.zeros(3), "var": np.ones(3)}, "<i>": {"cov": np.eye(3)}}
+    report = diagnostics.report({"batch_stats": stats})
+    page = report._repr_html_()
+    assert "<td" in page
+    assert "&lt;b&gt;" in page
+    assert "&lt;i&gt;" in page
+    assert "<b>" not in page.replace("<p><b>1 layers, 1 findings</b></p>", "")
+    assert "<i>" not in page
+    for colour in ("background", "color"):
+        assert colour not in page
+    assert "<td" not in diagnostics.Report(3, ())._repr_html_()
+
+
+def panels_of(figure):
+    """The panels of a picture, by title."""
+    return {axes.get_title("left"): axes for axes in figure.axes}
+
+
+CHANNELS, MEAN, STD, MOMENTUM, REPLICAS = (
+    "Share of channels in trouble (full height: all of the layer)",
+    "Mean of the batch, from the running mean",
+    "Standard deviation of the batch, over the running one",
+    "Momentum that the step shows",
+    "Difference between replicas, over the largest value",
+)
+
+
+def points(axes):
+    """(those that are not reported, those that are), each (x, y)."""
+    lines = [line.get_data() for line in axes.lines if line.get_linestyle() == "None"]
+    return lines[:2]
+
+
+@pytest.fixture(scope="module")
+def broken():
+    return broken_chain(NAMES)
+
+
+def test_a_picture_has_a_panel_for_each_kind_of_finding(broken, variables):
+    figure = broken.figure()
+    assert list(panels_of(figure)) == [CHANNELS, MEAN, STD, MOMENTUM, REPLICAS]
+    assert figure.get_suptitle() == "12 layers, 9 findings"
+    assert [t.get_text() for t in figure.axes[-1].get_xticklabels()] == NAMES
+    assert list(panels_of(diagnostics.report(variables).figure())) == [CHANNELS]
+    healthy = reported(*chain(NAMES), replicas=diagnostics.Agreement(8, {}))
+    assert list(panels_of(healthy.figure())) == [CHANNELS, MEAN, STD, MOMENTUM]
+    assert diagnostics.Report(0, ()).figure().axes == []
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    for axes in figure.axes[1:]:
+        assert axes.get_ylabel()
+
+
+def test_the_points_of_a_picture(broken):
+    panels = panels_of(broken.figure())
+    judged = 12 * C - C - 1 - 2  # never updated, exploded, dead
+    (x, y), (reported_x, reported_y) = points(panels[MEAN])
+    assert len(x) == judged - 1
+    assert np.abs(y).max() < 1
+    assert np.round(reported_x) == [5]
+    assert reported_y == broken.measures[5].drift.mean[2]
+    low, high = panels[MEAN].get_ylim()
+    assert low < reported_y < high
+    assert panels[MEAN].get_yscale() == "symlog"
+    (x, _), (reported_x, _) = points(panels[STD])
+    assert (len(x), len(reported_x)) == (judged, 0)
+    (x, y), (reported_x, reported_y) = points(panels[MOMENTUM])
+    assert reported_x == [7]
+    assert reported_y == pytest.approx([1 / 0.9], rel=1e-4)  # float32
+    shown = np.isfinite(y)
+    assert x[shown].tolist() == [0, 3, 4, 5, 8, 9, 10, 11]
+    assert y[shown] == pytest.approx([10] * 8, rel=1e-3)  # float32
+    assert [text.get_text() for text in panels[MOMENTUM].texts] == ["not updated"]
+    assert [bar.get_height() for bar in panels[REPLICAS].patches] == [0.25]
+    (text,) = panels[REPLICAS].texts
+    assert (text.get_position()[0], text.get_text()) == (9, "not finite")
+
+
+def test_the_strips_of_a_picture(broken):
+    axes = panels_of(broken.figure())[CHANNELS]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["gamma near zero", "dead", "exploded", "never updated"]
+    heights = np.reshape([bar.get_height() for bar in axes.patches], (4, 12))
+    assert [np.flatnonzero(row).tolist() for row in heights] == [[4], [3], [2], [1]]
+    assert heights[1, 3] == pytest.approx(0.8 * 2 / C)
+    assert heights[3, 1] == pytest.approx(0.8)
+    assert [text.get_text() for text in axes.texts] == [
+        "1 of 60 channels",
+        "2 of 60 channels",
+        "1 of 60 channels",
+        "1 of 12 layers",
+    ]
+
+
+def test_the_limit_is_drawn():
+    variables, updates = chain(NAMES[:3])
+    options = {"batch_moments": updates["batch_moments"], "largest_drift": 0.5}
+    panels = panels_of(diagnostics.report(variables, **options).figure())
+    drawn = {
+        title: sorted({line.get_ydata()[0] for line in axes.lines[2:]})
+        for title, axes in panels.items()
+    }
+    assert drawn[MEAN] == [-0.5, 0.5]
+    assert drawn[STD] == pytest.approx([1 / 1.5, 1.5])
+
+
+def test_a_picture_of_many_layers_names_those_with_findings():
+    """Names are thinned and shortened; the picture is no wider than a screen."""
+    names = [f"stage/BottleneckResidualBlock_{i}/norm" for i in range(120)]
+    figure = broken_chain(names).figure()
+    shown = {t.get_text(): t.get_color() for t in figure.axes[-1].get_xticklabels()}
+    assert len(shown) < 80
+    assert figure.get_figwidth() <= 14
+    coloured = [name for name, colour in shown.items() if colour == "#d55e00"]
+    assert coloured
+    assert set(coloured) <= {f"stage/Bottlen…lock_{i}/norm" for i in range(1, 10)}
+    few = chain(NAMES[:1])
+    assert reported(*few).figure().get_figwidth() < 8
+
+
+def test_a_picture_has_the_colours_of_the_style(broken):
+    with matplotlib.style.context("dark_background"):
+        dark = broken.figure()
+    light = broken.figure()
+    assert (dark.get_facecolor(), light.get_facecolor()) == ((0, 0, 0, 1), (1, 1, 1, 1))
+    for figure, colour in ((dark, "white"), (light, "black")):
+        assert panels_of(figure)[MEAN].lines[2].get_color() == colour
+
+
+def test_a_row_of_statistics_is_a_column_of_the_picture():
+    """Layers of nn.scan; the name of a row is coloured, if the finding is its own."""
+    variables, updates = chain(NAMES[:3])
+    rows = [updates["batch_moments"][name]["moments"] for name in NAMES[:3]]
+    stacked = Moments(*(np.stack(field) for field in zip(*rows)))
+    stacked.mean[1, 4] += 30
+    stats = jax.tree.map(
+        lambda *rows: np.stack(rows), *variables["batch_stats"].values()
+    )
+    report = diagnostics.report(
+        {"batch_stats": {"scan": stats}}, batch_moments={"scan": {"moments": stacked}}
+    )
+    labels = report.figure().axes[-1].get_xticklabels()
+    assert [t.get_text() for t in labels] == ["scan[0]", "scan[1]", "scan[2]"]
+    assert [t.get_color() == "#d55e00" for t in labels] == [False, True, False]
+    assert [row["layer"] for row in report.rows()] == ["scan[0]", "scan[1]", "scan[2]"]
+
+
+def test_a_picture_needs_matplotlib(broken, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "bnjax.diagnostics._figure", raising=False)
+    monkeypatch.delattr(diagnostics, "_figure", raising=False)
+    with pytest.raises(ImportError, match=r"needs matplotlib: .*\[plot\]"):
+        broken.figure()
+
+
+def test_nothing_imports_matplotlib_and_rich_with_the_library():
+    folder = pathlib.Path(bnjax.__file__).parent
+    for path in folder.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom) and path.stem != "_figure":
+                text = ast.unparse(node)
+                assert not re.search(r"\b(matplotlib|rich|_figure)\b", text), path

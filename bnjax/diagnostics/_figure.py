@@ -43,11 +43,13 @@ def draw(report: Report) -> Figure:
     panels: list[tuple[float, Callable[[Axes], None]]] = []  # (height, panel)
     if layers:
         panels.append((1.3, lambda axes: draw_channels(axes, layers)))
-    if any(of.drift and np.isfinite(of.drift.std).any() for of in layers):
+    has_drift = any(of.drift and np.isfinite(of.drift.std).any() for of in layers)
+    if has_drift:
         limit = report.largest_drift
         panels.append((1.8, lambda axes: draw_mean_drift(axes, layers, limit)))
         panels.append((1.8, lambda axes: draw_std_drift(axes, layers, limit)))
-    if np.isfinite(momenta_of(layers)).any():
+    has_momentum = bool(np.isfinite(momenta_of(layers)).any())
+    if has_momentum:
         panels.append((1.4, lambda axes: draw_momentum(axes, layers)))
     if any(of.difference for of in layers):
         panels.append((1.1, lambda axes: draw_differences(axes, layers)))
@@ -65,15 +67,15 @@ def draw(report: Report) -> Figure:
         len(panels), sharex=True, squeeze=False, height_ratios=heights
     )
     axes = grid[:, 0]
+    axes[0].set_xlim(-0.6, len(layers) - 0.4)
     for each, (_, panel) in zip(axes, panels):
         each.grid(axis="x", alpha=0.15)
         each.set_axisbelow(True)
         each.spines[["top", "right"]].set_visible(False)
         each.tick_params(labelsize=SMALL)
         panel(each)
-    found = {finding.layer for finding in report}
-    label_layers(axes[-1], names, [of.layer in found for of in layers], 0.75 * width)
-    if any(of.drift or of.momentum is not None for of in layers):
+    label_layers(axes[-1], names, [in_trouble(of) for of in layers], 0.7 * width)
+    if has_drift or has_momentum:
         draw_legend(figure)
     return figure
 
@@ -148,9 +150,10 @@ def draw_momentum(axes: Axes, layers: Layers) -> None:
     steps = 1 / np.where(momentum < 1, 1 - momentum, np.nan)
     dots(axes, np.arange(len(layers)), steps, momentum < SMALLEST, large=True)
     axes.set_yscale("log")
-    axes.set_ylim(0.8, 2.5 * np.nanmax([*steps, 10]))
-    powers = FixedLocator([1, 2, *(10.0**power for power in range(1, 7))])
-    ticks(axes, powers, lambda n: f"{n:,.0f} ({1 - 1 / n:g})")
+    most = float(np.nanmax([*steps, 10]))
+    axes.set_ylim(0.8, 2.5 * most)
+    shown = [10.0**power for power in range(7)] + [2.0] * (most < 50)
+    ticks(axes, FixedLocator(shown), lambda n: f"{n:,.0f} ({1 - 1 / n:g})")
     limits(axes, 1 / (1 - SMALLEST), None)
     note(axes, np.flatnonzero(momentum == 1), "not updated")
 
@@ -190,6 +193,14 @@ def by_channel(
     x, values, reported = map(np.concatenate, zip(*parts))
     known = np.isfinite(values)
     return x[known], values[known], reported[known]
+
+
+def in_trouble(of: Measures) -> bool:
+    """Whether it has a part in a finding."""
+    flags = [of.never_updated, *of.channels, *(of.drifted or ())]
+    momentum = np.nan if of.momentum is None else of.momentum
+    flags += [momentum < SMALLEST, momentum == 1, bool(of.difference)]
+    return any(map(np.any, flags))
 
 
 def momenta_of(layers: Layers) -> np.ndarray:
@@ -244,19 +255,22 @@ def plain(value: float) -> str:
 
 
 def note(axes: Axes, layers: np.ndarray, text: str) -> None:
-    """The text instead of a value, from the top of the panel downwards."""
-    for x in layers.tolist():
-        axes.text(
-            x,
-            0.97,
-            text,
-            transform=axes.get_xaxis_transform(),
-            color=ORANGE,
-            rotation=90,
-            ha="center",
-            va="top",
-            fontsize=SMALL,
-        )
+    """A triangle at the top instead of a value, and the text where there is room."""
+    at_top = {"transform": axes.get_xaxis_transform(), "color": ORANGE}
+    axes.plot(layers, np.full(len(layers), 0.95), "^", markersize=4, **at_top)
+    low, high = axes.get_xlim()
+    for x in spread_out(layers.tolist(), (high - low) / 60):
+        style = {"rotation": 90, "ha": "center", "va": "top", "fontsize": SMALL}
+        axes.text(x, 0.88, text, **style, **at_top)
+
+
+def spread_out(positions: Sequence[int], apart: float) -> list[int]:
+    """Those of the positions, the first ones first, that are so far from each other."""
+    chosen: list[int] = []
+    for position in positions:
+        if all(abs(position - other) >= apart for other in chosen):
+            chosen.append(position)
+    return chosen
 
 
 def label_layers(
@@ -264,17 +278,13 @@ def label_layers(
 ) -> None:
     """As many names as fit into `width` inches, those with findings first."""
     room = width / len(names)
-    upright = CHARACTER * max(map(len, names)) > room
-    apart = LINE / room if upright else 1
-    chosen: list[int] = []
-    for i in sorted(range(len(names)), key=lambda i: not found[i]):
-        if all(abs(i - other) >= apart for other in chosen):
-            chosen.append(i)
+    upright = CHARACTER * (max(map(len, names)) + 2) > room
+    found_first = sorted(range(len(names)), key=lambda i: not found[i])
+    chosen = sorted(spread_out(found_first, LINE / room if upright else 1))
     axes.set_xticks(chosen, [names[i] for i in chosen], rotation=90 * upright)
     for i, text in zip(chosen, axes.get_xticklabels()):
         if found[i]:
             text.set_color(ORANGE)
-    axes.set_xlim(-0.6, len(names) - 0.4)
 
 
 def shortened(name: str, longest: int = 14) -> str:

@@ -134,7 +134,6 @@ def report(
             drifts = drift(running, batch_moments, epsilon=epsilon)
     after = running if updated is None else _checked_updated(updated, batches, running)
     initial = {k: np.asarray(v) for k, v in never_updated(running).items()}
-    never = {k: np.asarray(v) for k, v in never_updated(after).items()}
     params = {"params": variables.get("params", {})}
     stored = channels(params | {"batch_stats": running}, epsilon=epsilon)
     latest = running | {path: _latest(running[path], b) for path, b in batches.items()}
@@ -146,7 +145,7 @@ def report(
         flags = now[path]._replace(exploded=now[path].exploded | stored[path].exploded)
         flags = jax.device_get(flags)
         moved = drifted = momentum = apart = None
-        figures = _never_figures(never[path]) | _channel_figures(flags)
+        figures = _never_figures(initial[path]) | _channel_figures(flags)
         if path in drifts:
             count = counts_of(batches[path])
             ignored = (
@@ -168,8 +167,8 @@ def report(
         if path in differences:
             figures["replicas differ"] = differences[path].figure
         findings += [Finding(path, k, v, _CURES[k]) for k, v in figures.items()]
-        parts = (never[path], flags, moved, drifted, momentum)
-        for row in np.ndindex(never[path].shape):
+        parts = (initial[path], flags, moved, drifted, momentum)
+        for row in np.ndindex(initial[path].shape):
             of_row = jax.tree.map(operator.itemgetter(row), parts)
             measures.append(Measures(path, row, *of_row, difference=apart))
     findings += [
