@@ -1,4 +1,4 @@
-"""Draws the pictures of the pages "The family" and "How it works".
+"""Draws the pictures of the pages: "The family", "How it works", "Diagnosing a model".
 
     python docs/figures.py
 
@@ -9,6 +9,7 @@ docs/pages/assets/figures. What a picture shows of data is computed by bnjax.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -338,6 +339,46 @@ def shifted() -> Figure:
     return figure
 
 
+def diagnosing() -> Figure:
+    """A network of 16 layers, into which seven faults were put."""
+
+    class Net(nn.Module):
+        momenta: tuple[float, ...]
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            for i, momentum in enumerate(self.momenta):
+                x = nn.Dense(24, use_bias=False, name=f"block_{i}_dense")(x)
+                norm = bnjax.BatchNorm(False, momentum=momentum, name=f"block_{i}")
+                x = nn.relu(norm(x))
+            return x
+
+    def apply(momenta: tuple[float, ...], variables, x: jax.Array):
+        collections = ["batch_stats", "batch_moments"]
+        return Net(momenta).apply(variables, x, mutable=collections)[1]
+
+    momenta, key = (0.9,) * 16, jax.random.key(0)
+    variables = Net(momenta).init(key, jnp.zeros((2, 24)))
+    step = jax.jit(apply, static_argnums=0)
+    for seed in range(60):
+        x = jax.random.normal(jax.random.key(seed), (512, 24))
+        variables |= {"batch_stats": step(momenta, variables, x)["batch_stats"]}
+    variables = jax.tree.map(np.array, variables)
+    stats, params = variables["batch_stats"], variables["params"]
+    stats["block_2"]["mean"][:], stats["block_2"]["var"][:] = 0, 1
+    params["block_4_dense"]["kernel"][:, :9] = 0
+    params["block_6"]["scale"][3:6] = 0
+    stats["block_8"]["mean"] += 4
+    stats["block_12"]["var"][::2] *= 30
+    momenta = (0.9,) * 10 + (0.1, 1.0) + (0.9,) * 4
+    updates = step(momenta, variables, jax.random.normal(key, (2048, 24)))
+    return bnjax.diagnostics.report(
+        variables,
+        batch_moments=updates["batch_moments"],
+        updated=updates["batch_stats"],
+    ).figure()
+
+
 FIGURES = {
     "family": sets_of_family,
     "renorm": renorm,
@@ -345,6 +386,7 @@ FIGURES = {
     "merge": merging,
     "collective": collective,
     "variance_error": shifted,
+    "diagnosing": diagnosing,
 }
 
 

@@ -547,6 +547,20 @@ FAULTS = [
         "tests/test_diagnostics.py",
     ),
     Fault(
+        "a momentum of PyTorch is none of the findings",
+        "diagnostics/_momentum.py",
+        "SMALLEST = 0.4",
+        "SMALLEST = 0.05",
+        "tests/test_diagnostics.py",
+    ),
+    Fault(
+        "a picture marks the channels that are not reported",
+        "diagnostics/_figure.py",
+        "((~reported, DOT, 0), (reported, REPORTED, 1))",
+        "((reported, DOT, 0), (~reported, REPORTED, 1))",
+        "tests/test_diagnostics.py",
+    ),
+    Fault(
         "replicas that differ agree",
         "diagnostics/_measures.py",
         "        if difference.relative > rtol:",

@@ -6,6 +6,9 @@ stores these in the collection `batch_moments` if `mutable` names it:
     _, updates = model.apply(variables, x, train=True, mutable=["batch_moments", ...])
     print(report(variables, batch_moments=updates["batch_moments"]))
 
+A Report draws itself (`figure`), and gives scalars for a log (`to_dict`) and rows for a
+table (`rows`).
+
 The measures behind it are pure functions of trees, by layer path, that run inside of
 jit: `drift`, `channels`, `never_updated`. Others are measures of activations:
 `percentiles`, `effective_rank`. `replicas_agree` and `report` run on the host.

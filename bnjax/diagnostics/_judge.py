@@ -120,6 +120,17 @@ def report(
     ...     print(finding.layer, "|", finding.what, "|", finding.figure)
     norm | dead | 1 of 3 channels (2)
 
+    A step with PyTorch's momentum:
+
+    >>> old, batch = jnp.array([2.0, 5.0]), jnp.array([1.0, 4.0])
+    >>> found = report(
+    ...     {"batch_stats": {"norm": {"mean": old, "var": jnp.ones(2)}}},
+    ...     batch_moments={"norm": {"moments": Moments(8.0, batch, jnp.full(2, 8.0))}},
+    ...     updated={"norm": {"mean": 0.1 * old + 0.9 * batch, "var": jnp.ones(2)}},
+    ... )
+    >>> print(found.findings[0].what, "|", found.findings[0].figure)
+    momentum too small | 0.1, an average of 1.1 batches
+
     References: Wu & Johnson 2021, section 3 (stale running statistics); Chernoff 1952
     (the bound on chance).
     """

@@ -146,6 +146,12 @@ class Report:
             exploded, dead, gamma_near_zero (how many channels); mean_drift (the
             largest, in running standard deviations), std_ratio (the farthest from 1),
             momentum, replica_difference; findings (a text).
+
+        >>> from bnjax.diagnostics import report
+        >>> stats = {"mean": np.zeros(2), "var": np.array([2.0, 0.0])}
+        >>> (row,) = report({"batch_stats": {"norm": stats}}).rows()
+        >>> print(row["layer"], row["channels"], row["dead"], row["findings"])
+        norm 2 1 dead
         """
         whats: dict[str, list[str]] = {}
         for finding in self:
@@ -167,6 +173,17 @@ class Report:
         Returns:
             {"layers": ..., "findings": ..., "norm0/mean_drift": ..., ...}: the numbers
             of `rows`, by layer, without those that are None.
+
+        >>> from bnjax.diagnostics import report
+        >>> stats = {"mean": np.zeros(2), "var": np.array([2.0, 0.0])}
+        >>> for item in report({"batch_stats": {"norm": stats}}).to_dict().items():
+        ...     print(*item)
+        layers 1
+        findings 1
+        norm/never_updated 0
+        norm/exploded 0
+        norm/dead 1
+        norm/gamma_near_zero 0
         """
         scalars: dict[str, float] = {"layers": self.layers, "findings": len(self)}
         for row in self.rows():
