@@ -783,9 +783,11 @@ def test_rows_and_scalars_are_plain():
     drift = report.measures[5].drift
     assert rows[5]["mean_drift"] == pytest.approx(np.abs(drift.mean).max())
     assert rows[5]["mean_drift"] > 10
-    std = report.measures[0].drift.std
-    farthest = std[np.argmax(np.abs(np.log(std)))]
-    assert rows[0]["std_ratio"] == pytest.approx(farthest)
+    ratios = [row["std_ratio"] for row in rows if row["layer"] != "block_1"]
+    for ratio, measures in zip(ratios, report.measures[:1] + report.measures[2:]):
+        std = measures.drift.std[np.isfinite(measures.drift.std)]
+        assert ratio == pytest.approx(std[np.argmax(np.abs(np.log(std)))])
+    assert min(ratios) < 1 < max(ratios)
     momenta = [row["momentum"] for row in rows]
     assert momenta[1:3] == [None, None]
     assert momenta[6:8] == [1, pytest.approx(0.1, abs=1e-4)]  # float32
