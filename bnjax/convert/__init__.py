@@ -56,6 +56,7 @@ import numpy as np
 
 from bnjax.convert import _entries
 from bnjax.convert._conventions import CONVENTIONS, Convention
+from bnjax.convert._safetensors import load_safetensors, save_safetensors
 from bnjax.convert._tree import Names
 
 __all__ = [
@@ -63,7 +64,9 @@ __all__ = [
     "Convention",
     "from_keras",
     "from_torch",
+    "load_safetensors",
     "momentum_from_torch",
+    "save_safetensors",
     "to_torch",
 ]
 
@@ -121,7 +124,8 @@ def from_torch(
     References: google/flax: docs/guides/converting_and_upgrading/
     convert_pytorch_to_flax.rst, which leaves the variance's n - 1 out.
     """
-    return _entries.to_flax_variables("torch", state_dict, names, kinds or {}, like)
+    options = names, kinds or {}, like
+    return _entries.to_flax_variables("torch", state_dict, *options).tree
 
 
 def from_keras(
@@ -166,7 +170,7 @@ def from_keras(
                 "holds: pass {w.name: w for w in layer.weights}."
             )
         weights = dict(zip(names_in_order, weights))
-    return _entries.to_flax_variables("keras", weights, names, kinds or {}, like)
+    return _entries.to_flax_variables("keras", weights, names, kinds or {}, like).tree
 
 
 def to_torch(
@@ -211,9 +215,8 @@ def to_torch(
 
     References: pytorch/pytorch: torch/nn/modules/batchnorm.py.
     """
-    return _entries.to_state_dict(
-        variables, names, kinds or {}, like, np.array(num_batches_tracked, np.int64)
-    )
+    count = np.array(num_batches_tracked, np.int64)
+    return _entries.to_state_dict(variables, names, kinds or {}, like, count).tree
 
 
 def momentum_from_torch(momentum: float | None) -> float:

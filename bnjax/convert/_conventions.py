@@ -231,6 +231,25 @@ def from_flax(array: np.ndarray, package: str, kind: str) -> np.ndarray:
     return array.transpose([target.index(axis) for axis in order])
 
 
+def axes_of(
+    package: str, kind: str | None, shape: tuple[int, ...]
+) -> tuple[str, str] | None:
+    """The axes in the package and in Flax, ("OIHW", "HWIO"); None where they are alike.
+
+    A "~" follows those of a mirrored window. What `to_flax` does, in words.
+    """
+    if kind in (None, "slope", "layer_norm"):
+        return None
+    order, target = _orders(package, kind, shape)
+    if order == target:
+        return None
+    window = "".join(axis for axis in order if axis.islower())
+    names = "DHW"[3 - len(window) :] if len(window) < 4 else window
+    end = "~" if _is_mirrored(package, kind) else ""
+    letters = str.maketrans(window, names)
+    return order.translate(letters) + end, target.translate(letters)
+
+
 def _orders(package: str, kind: str, shape: tuple[int, ...]) -> tuple[str, str]:
     """A letter for each axis, in the order of the package and in that of Flax."""
     axes = _COMMON_AXES.get(kind) or getattr(CONVENTIONS[package], kind)
@@ -250,9 +269,14 @@ def _mirrored(array: np.ndarray, package: str, kind: str) -> np.ndarray:
 
     The axes of the window lead.
     """
-    if kind != "conv_transpose" or "~" not in CONVENTIONS[package].conv_transpose:
+    if not _is_mirrored(package, kind):
         return array
     return np.flip(array, tuple(range(array.ndim - 2)))
+
+
+def _is_mirrored(package: str, kind: str) -> bool:
+    axes = CONVENTIONS[package].conv_transpose
+    return kind == "conv_transpose" and "~" in axes
 
 
 # Where in Flax an entry may lie, and as what: the likeliest reading first.

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from bnjax.convert._conventions import (
     SEPARATORS,
     STATISTICS,
     Entries,
+    axes_of,
     check_guess,
     choose_reading,
     from_flax,
@@ -64,13 +65,38 @@ _NARROWED = (
 )
 
 
+class Row(NamedTuple):
+    """What a conversion does to one entry.
+
+    Attributes:
+        source: the name of the entry; "" for one that is made.
+        before: its shape and dtype.
+        target: the name that it gets; "" for one that is left out.
+        after: the shape and dtype that it gets.
+        what: what else is done to it: the axes before and after, why it is left out.
+    """
+
+    source: str
+    before: jax.ShapeDtypeStruct | None
+    target: str
+    after: jax.ShapeDtypeStruct | None
+    what: str
+
+
+class Converted(NamedTuple):
+    """The result of a conversion, and how each entry came into it."""
+
+    tree: dict[str, Any]
+    rows: tuple[Row, ...]
+
+
 def to_flax_variables(
     package: str,
     weights: Any,
     names: _tree.Names,
     kinds: Mapping[str, str],
     like: Any,
-) -> dict[str, Any]:
+) -> Converted:
     """Converts the weights of a package to Flax variables; see `from_torch`."""
     _check_weights(package, weights)
     _check_names_and_kinds(names, kinds)
@@ -88,17 +114,23 @@ def to_flax_variables(
     converted: _tree.Flat = {}
     ordered: _tree.Flat = {}  # those whose axes are known
     sources: dict[str, str] = {}
-    for entry, value in _tree.stacked(weights, kinds).items():
+    moved: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    stacked = _tree.stacked(weights, kinds)
+    for entry, value in stacked.items():
         module, _, name = entry.rpartition(separator)
         if name == CONVENTIONS[package].count:
+            left_out[entry] = "left out: Flax counts no batches"
             continue
         try:
             array = _tree.to_numpy(value)
             reading = choose_reading(entries, module, name, array)
             if reading is None:
+                left_out[entry] = "left out: not in the Flax model"
                 continue
             path, kind = reading.path, reading.kind
             check_guess(package, module, kinds.get(module), kind, array.ndim)
+            moved[entry] = " -> ".join(axes_of(package, kind, array.shape) or ())
             if kind is not None:
                 array = ordered[path] = to_flax(array, package, kind)
             if path in converted:
@@ -120,7 +152,23 @@ def to_flax_variables(
     problems.check("the weights do not fit", _ADVICE, _CASTS[package])
     _warn_narrowed(package, {sources[p]: dtype for p, dtype in dtypes.items()})
     arrays = {p: jnp.asarray(a.astype(dtypes[p])) for p, a in converted.items()}
-    return _tree.nested(_tree.boxed(arrays, like))
+    targets = {entry: path for path, entry in sources.items()}
+    rows = []
+    for entry, value in weights.items():
+        before = shape_of(_tree.to_numpy(value))
+        if entry in targets:
+            path = targets[entry]
+            row = Row(entry, before, path, shape_of(arrays[path]), moved[entry])
+        else:
+            why = left_out.get(entry, "a further row of what the layer stacks")
+            row = Row(entry, before, "", None, why)
+        rows.append(row)
+    return Converted(_tree.nested(_tree.boxed(arrays, like)), tuple(rows))
+
+
+def shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, for a row."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def to_state_dict(
@@ -129,7 +177,7 @@ def to_state_dict(
     kinds: Mapping[str, str],
     like: Mapping[str, Any] | None,
     count: np.ndarray,
-) -> dict[str, np.ndarray]:
+) -> Converted:
     """Converts Flax variables to a torch state_dict; see `to_torch`."""
     _check_names_and_kinds(names, kinds)
     if like is not None:
@@ -138,15 +186,18 @@ def to_state_dict(
     problems = _tree.Problems()
     converted: _tree.Flat = {}
     sources: dict[str, str] = {}
-    for path, value in _tree.flat(_collections(variables, BUFFERS)).items():
+    moved: dict[str, str] = {}
+    leaves = _tree.flat(_collections(variables, BUFFERS))
+    for path, value in leaves.items():
         collection, *modules, leaf = path.split("/")
         try:
             module = module_of("/".join(modules))
             array, class_name = np.asarray(value), kinds.get(module)
-            arrays = _to_torch(collection, module, leaf, array, class_name, like)
+            arrays, axes = _to_torch(collection, module, leaf, array, class_name, like)
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
+        moved[path] = axes
         converted |= arrays
         sources |= dict.fromkeys(arrays, path)
         for entry in arrays if (collection, leaf) == ("batch_stats", "var") else ():
@@ -163,7 +214,23 @@ def to_state_dict(
         problems += _tree.compare(converted, target, sources)
         dtypes |= {entry: value.dtype for entry, value in target.items()}
     problems.check("the variables do not fit", _ADVICE, _CASTS["flax"])
-    return {e: a.astype(dtypes[e], order="C") for e, a in converted.items()}
+    tree = {e: a.astype(dtypes[e], order="C") for e, a in converted.items()}
+    rows = []
+    for entry, array in tree.items():
+        path, after = sources[entry], shape_of(array)
+        if entry.rpartition(".")[2] == CONVENTIONS["torch"].count:
+            rows.append(Row("", None, entry, after, f"made: {count}"))
+        elif path == "like":
+            rows.append(Row("", None, entry, after, "taken from like"))
+        else:
+            before = shape_of(np.asarray(leaves[path]))
+            rows.append(Row(path, before, entry, after, moved[path]))
+    used = set(sources.values())
+    for path, leaf in _tree.flat({**variables}).items():
+        if path not in used:
+            before = shape_of(leaf) if hasattr(leaf, "dtype") else None
+            rows.append(Row(path, before, "", None, "left out: not in torch"))
+    return Converted(tree, tuple(rows))
 
 
 def _to_torch(
@@ -173,30 +240,33 @@ def _to_torch(
     array: np.ndarray,
     class_name: str | None,
     like: Mapping[str, Any] | None,
-) -> dict[str, np.ndarray]:
-    """The entries of a state_dict that a variable becomes, by name."""
+) -> tuple[dict[str, np.ndarray], str]:
+    """The entries of a state_dict that a variable becomes, by name; how axes move."""
     same_name = _entry(module, leaf)
     if leaf not in _LEAVES.get(collection, ()):
         if same_name in like if like is not None else collection != "batch_stats":
-            return {same_name: array}
+            return {same_name: array}, ""
         if collection == BUFFERS:
-            return {}
+            return {}, ""
         expected = ", ".join(leaf for leaves in _LEAVES.values() for leaf in leaves)
         other = "" if like is None else f", or that `like` has {same_name}"
         raise ValueError(f"its name is not known: expected one of {expected}{other}")
     name = getattr(CONVENTIONS["torch"], leaf, CONVENTIONS["torch"].kernel)
     entry, is_split = _entry(module, name), _tree.is_split(class_name)
     if like is not None and same_name in like and entry not in like:
-        return {same_name: array}
+        return {same_name: array}, ""
     if array.ndim in _RANKS_OF_USERS.get(leaf, ()) and not is_split:
-        return {same_name: array}
+        return {same_name: array}, ""
     of_class = kind_of_class("torch", class_name)
     kind = _KIND_OF_LEAF.get(leaf, of_class if of_class in _NORMS else "norm")
     if leaf == "kernel":
         kind = of_class or kind_by_rank(array.ndim)
         check_guess("torch", module, class_name, kind, array.ndim)
+    axes = " -> ".join(reversed(axes_of("torch", kind, array.shape) or ()))
     array = from_flax(array, "torch", kind)
-    return _tree.unstacked(module, name, array) if is_split else {entry: array}
+    if is_split:
+        return _tree.unstacked(module, name, array), axes
+    return {entry: array}, axes
 
 
 def _entry(module: str, name: str) -> str:

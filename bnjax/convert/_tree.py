@@ -48,8 +48,9 @@ def to_numpy(value: Any) -> np.ndarray:
     """The array behind a torch tensor, a Keras variable or an array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # torch does not convert it to NumPy
-            return value.float().numpy().astype(jnp.bfloat16)
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype == "bfloat16" or dtype.startswith("float8"):
+            return value.float().numpy().astype(jnp.dtype(dtype))  # not by torch
         return value.numpy()
     array = np.asarray(value)
     if array.dtype == object:
