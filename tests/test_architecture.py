@@ -10,7 +10,7 @@ import bnjax
 
 ROOT = pathlib.Path(bnjax.__file__).parent
 LEVELS = {
-    0: ["_axes", "_backend", "_bound", "_checks", "_dtypes", "_replicas"],
+    0: ["_axes", "_backend", "_bound", "_checks", "_dtypes", "_files", "_replicas"],
     1: ["moments"],
     2: ["_trees", "normalize", "running"],
     3: [
@@ -23,7 +23,9 @@ LEVELS = {
         "convert",
     ],
     4: ["_layer", "_replacement"],
-    5: ["fold", "linen", "nnx", "training"],
+    5: ["fold", "linen", "nnx", "training", "_checkpoints"],
+    6: ["_command_line"],
+    7: ["__main__"],
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
