@@ -822,18 +822,18 @@ def python(*arguments, **environment):
 
 
 def test_python_m_bnjax(folder):
-    WRITERS["tree.msgpack"]("tree.msgpack")
-    done = python("-m", "bnjax", "convert", "tree.msgpack", "out.safetensors")
+    """On one device, of a checkpoint that eight have written."""
+    mesh = jax.make_mesh((8,), ("x",))
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    save_orbax("tree", jax.device_put(variables(), everywhere))
+    done = python("-m", "bnjax", "convert", "tree", "out.safetensors")
     assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout
-        == "Wrote 8 arrays, 0.0 MB, to out.safetensors (torch-safetensors).\n"
-    )
+    assert done.stdout.startswith("Wrote 8 arrays, 0.0 MB, to out.safetensors")
     assert done.stderr == ""
-    half("tree.msgpack")
-    done = python("-m", "bnjax", "report", "tree.msgpack")
+    half("tree")
+    done = python("-m", "bnjax", "report", "tree")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: tree.msgpack cannot be read")
+    assert f"error: {folder}/tree cannot be read as a checkpoint" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
