@@ -19,7 +19,6 @@ import numpy as np
 from bnjax import _files, convert
 from bnjax.convert import _tree
 
-_STEP = re.compile(r"(?:.*_)?(\d+)")
 FORMATS = ("orbax", "msgpack", "flax-safetensors", "torch", "torch-safetensors")
 _SUFFIXES = {
     ".msgpack": "msgpack",
@@ -28,6 +27,7 @@ _SUFFIXES = {
     ".pth": "torch",
     ".bin": "torch",
 }
+_STEP = re.compile(r"(?:.*_)?(\d+)")  # 1000, checkpoint_1000
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
 _EXPECTED = "expected a checkpoint of orbax, msgpack, safetensors or torch"
@@ -84,7 +84,10 @@ def format_of(path: Path, given: str | None, source: str) -> str:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Raises if `path` is taken, or has no folder to be written to."""
+    """Raises if `path` is taken, or has no folder to be written to.
+
+    Only checkpoints are replaced: a user's folder of many things is not.
+    """
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"{path} lies in {path.parent}, which is no folder: expected one. Make it "
@@ -93,6 +96,11 @@ def check_target(path: Path, overwrite: bool) -> None:
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise FileExistsError(
             f"{path} exists: expected a new path. Write --overwrite to replace it."
+        )
+    if path.is_dir() and not _is_orbax_tree(path) and any(path.iterdir()):
+        raise FileExistsError(
+            f"{path} is a folder of other things, which --overwrite does not remove: "
+            f"expected a checkpoint of orbax, or a new path. Write {path / 'new'}."
         )
 
 

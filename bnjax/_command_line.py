@@ -135,12 +135,12 @@ def convert(
         else row
         for row in converted.rows
     ]
+    if not dry_run:
+        _checkpoints.write(target, format, converted.tree)
     console = _console()
     _print_notes(console, notes)
     if dry_run:
         console.print(_table(console, rows, left_out))
-    else:
-        _checkpoints.write(target, format, converted.tree)
     console.print(_summary(converted, target, format, dry_run), **_PLAIN)
     return 0
 

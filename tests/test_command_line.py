@@ -693,6 +693,19 @@ def test_targets(target, folder, capsys):
     assert tree["params"].keys() == {"new"}
 
 
+@pytest.mark.parametrize("target", ["steps", "mine", ".", "../{name}"])
+def test_folders_of_other_things_are_not_replaced(target, folder, capsys):
+    WRITERS["in.pth"]("in.pth")
+    save_steps("steps", variables())
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis").touch()
+    before = contents(folder)
+    target = target.format(name=folder.name)
+    message = failing(capsys, "convert", "in.pth", target, "--overwrite")
+    assert "is a folder of other things, which --overwrite does not remove" in message
+    assert contents(folder) == before
+
+
 def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
