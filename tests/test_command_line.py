@@ -402,7 +402,7 @@ def boxed(tree):
 
 class SmallNnx(nnx.Module):
     def __init__(self):
-        rngs = nnx.Rngs(params=0, dropout=1)
+        self.rngs = rngs = nnx.Rngs(params=0, dropout=1)  # "params" is no collection
         self.conv = nnx.Conv(3, 5, (2, 3), use_bias=False, rngs=rngs)
         self.norm = bnjax.nnx.BatchNorm(5, rngs=rngs)
         self.dropout = nnx.Dropout(0.1, rngs=rngs)
