@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,8 +37,8 @@ _FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
 _rules = jax.make_user_context(())
 
 _LAYER = (
-    "layer={layer!r} makes a {received}: expected a class of bnjax.linen, such as "
-    "BatchNorm, or a subclass of one."
+    "layer={layer!r}: expected a class of bnjax.linen such as BatchNorm, a subclass of "
+    "one, or a functools.partial of it."
 )
 _HASHABLE = (
     "{option}={value!r} is not hashable: expected what can be a part of the key of "
@@ -78,7 +79,7 @@ def replacing_batch_norm(
     (`jax.jit(f).lower(...)`) keeps the layers that it was lowered with.
 
     Args:
-        layer: a class of `bnjax.linen`.
+        layer: a class of `bnjax.linen`, or a `functools.partial` of one.
         where: shell patterns for the paths of layers, such as "encoder/*"; * matches
             any characters, also /.
         **options: arguments of `layer`, such as `virtual_batch_size=32`, that take
@@ -90,8 +91,8 @@ def replacing_batch_norm(
         was called, except by programs that were compiled before.
 
     Raises:
-        TypeError: a `layer` that makes no layer of `bnjax.linen`, or does not take
-            `options`; an option that is not hashable.
+        TypeError: another `layer`, or one that does not take `options`; an option that
+            is not hashable.
         ValueError: an option that would change variables, the feature axis or the mode.
 
     Warns:
@@ -115,7 +116,10 @@ def replacing_batch_norm(
             raise TypeError(_HASHABLE.format(option=option, value=value)) from None
     patterns = (where,) if isinstance(where, str) else tuple(where)
     rule = _Rule(layer, patterns, tuple(sorted(options.items())))
-    _like(nn.BatchNorm(parent=None), rule, parent=None)  # raises on a wrong rule
+    kind = layer.func if isinstance(layer, functools.partial) else layer
+    if not (isinstance(kind, type) and issubclass(kind, Normalization)):
+        raise TypeError(_LAYER.format(layer=layer))
+    _like(nn.BatchNorm(parent=None), rule, parent=None)  # raises on wrong options
     outer, found = _rules.value, {}
     intercept = _interceptor(rule, len(outer), found)
     with _rules((*outer, rule)), nn.intercept_methods(intercept):
@@ -209,21 +213,23 @@ def _like(old: nn.BatchNorm, rule: _Rule, *, parent: Any) -> Normalization:
     if {"use_fast_variance"} - {*inspect.signature(rule.layer).parameters}:
         names -= {"use_fast_variance", "force_float32_reductions"}
     arguments = {name: getattr(old, name) for name in names} | dict(rule.options)
-    new = rule.layer(parent=parent, **arguments)
-    if not isinstance(new, Normalization):
-        raise TypeError(_LAYER.format(layer=rule.layer, received=class_name(new)))
-    return new
+    return rule.layer(parent=parent, **arguments)
+
+
+# Flax's summaries note each call, and there is no public way to call unnoted.
+_unnoted = getattr(nn.module, "_tabulate_context", contextlib.nullcontext)
 
 
 def _call_instead(new: Normalization, old: nn.BatchNorm, /, *args, **kwargs) -> Any:
     """Calls `new`, of the same scope, in a call of `old`.
 
-    Where Flax captures intermediates it stores the result of each call. Here one call
-    is two, and that of `new` is taken back.
+    Here one call of a layer is two for Flax, which captures the result of each and
+    notes each in summaries. Those of `new` are taken back.
     """
     place = "intermediates", "__call__"
     before = old.get_variable(*place, ())
-    y = new(*args, **kwargs)
+    with _unnoted():
+        y = new(*args, **kwargs)
     if old.get_variable(*place, ()) is not before:
         old.put_variable(*place, before)
     return y
