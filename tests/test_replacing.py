@@ -184,7 +184,8 @@ def step(model, variables, *arrays, mutable=("batch_stats",)):
         )
         return jnp.mean(jnp.sin(y) ** 2), (y, updates)
 
-    return on_an_axis(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    f = on_an_axis(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(f)(variables["params"])
 
 
 def evaluate(model):
@@ -192,9 +193,8 @@ def evaluate(model):
 
 
 def on_an_axis(f):
-    """The function, compiled, with an axis `batch` of one device in its scope."""
+    """The function with an axis `batch` of one device in its scope."""
 
-    @jax.jit
     def run(*args):
         return jax.vmap(
             lambda _: f(*args), axis_name="batch", axis_size=1, out_axes=None
@@ -255,7 +255,7 @@ def test_a_layer_keeps_its_input_and_no_more():
         assert residual_bytes(f, variables["params"], x) <= 1.03 * x.nbytes
 
 
-@by_default(2, name=["resnet", "critic", "lifted"])
+@by_default("resnet", "critic", name=["resnet", "critic", "lifted"])
 def test_the_tools_for_their_models(name, arrays):
     """Also below an nn.vmap or nn.scan that does not name batch_moments."""
     model, swapped = pair(name)
