@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_trees_close
+from helpers import assert_close, assert_trees_close, residual_bytes
 
 import bnjax.nnx
 
@@ -267,3 +267,139 @@ def test_a_layer_in_a_tuple_is_left():
     _, found = bnjax.nnx.replace_batch_norm(model)
     assert found[0].reason == "is held by a tuple or an unknown container"
     assert type(model.pair[0]) is nnx.BatchNorm
+
+
+def zoo(library):
+    """A ResNet as model zoos of NNX write it; `library` has the BatchNorm it uses."""
+
+    class Block(nnx.Module):
+        def __init__(self, features_in, features, stride, *, rngs):
+            conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs)
+            self.conv1 = conv(features_in, features, (3, 3), stride, padding=1)
+            self.bn1 = library.BatchNorm(features, momentum=0.9, rngs=rngs)
+            self.conv2 = conv(features, features, (3, 3), padding=1)
+            self.bn2 = library.BatchNorm(features, momentum=0.9, rngs=rngs)
+            if stride > 1 or features_in != features:
+                self.downsample = nnx.Sequential(
+                    conv(features_in, features, (1, 1), stride),
+                    library.BatchNorm(features, momentum=0.9, rngs=rngs),
+                )
+            else:
+                self.downsample = None
+
+        def __call__(self, x):
+            y = nnx.relu(self.bn1(self.conv1(x)))
+            y = self.bn2(self.conv2(y))
+            x = x if self.downsample is None else self.downsample(x)
+            return nnx.relu(x + y)
+
+    class ResNet(nnx.Module):
+        def __init__(self, *, rngs):
+            self.stem = nnx.Sequential(
+                nnx.Conv(3, 4, (3, 3), padding=1, use_bias=False, rngs=rngs),
+                library.BatchNorm(4, momentum=0.9, rngs=rngs),
+                nnx.relu,
+            )
+            self.layers = nnx.List(
+                [
+                    nnx.Sequential(Block(4, 4, 1, rngs=rngs)),
+                    nnx.Sequential(
+                        Block(4, 6, 2, rngs=rngs), Block(6, 6, 1, rngs=rngs)
+                    ),
+                ]
+            )
+            self.fc = nnx.Linear(6, 10, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.stem(x)
+            for layer in self.layers:
+                x = layer(x)
+            return self.fc(x.mean((1, 2)))
+
+    return ResNet(rngs=nnx.Rngs(0))
+
+
+def kept(model):
+    """Bytes that reverse mode keeps of a step."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def f(params, rest):
+        return nnx.merge(graphdef, params, rest)(images())
+
+    return residual_bytes(f, params, rest)
+
+
+def test_a_zoo_resnet():
+    model, swapped = zoo(nnx), zoo(bnjax.nnx)
+    kept_by_flax = kept(model)
+    model, found = bnjax.nnx.replace_batch_norm(model)
+    assert len(found) == 8
+    assert {each.after for each in found} == {"bnjax.nnx.BatchNorm"}
+    assert kept(model) == kept(swapped) < 0.8 * kept_by_flax
+    for _ in range(2):
+        assert_trees_close(step(model), step(swapped), tol=1e-6)
+    model.eval()
+    swapped.eval()
+    assert_close(model(images(1)), np.asarray(swapped(images(1))), tol=1e-6)
+
+
+def test_a_replaced_layer_keeps_its_input_and_no_more():
+    layer = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(512, 6)), jnp.bfloat16)
+
+    def bytes_of(layer):
+        graphdef, state = nnx.split(layer)
+        f = lambda state, x: nnx.merge(graphdef, state)(x)  # noqa: E731
+        return residual_bytes(f, state, x)
+
+    assert bytes_of(layer) >= 2 * x.nbytes
+    assert bytes_of(bnjax.nnx.replace_batch_norm(layer)[0]) <= 1.03 * x.nbytes
+
+
+def test_the_tools_for_a_zoo_resnet():
+    def tools(model):
+        parts = nnx.split(
+            nnx.view(model, record_moments=True), nnx.Param, nnx.BatchStat, ...
+        )
+        graphdef, states = (
+            parts[0],
+            dict(zip(("params", "batch_stats", "rest"), parts[1:])),
+        )
+
+        def loss_fn(variables, x):
+            model = nnx.merge(graphdef, *(variables[name] for name in states))
+            return jnp.sin(model(x)).mean(), nnx.state(model, bnjax.nnx.BatchMoments)
+
+        def collect(variables, x):
+            return loss_fn(variables, x)[1]
+
+        batches = jnp.stack([images(), 3 * images(1)])
+        pooled = bnjax.population.pooled(collect, states, batches)
+        accumulate = functools.partial(
+            bnjax.training.accumulate, loss_fn, rule=bnjax.running.ema(0.9)
+        )
+        accumulated = jax.jit(accumulate)(states, batches)
+        moments = jax.jit(collect)(states, batches[1])
+        variables = {name: nnx.to_pure_dict(states[name]) for name in states}
+        report = bnjax.diagnostics.report(variables, batch_moments=moments)
+        nnx.update(model, accumulated.batch_stats)
+        model.eval()
+        folded = bnjax.fold.fold_model(model, images())
+        y = jax.jit(folded.apply)(folded.params, images())
+        assert_close(y, np.asarray(model(images())), tol=1e-5)
+        assert len(folded.folded) == 8
+        trees = pooled, accumulated.grads, accumulated.batch_stats
+        return (*map(nnx.to_pure_dict, trees), y), (str(report), folded.folded)
+
+    replaced, words = tools(bnjax.nnx.replace_batch_norm(zoo(nnx))[0])
+    expected, expected_words = tools(zoo(bnjax.nnx))
+    assert words == expected_words
+    assert_trees_close(replaced, expected, tol=1e-5)
+
+
+def test_options_take_precedence():
+    """An axis for a model that was written for one device."""
+    model = Model(rngs=nnx.Rngs(0))
+    model, _ = bnjax.nnx.replace_batch_norm(model, axis_name="batch", momentum=0.5)
+    norm = model.stem.norm
+    assert (norm.axis_name, norm.momentum, norm.epsilon) == ("batch", 0.5, 1e-3)
