@@ -492,7 +492,8 @@ def draw_layers(records: list[results.Record], path: Path) -> None:
     """Passes of forward + backward for one shape: a panel for each target and dtype."""
     records = [r for r in records if r["direction"] == "both" and not r["on_chip"]]
     records = [r for r in records if r["shape"] == records[0]["shape"]]
-    order = [name for name in DRAWN if any(r["layer"] == name for r in records)]
+    measured = dict.fromkeys(r["layer"] for r in records)
+    order = [name for name in DRAWN if name in measured] or [*measured]
     records = [r for name in order for r in records if r["layer"] == name]
     panels: dict[str, charts.Groups] = {}
     for r in records:
