@@ -469,6 +469,36 @@ FAULTS = [
     ),
     # ---- what surrounds the layers ----
     Fault(
+        "jit does not see whether layers are replaced",
+        "linen/_replace.py",
+        "with _rules((*outer, rule)), nn.intercept_methods(intercept):",
+        "with nn.intercept_methods(intercept):",
+        "tests/test_replacing.py -k jit",
+    ),
+    Fault(
+        "Moments stay below the author's nn.vmap",
+        "linen/_replace.py",
+        """            _move_moments(module.scope)
+""",
+        "",
+        "tests/test_replacing.py -k tools",
+    ),
+    Fault(
+        "a replaced layer of NNX gets variables without the old metadata",
+        "nnx/_replace.py",
+        "            setattr(new, name, variable)",
+        """            if variable is not None:
+                getattr(new, name)[...] = variable.get_value()""",
+        "tests/test_replace.py -k what_the_author_set",
+    ),
+    Fault(
+        "safetensors gets arrays in another order",
+        "convert/_safetensors.py",
+        'np.asarray(v, order="C")',
+        "np.asarray(v)",
+        "tests/test_safetensors.py",
+    ),
+    Fault(
         "Algorithm 2 averages biased variances",
         "population.py",
         "np.where(count > 1, count - 1, 1)",

@@ -22,7 +22,7 @@ import pytest
 import rich.console
 import safetensors.numpy
 from flax import nnx
-from helpers import assert_close, assert_trees_close, covering
+from helpers import assert_close, assert_trees_close, by_default, covering
 from test_architectures import ResNet18
 
 import bnjax
@@ -434,7 +434,7 @@ USERS = {
 }
 
 
-@pytest.mark.parametrize("kind", USERS)
+@by_default("TrainState", "steps", "NNX", "TrainState in msgpack", kind=[*USERS])
 def test_the_model_in_a_checkpoint_of_flax(kind, folder, capsys):
     tree = variables()
     USERS[kind](tree)
@@ -789,7 +789,7 @@ REPORTS = {
 }
 
 
-@pytest.mark.parametrize("kind", REPORTS)
+@by_default("NNX", "torch", kind=[*REPORTS])
 def test_report(kind, folder, capsys):
     REPORTS[kind](norms())
     assert run("report", "in", "--fail") == 0

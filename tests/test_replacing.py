@@ -1,6 +1,7 @@
 """Layers of bnjax in the place of Flax's, in Linen models that somebody else wrote."""
 
 import functools
+import operator
 import threading
 import types
 
@@ -141,7 +142,7 @@ def models(library, collections=("params", "batch_stats")):
 
 THEIRS, SWAPPED = models(nn), models(bnjax, ("params", *COLLECTIONS))
 LAYERS = {"resnet": 9, "critic": 3, "lifted": 5}
-NAMES = pytest.mark.parametrize("name", LAYERS)
+NAMES = by_default("resnet", "critic", name=[*LAYERS])
 
 
 @pytest.fixture
@@ -220,7 +221,7 @@ def test_as_if_the_source_had_been_changed(name, arrays):
     assert_close(evaluated, np.asarray(expected), tol=1e-6)
 
 
-@NAMES
+@by_default("resnet", name=[*LAYERS])
 def test_what_is_kept_for_the_backward_pass(name, arrays):
     """As many bytes as with the swapped source, and fewer than with Flax's layers."""
     model, swapped = pair(name)
@@ -255,7 +256,7 @@ def test_a_layer_keeps_its_input_and_no_more():
         assert residual_bytes(f, variables["params"], x) <= 1.03 * x.nbytes
 
 
-@by_default("resnet", "critic", name=["resnet", "critic", "lifted"])
+@by_default("critic", name=[*LAYERS])
 def test_the_tools_for_their_models(name, arrays):
     """Also below an nn.vmap or nn.scan that does not name batch_moments."""
     model, swapped = pair(name)
@@ -317,7 +318,10 @@ def test_jit_serves_each_its_own_program(arrays):
             assert has_moments()
         with replacing_batch_norm(momentum=0.5):
             assert has_moments()
-    assert len(traced) == 3
+        ghost = functools.partial(bnjax.linen.GhostBatchNorm, virtual_batch_size=3)
+        with replacing_batch_norm(ghost):  # made anew, but equal
+            assert has_moments()
+    assert len(traced) == 4
 
 
 @pytest.mark.parametrize("transform", [jax.checkpoint, jax.jit, nn.jit])
@@ -393,6 +397,25 @@ def test_it_ends_with_an_error(arrays):
         with pytest.raises(ValueError, match="use_running_average"):
             layer.apply(variables, x, True, mutable=COLLECTIONS)
         assert has_moments()
+
+
+def test_moments_of_several_calls(arrays):
+    """Of a function that calls a model twice, which has an nn.vmap."""
+    model, both = THEIRS.critic(), [arrays["critic"]]
+    both.append(jax.tree.map(lambda x: 3 * x, both[0]))
+    variables = init(model, both[0])
+
+    def twice(model, both):
+        return [model(*arrays, train=True) for arrays in both]
+
+    with replacing_batch_norm():
+        _, updates = nn.apply(twice, model, mutable=COLLECTIONS)(variables, both)
+    inputs = jnp.concatenate([jnp.concatenate(arrays, -1) for arrays in both])
+    expected = jax.tree.map(np.asarray, bnjax.moments(inputs))
+    layer = updates["batch_moments"]["VmapCritic_0"]["BatchNorm_0"]["moments"]
+    for i in range(2):
+        found = jax.tree.map(operator.itemgetter(i), layer)
+        assert_trees_close(found, expected, tol=1e-5)
 
 
 def test_threads(arrays):
@@ -495,24 +518,25 @@ def test_subclasses(arrays):
     )
 
 
-@pytest.mark.parametrize(
-    ("layer", "names"),
-    [
-        (functools.partial(bnjax.linen.BatchRenorm, warmup_steps=3), "mean var steps"),
-        (functools.partial(bnjax.linen.SplitBatchNorm, num_splits=2), "mean var"),
-        (bnjax.linen.DecorrelatedBatchNorm, "mean cov"),
-    ],
-)
-def test_variants_have_their_own_variables(layer, names, arrays):
+VARIANTS = {
+    "renorm": functools.partial(bnjax.linen.BatchRenorm, warmup_steps=3),
+    "split": functools.partial(bnjax.linen.SplitBatchNorm, num_splits=2),
+    "decorrelated": bnjax.linen.DecorrelatedBatchNorm,
+}
+
+
+@by_default("renorm", variant=[*VARIANTS])
+def test_variants_have_their_own_variables(variant, arrays):
     model, arrays = THEIRS.critic(), arrays["critic"]
-    with replacing_batch_norm(layer) as found:
+    with replacing_batch_norm(VARIANTS[variant]) as found:
         variables = init(model, arrays)
         q, updates = model.apply(variables, *arrays, mutable=["batch_stats"])
         jax.tree.map(
             lambda a, b: None, updates["batch_stats"], variables["batch_stats"]
         )
     stats = variables["batch_stats"]["VmapCritic_0"]["BatchNorm_0"]
-    assert {*stats} == {*names.split()}
+    names = {"renorm": "mean var steps", "decorrelated": "mean cov"}
+    assert {*stats} == {*names.get(variant, "mean var").split()}
     assert len(paths(found)) == LAYERS["critic"]
     assert np.isfinite(q).all()
 
@@ -557,6 +581,11 @@ def test_other_interceptors_see_the_new_layer(arrays):
     [
         ({"layer": nn.Dense}, TypeError, "layer=.*: expected a class of bnjax.linen"),
         ({"layer": bnjax.nnx.BatchNorm}, TypeError, "expected a class of bnjax.linen"),
+        (
+            {"layer": functools.partial(bnjax.BatchNorm, True)},
+            TypeError,
+            "functools.partial\\(",
+        ),
         (
             {"use_scale": False},
             ValueError,

@@ -13,16 +13,17 @@ import flax.linen as nn
 import jax
 from flax.core import Scope
 
-from bnjax import _checks, _replacement
+from bnjax import _checks, _replacement, whiten
 from bnjax._replacement import Replacement, class_name
 from bnjax.linen._batch_norm import BatchNorm, Normalization, asks_for
+from bnjax.moments import Moments, merge
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
     """What replaces which layers; equal rules trace equal programs."""
 
-    layer: Callable[..., Any]
+    layer: type[Normalization]
     where: tuple[str, ...]
     options: tuple[tuple[str, Any], ...]
 
@@ -65,7 +66,7 @@ def replacing_batch_norm(
     `nn.remat`, `nn.scan` and `nn.vmap`, in a `functools.partial`, as classes in a
     field, and as `super().__call__` of a subclass.
 
-        with replacing_batch_norm(activation=None, axis_name="batch"):
+        with replacing_batch_norm(axis_name="batch"):
             y, updates = model.apply(variables, x, mutable=["batch_stats"])
 
     It decorates a function, too, which then replaces whenever it is called:
@@ -74,6 +75,7 @@ def replacing_batch_norm(
 
     The rules are a part of the key of JAX's caches: a function that was compiled
     outside of the context is traced anew inside of it, and the other way round. They
+    compare by equality: a lambda that is made anew for each entry is traced anew. They
     hold in the thread that has entered the context. Contexts can be nested; the
     innermost one whose `where` matches a layer replaces it. A program that was lowered
     (`jax.jit(f).lower(...)`) keeps the layers that it was lowered with.
@@ -108,6 +110,10 @@ def replacing_batch_norm(
     References: flax.linen.intercept_methods; PyTorch's
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
+    if isinstance(layer, functools.partial) and not layer.args:
+        layer, options = layer.func, {**layer.keywords, **options}
+    if not (isinstance(layer, type) and issubclass(layer, Normalization)):
+        raise TypeError(_LAYER.format(layer=layer))
     _replacement.check_options(options, layer)
     for option, value in options.items():
         try:
@@ -116,9 +122,6 @@ def replacing_batch_norm(
             raise TypeError(_HASHABLE.format(option=option, value=value)) from None
     patterns = (where,) if isinstance(where, str) else tuple(where)
     rule = _Rule(layer, patterns, tuple(sorted(options.items())))
-    kind = layer.func if isinstance(layer, functools.partial) else layer
-    if not (isinstance(kind, type) and issubclass(kind, Normalization)):
-        raise TypeError(_LAYER.format(layer=layer))
     _like(nn.BatchNorm(parent=None), rule, parent=None)  # raises on wrong options
     outer, found = _rules.value, {}
     intercept = _interceptor(rule, len(outer), found)
@@ -178,17 +181,16 @@ def _interceptor(rule: _Rule, depth: int, found: dict[str, Replacement]):
 
 # A model that somebody else wrote does not name batch_moments in the variable_axes of
 # its nn.vmap and nn.scan. Below these the Moments are stored among the batch_stats,
-# which it does name, and are moved when the call of the whole model returns.
+# which it does name, and are moved when the call of the whole model returns. (Not if
+# the whole model is one nn.vmap: Flax does not let its call be intercepted.)
 
 
 def _move_moments(scope: Scope) -> None:
     """Moves Moments from `batch_stats` to the same places in `batch_moments`."""
-    for name in scope.variables().get("batch_stats", {}):
-        stored = scope.get_variable("batch_stats", name)
-        moments = _take_moments(stored) if isinstance(stored, dict) else {}
-        if moments:
-            others = scope.get_variable("batch_moments", name, {})
-            scope.put_variable("batch_moments", name, _united(others, moments))
+    if scope.is_mutable_collection("batch_stats"):
+        # No public method of a scope removes a variable.
+        stats = scope._mutable_collection("batch_stats")
+        _unite(scope._mutable_collection("batch_moments"), _take_moments(stats))
 
 
 def _take_moments(stats: dict[str, Any]) -> dict[str, Any]:
@@ -200,20 +202,24 @@ def _take_moments(stats: dict[str, Any]) -> dict[str, Any]:
     return taken
 
 
-def _united(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """One tree of dictionaries with the leaves of two."""
-    both = {k: _united(first[k], second[k]) for k in first if k in second}
-    return {**first, **second, **both}
+def _unite(moments: dict[str, Any], others: Mapping[str, Any]) -> None:
+    """Adds the Moments of another tree; those of several calls are merged."""
+    for name, other in others.items():
+        if isinstance(other, Mapping):
+            _unite(moments.setdefault(name, {}), other)
+        elif name in moments:
+            united = merge if isinstance(other, Moments) else whiten.merge
+            moments[name] = united(moments[name], other)
+        else:
+            moments[name] = other
 
 
 def _like(old: nn.BatchNorm, rule: _Rule, *, parent: Any) -> Normalization:
     """A layer by the rule with the arguments of `old`; `parent` holds its variables."""
-    names = {field.name for field in dataclasses.fields(nn.BatchNorm)}
-    names -= {"parent", "name"}
-    if {"use_fast_variance"} - {*inspect.signature(rule.layer).parameters}:
-        names -= {"use_fast_variance", "force_float32_reductions"}
-    arguments = {name: getattr(old, name) for name in names} | dict(rule.options)
-    return rule.layer(parent=parent, **arguments)
+    names = {field.name for field in dataclasses.fields(rule.layer)}
+    names &= {field.name for field in dataclasses.fields(nn.BatchNorm)}
+    arguments = {name: getattr(old, name) for name in names - {"parent", "name"}}
+    return rule.layer(parent=parent, **(arguments | dict(rule.options)))
 
 
 # Flax's summaries note each call, and there is no public way to call unnoted.
