@@ -1122,3 +1122,22 @@ def test_names_of_boxes_in_messages(box):
     boxed = jax.tree.map(BOXES[box], variables)
     with pytest.raises(ValueError, match=r"weight -> params/scale \(3,\), not \(4,\)"):
         convert.from_torch(torch.nn.BatchNorm1d(3).state_dict(), like=boxed)
+
+
+@pytest.mark.parametrize("source", ["float8_e4m3fn", "float8_e5m2", "float16"])
+@pytest.mark.parametrize("target", ["bfloat16", "float16", "float32", "float8_e4m3fn"])
+def test_floats_that_like_holds(source, target):
+    """By every value of the narrower dtype, without JAX's promotion."""
+    bits = np.arange(256, dtype=np.uint8 if "8" in source else np.uint16) * (
+        1 if "8" in source else 257
+    )
+    values = bits.view(getattr(jnp, source))
+    values = values[np.isfinite(values.astype(np.float32))]
+    like = {"params": {"a": {"scale": np.zeros(values.size, getattr(jnp, target))}}}
+    cast = values.astype(getattr(jnp, target)).astype(np.float32)
+    if (cast == values.astype(np.float32)).all():
+        found = bnjax.convert.from_torch({"a.weight": values}, like=like)
+        np.testing.assert_array_equal(found["params"]["a"]["scale"], cast)
+    else:
+        with pytest.raises(ValueError, match=f"dtype: .* {source}, not {target}"):
+            bnjax.convert.from_torch({"a.weight": values}, like=like)

@@ -227,6 +227,15 @@ def _fits(value: np.ndarray, dtype: Any) -> bool:
     """Whether `dtype` holds every value of that of `value`, or these integers."""
     if jnp.issubdtype(value.dtype, jnp.integer) and jnp.issubdtype(dtype, jnp.integer):
         return bool((value.astype(dtype) == value).all())
+    if jnp.issubdtype(value.dtype, jnp.floating) and jnp.issubdtype(
+        dtype, jnp.floating
+    ):  # JAX does not promote floats of 8 bits
+        narrow, wide = jnp.finfo(value.dtype), jnp.finfo(dtype)
+        return (
+            narrow.nmant <= wide.nmant
+            and narrow.max <= wide.max
+            and narrow.smallest_subnormal >= wide.smallest_subnormal
+        )
     return jnp.promote_types(value.dtype, dtype) == dtype
 
 

@@ -208,7 +208,7 @@ def _unite(moments: dict[str, Any], others: Mapping[str, Any]) -> None:
         if isinstance(other, Mapping):
             _unite(moments.setdefault(name, {}), other)
         elif name in moments:
-            united = merge if isinstance(other, Moments) else whiten.merge
+            united: Any = merge if isinstance(other, Moments) else whiten.merge
             moments[name] = united(moments[name], other)
         else:
             moments[name] = other
