@@ -22,6 +22,7 @@ import bnjax
 
 P = PartitionSpec
 LAYERS = 53
+FLAX = flax.linen.BatchNorm
 pytestmark = pytest.mark.slow
 
 
@@ -115,3 +116,17 @@ def test_one_collective_per_layer_and_direction(resnet50):
     gradients = len(jax.tree.leaves(variables["params"]))
     # One of each layer forward and one backward; the loss, and the gradients.
     assert found["all-reduce"] <= 2 * LAYERS + 1 + gradients
+
+
+def test_its_own_code_in_the_context(resnet50, monkeypatch, x64):
+    """With Flax's layer in the source, run by `replacing_batch_norm`."""
+    model, *arrays = case(resnet50, np.float64)
+    f, arguments = step(model, 1, *arrays)
+    expected = f(*arguments)
+    monkeypatch.setattr(flax.linen, "BatchNorm", FLAX)
+    with bnjax.linen.replacing_batch_norm() as found:
+        f, arguments = step(model, 1, *arrays)
+        replaced = f(*arguments)
+    assert len(found) == LAYERS
+    assert all(each.after == "bnjax.linen.BatchNorm" for each in found.values())
+    assert_trees_close(replaced, jax.tree.map(np.asarray, expected), tol=1e-9)
