@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import _files, convert
-from bnjax.convert import _tree
+from bnjax.convert import _safetensors, _tree
 
 FORMATS = ("orbax", "msgpack", "flax-safetensors", "torch", "torch-safetensors")
 _SUFFIXES = {
@@ -148,7 +148,7 @@ def write(path: Path, format: str, tree: Any) -> None:
     arrays = jax.tree.map(np.asarray, tree)
     try:
         if format in ("flax-safetensors", "torch-safetensors"):
-            convert.save_safetensors(arrays, path)
+            _safetensors.write(arrays, path)
             return
         with _files.replacing(path) as new:
             if format == "orbax":

@@ -225,6 +225,17 @@ def test_nothing_is_half_written(error, tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_a_folder_is_never_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").write_text("all of it")
+    with pytest.raises(IsADirectoryError, match=r"mine is a folder: expected the path"):
+        convert.save_safetensors({"a": np.ones(3)}, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis").read_text() == "all of it"
+    with pytest.raises(FileNotFoundError, match="lies in a folder that does not exist"):
+        convert.save_safetensors({"a": np.ones(3)}, tmp_path / "none" / "model")
+    assert os.listdir(tmp_path) == ["mine"]
+
+
 def test_others_may_read_the_file(tmp_path):
     """As the umask has it, and not as that of a temporary file."""
     plain, path = tmp_path / "plain", tmp_path / "model.safetensors"

@@ -43,6 +43,10 @@ _UNREADABLE = (
     "{path} is no whole file of safetensors ({error}): expected one as it was written. "
     "Copy or download it again."
 )
+_NO_FILE = (
+    "{path} {problem}: expected the path of a file, in a folder that exists. Write "
+    "{example}."
+)
 _UNFIT = (
     "the tree does not fit a file of safetensors, and {path} was not written:{lines}\n"
     "Expected arrays under names without a /, which stands between the levels of a "
@@ -119,6 +123,8 @@ def save_safetensors(tree: Mapping[str, Any], path: str | os.PathLike[str]) -> N
 
     Raises:
         ImportError: safetensors is not installed.
+        IsADirectoryError: `path` is a folder.
+        FileNotFoundError: the folder of `path` does not exist.
         ValueError: names that would not come back as they are, and dtypes that the
             format lacks; lists all of them.
 
@@ -130,7 +136,14 @@ def save_safetensors(tree: Mapping[str, Any], path: str | os.PathLike[str]) -> N
 
     References: huggingface/safetensors: README.md, "Format".
     """
-    package, path = _package(), Path(path)
+    path = Path(path)
+    _check_file(path)
+    write(tree, path)
+
+
+def write(tree: Any, path: Path) -> None:
+    """As `save_safetensors`, but for a folder at `path`, which is replaced too."""
+    package = _package()
     if not isinstance(tree, Mapping):
         raise TypeError(
             f"tree is of type {type(tree).__name__}: expected arrays by name. Write "
@@ -172,6 +185,22 @@ def _package() -> ModuleType:
     except ImportError as error:
         raise ImportError(_NOT_INSTALLED) from error
     return safetensors
+
+
+def _check_file(path: Path) -> None:
+    """Raises unless a file can be at `path`: a folder is never replaced."""
+    if path.is_dir():
+        example = repr(str(path / "model.safetensors"))
+        problem = "is a folder"
+        raise IsADirectoryError(
+            _NO_FILE.format(path=path, problem=problem, example=example)
+        )
+    if not path.parent.is_dir():
+        example = f"os.makedirs({str(path.parent)!r})"
+        problem = "lies in a folder that does not exist"
+        raise FileNotFoundError(
+            _NO_FILE.format(path=path, problem=problem, example=example)
+        )
 
 
 def _named(tree: Any) -> tuple[list[tuple[str, Any]], list[str]]:
