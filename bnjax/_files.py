@@ -20,10 +20,11 @@ def replacing(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".bnjax-", dir=path.parent) as folder:
         new, old = Path(folder) / path.name, Path(folder) / "old"
         yield new
-        if not (path.is_dir() and not path.is_symlink()):
+        is_folder = new.is_dir() or (path.is_dir() and not path.is_symlink())
+        if not is_folder or not os.path.lexists(path):
             os.replace(new, path)
             return
-        os.replace(path, old)  # no folder replaces one that is not empty
+        os.replace(path, old)  # no folder replaces a file, or one that is not empty
         try:
             os.replace(new, path)
         except BaseException:

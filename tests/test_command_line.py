@@ -706,6 +706,21 @@ def test_folders_of_other_things_are_not_replaced(target, folder, capsys):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_folder_takes_the_place_of_a_file(is_link, folder, capsys):
+    WRITERS["in.pth"]("in.pth")
+    (folder / "file").write_text("old")
+    os.symlink("file", "link")
+    target = "link" if is_link else "file"
+    assert run("convert", "in.pth", target, "--overwrite") == 0
+    assert (folder / target / "_METADATA").is_file()
+    assert sorted(os.listdir()) == ["file", "in.pth", "link"]
+    assert (folder / "file").is_file() == is_link  # a link's file stays
+    assert run("convert", "in.pth", target, "--to", "msgpack", "--overwrite") == 0
+    assert _checkpoints.read(folder / target).format == "msgpack"
+    capsys.readouterr()
+
+
 def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
