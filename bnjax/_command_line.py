@@ -118,6 +118,7 @@ def convert(
     format = _checkpoints.format_of(target, to, found.format)
     tree, left_out, notes = _weights_in(source, found)
     arrays = _tree.flat(tree)
+    _check_arrays(source, arrays)
     if dtype is not None:
         tree = _cast(tree, dtype)
     if _checkpoints.is_torch(found.format) == _checkpoints.is_torch(format):
@@ -207,15 +208,8 @@ def _converted(
 
 def _copied(tree: Any) -> _entries.Converted:
     """The tree as it is."""
-    rows, problems = [], []
-    for path, leaf in _tree.flat(tree).items():
-        if hasattr(leaf, "dtype"):
-            shape = _entries.shape_of(leaf)
-            rows.append(_entries.Row(path, shape, path, shape, ""))
-        else:
-            problems.append(f"\n  {path}: a {type(leaf).__name__}")
-    if problems:
-        raise ValueError(f"these entries are no arrays:{''.join(problems)}")
+    shapes = {k: _entries.shape_of(leaf) for k, leaf in _tree.flat(tree).items()}
+    rows = (_entries.Row(path, s, path, s, "") for path, s in shapes.items())
     return _entries.Converted(tree, tuple(rows))
 
 
@@ -226,6 +220,20 @@ def _cast(node: Any, dtype: str) -> Any:
     if not hasattr(node, "dtype") or not jnp.issubdtype(node.dtype, jnp.floating):
         return node
     return node.astype(jnp.dtype(dtype))
+
+
+def _check_arrays(source: Path, leaves: Mapping[str, Any]) -> None:
+    """Raises on counters, words and the like, which have no shape and no dtype."""
+    lines = "".join(
+        f"\n  {path}: a {type(leaf).__name__}"
+        for path, leaf in leaves.items()
+        if not hasattr(leaf, "dtype")
+    )
+    if lines:
+        raise ValueError(
+            f"{source}: these entries are no arrays:{lines}\nExpected arrays "
+            "alone. Take these entries out."
+        )
 
 
 # Options.

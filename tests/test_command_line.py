@@ -662,6 +662,10 @@ def test_other_things_in_a_file(folder, capsys):
         capsys, "convert", "in.pth", "out.st", "--to", "torch-safetensors"
     )
     assert "these entries are no arrays:\n  epoch: a str" in message
+    torch.save({"epoch": 3, "weight": torch.ones(2)}, "in.pth")
+    for options in ([], ["--dtype", "bfloat16"]):
+        message = failing(capsys, "convert", "in.pth", "out", *options)
+        assert "in.pth: these entries are no arrays:\n  epoch: a int" in message
     save_orbax("counts", {"step": np.array(3)})
     message = failing(capsys, "convert", "counts", "out.pth")
     assert "holds no arrays of floats" in message
