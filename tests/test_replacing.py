@@ -299,6 +299,25 @@ def test_the_tools_for_their_models(name, arrays):
     assert_trees_close(replaced, expected, tol=1e-5)
 
 
+def test_what_the_author_calls_moments_stays(arrays):
+    class Author(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            own = self.variable("batch_stats", "own", lambda: {"moments": jnp.ones(2)})
+            own.value = {"moments": own.value["moments"] + 1}
+            return nn.BatchNorm(use_running_average=False, name="moments")(x)
+
+    (x,) = arrays["lifted"]
+    variables = Author().init(jax.random.key(0), x)
+    _, expected = Author().apply(variables, x, mutable=["batch_stats"])
+    with replacing_batch_norm():
+        _, updates = Author().apply(variables, x, mutable=COLLECTIONS)
+    expected = jax.tree.map(np.asarray, expected["batch_stats"])
+    assert_trees_close(updates["batch_stats"], expected, tol=1e-6)
+    assert updates["batch_moments"].keys() == {"moments"}
+    assert updates["batch_moments"]["moments"]["moments"].count == 9
+
+
 def test_jit_serves_each_its_own_program(arrays):
     """One jitted function, inside and outside of contexts: traced once for each."""
     model, (x,) = THEIRS.layer(), arrays["lifted"]

@@ -195,7 +195,9 @@ def _move_moments(scope: Scope) -> None:
 
 def _take_moments(stats: dict[str, Any]) -> dict[str, Any]:
     """Removes all Moments from a tree of dictionaries; returns the tree of them."""
-    taken = {"moments": stats.pop("moments")} if "moments" in stats else {}
+    taken = {}
+    if isinstance(stats.get("moments"), Moments | whiten.CoMoments):
+        taken["moments"] = stats.pop("moments")  # a name that authors use, too
     for name, child in stats.items():
         if isinstance(child, dict) and (below := _take_moments(child)):
             taken[name] = below
