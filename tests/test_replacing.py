@@ -5,6 +5,7 @@ import operator
 import threading
 import types
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -297,6 +298,40 @@ def test_the_tools_for_their_models(name, arrays):
     expected, expected_words = tools(swapped)
     assert words == expected_words
     assert_trees_close(replaced, expected, tol=1e-5)
+
+
+def test_statistics_that_a_loop_carries(arrays):
+    """Their Moments fit nowhere, and the error says so."""
+    (x,) = arrays["lifted"]
+
+    class Loop(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = THEIRS.layer()
+            if self.is_initializing():
+                return layer(x)[0]
+            scan = nn.scan(
+                lambda layer, x, _: layer(x),
+                variable_broadcast="params",
+                variable_carry="batch_stats",
+                split_rngs={"params": False},
+                length=3,
+            )
+            return scan(layer, x, None)[0]
+
+    variables = Loop().init(jax.random.key(0), x)
+    expected = Loop().apply(variables, x, mutable=["batch_stats"])
+    with replacing_batch_norm():
+        updates = Loop().apply(variables, x, mutable=["batch_stats"])
+        with pytest.raises(TypeError) as error:
+            Loop().apply(variables, x, mutable=COLLECTIONS)
+        with pytest.raises(flax.errors.ScopeParamShapeError) as other:
+            Loop().apply(variables, x[:, :3], mutable=COLLECTIONS)  # before the layer
+    assert_trees_close(updates, jax.tree.map(np.asarray, expected), tol=1e-5)
+    notes = " ".join(error.value.__notes__)
+    assert "stored the Moments of Layer_0/BatchNorm_0 among its batch_stats" in notes
+    assert "Leave batch_moments out of mutable" in notes
+    assert not any("Moments" in n for n in getattr(other.value, "__notes__", ()))
 
 
 def test_what_the_author_calls_moments_stays(arrays):
@@ -613,6 +648,7 @@ def test_other_interceptors_see_the_new_layer(arrays):
         ({"use_running_average": True}, ValueError, "keeps its variables"),
         ({"virtual_batch_size": 3}, TypeError, "virtual_batch_size"),
         ({"axis_index_groups": [[0, 1]]}, TypeError, "not hashable.*Write a tuple"),
+        ({"momentum": np.array(0.5)}, TypeError, r"not hashable.*float\(x\) for"),
     ],
 )
 def test_refused(arguments, error, message):

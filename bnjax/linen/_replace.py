@@ -39,11 +39,18 @@ _rules = jax.make_user_context(())
 
 _LAYER = (
     "layer={layer!r}: expected a class of bnjax.linen such as BatchNorm, a subclass of "
-    "one, or a functools.partial of it."
+    "one, or a functools.partial of it with keywords alone."
 )
 _HASHABLE = (
     "{option}={value!r} is not hashable: expected what can be a part of the key of "
-    "jit's cache. Write a tuple for a list."
+    "jit's cache. Write a tuple for a list, and float(x) for an array."
+)
+_AMONG_STATS = (
+    "replacing_batch_norm stored the Moments of {path} among its batch_stats, because "
+    "a lifted transform around it does not name batch_moments. Where the transform "
+    "carries or broadcasts batch_stats, or stacks them along another axis than the "
+    "first, that is an error. Leave batch_moments out of mutable, or name it in the "
+    "variable_axes of the transform: 'batch_moments': 0."
 )
 _NO_MATCH = (
     "where={pattern!r} has matched none of the layers that were called: {paths}. * "
@@ -142,14 +149,19 @@ def _interceptor(rule: _Rule, depth: int, found: dict[str, Replacement]):
         found: gets a Replacement for each layer that is called.
     """
     moments_wanted = False  # by a caller around this call
+    among_stats = ""  # the path of a layer that stores its Moments there
 
     def intercept(run, args, kwargs, context):
-        nonlocal moments_wanted
+        nonlocal moments_wanted, among_stats
         module = context.module
         if not moments_wanted and asks_for("batch_moments", module.scope):
-            moments_wanted = True
+            moments_wanted, among_stats = True, ""
             try:
                 y = replace(run, args, kwargs, context)
+            except Exception as error:
+                if among_stats:
+                    error.add_note(_AMONG_STATS.format(path=among_stats))
+                raise
             finally:
                 moments_wanted = False
             _move_moments(module.scope)
@@ -157,6 +169,7 @@ def _interceptor(rule: _Rule, depth: int, found: dict[str, Replacement]):
         return replace(run, args, kwargs, context)
 
     def replace(run, args, kwargs, context):
+        nonlocal among_stats
         old = context.module
         method = getattr(context.orig_method, "func", None)
         if method is not _FLAX_CALL or old.scope is None:
@@ -173,6 +186,7 @@ def _interceptor(rule: _Rule, depth: int, found: dict[str, Replacement]):
         if new is None:
             return run(*args, **kwargs)
         if moments_wanted and not asks_for("batch_moments", new.scope):
+            among_stats = path
             object.__setattr__(new, "moments_collection", "batch_stats")
         return _call_instead(new, old, *args, **kwargs)
 
