@@ -23,6 +23,19 @@ class Named(nnx.BatchNorm):
     """A class of the model's author that changes no call."""
 
 
+class Scaled(nnx.BatchNorm):
+    """With a variable that an optimizer may know."""
+
+    def __init__(self, num_features, *, rngs):
+        super().__init__(num_features, rngs=rngs)
+        self.gain = nnx.Param(jnp.ones(2))
+
+
+class OurLouder(bnjax.nnx.BatchNorm):
+    def __call__(self, x, *args, **kwargs):
+        return 2 * super().__call__(x, *args, **kwargs)
+
+
 class Louder(nnx.BatchNorm):
     def __call__(self, x, *args, **kwargs):
         return 2 * super().__call__(x, *args, **kwargs)
@@ -157,6 +170,7 @@ def test_where_and_what_is_left():
     model = Model(rngs=nnx.Rngs(0))
     model.list.append(Louder(6, rngs=nnx.Rngs(1)))
     model.list.append(Named(6, rngs=nnx.Rngs(2)))
+    model.list.append(Scaled(6, rngs=nnx.Rngs(3)))
     _, found = bnjax.nnx.replace_batch_norm(model, where=["list/*", "stem/*"])
     reasons = {each.path: (each.after, each.reason) for each in found}
     ours = "bnjax.nnx.BatchNorm", ""
@@ -164,6 +178,8 @@ def test_where_and_what_is_left():
     assert reasons["list/0"] == ours
     assert reasons["list/1"] == (None, "Louder overrides __call__")
     assert reasons["list/2"] == ours
+    assert reasons["list/3"] == (None, "Scaled has variables of its own: gain")
+    assert type(model.list[3]) is Scaled
     assert reasons["stacked"] == (None, "where does not match it")
     assert type(model.list[1]) is Louder
     _, again = bnjax.nnx.replace_batch_norm(model)
@@ -219,6 +235,7 @@ def test_restored_is_as_before():
             "other variables",
         ),
         (nnx.BatchNorm(3, rngs=nnx.Rngs(0)), "is a layer of Flax"),
+        (OurLouder(3, rngs=nnx.Rngs(0)), "OurLouder overrides __call__"),
     ],
 )
 def test_what_cannot_be_restored(layer, reason):
@@ -240,6 +257,13 @@ def test_what_is_lost():
             {"layer": bnjax.nnx.DecorrelatedBatchNorm},
             TypeError,
             "expected BatchNorm, Gh",
+        ),
+        ({"layer": bnjax.BatchNorm}, TypeError, "expected BatchNorm, .* of bnjax.nnx"),
+        ({"layer": "BatchNorm"}, TypeError, "layer='BatchNorm' does not have the var"),
+        (
+            {"layer": functools.partial(bnjax.nnx.BatchNorm, axis=0)},
+            ValueError,
+            "axis=0 is given, but a layer that is replaced keeps",
         ),
         (
             {"use_bias": False},
@@ -403,3 +427,9 @@ def test_options_take_precedence():
     model, _ = bnjax.nnx.replace_batch_norm(model, axis_name="batch", momentum=0.5)
     norm = model.stem.norm
     assert (norm.axis_name, norm.momentum, norm.epsilon) == ("batch", 0.5, 1e-3)
+    part = functools.partial(bnjax.nnx.BatchNorm, momentum=0.5, axis_name="batch")
+    model, _ = bnjax.nnx.replace_batch_norm(
+        Model(rngs=nnx.Rngs(0)), part, axis_name="replicas"
+    )
+    norm = model.stem.norm
+    assert (norm.axis_name, norm.momentum, norm.epsilon) == ("replicas", 0.5, 1e-3)

@@ -1,5 +1,6 @@
 """Other layers in the place of those of a model that somebody else has written."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -36,11 +37,13 @@ def replace_batch_norm(
     Layers that were stacked by `nnx.vmap` stay stacked.
 
     A `SplitBatchNorm` has a row of each variable for each domain: all start as copies,
-    and an optimizer must be made anew.
+    and an optimizer must be made anew. Left are subclasses that override `__call__` or
+    have variables of their own.
 
     Args:
         model: a model, or a layer.
-        layer: a class of `bnjax.nnx` with the variables of `BatchNorm`.
+        layer: a class of `bnjax.nnx` with the variables of `BatchNorm`, or a
+            `functools.partial` of one.
         where: shell patterns for the paths of layers, such as "encoder/*"; * matches
             any characters, also /.
         **options: arguments of `layer`, such as `virtual_batch_size=32`, that take
@@ -64,14 +67,18 @@ def replace_batch_norm(
 
     References: PyTorch's `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
+    if isinstance(layer, functools.partial) and not layer.args:
+        layer, options = layer.func, {**layer.keywords, **options}
+    is_other_class = isinstance(layer, type) and not issubclass(layer, Normalization)
+    if is_other_class or isinstance(layer, nnx.Module) or not callable(layer):
+        raise TypeError(_LAYER.format(layer=layer))
     _replacement.check_options(options, layer)
 
     def make(old: nnx.BatchNorm) -> tuple[Any, str]:
-        kind = type(old)
         if isinstance(old, Normalization):
             return None, "is a layer of bnjax"
-        if kind.__call__ is not nnx.BatchNorm.__call__:
-            return None, f"{kind.__qualname__} overrides __call__"
+        if reason := _of_its_own(old, nnx.BatchNorm.__call__.__module__):
+            return None, reason
         new = _like(old, layer, **options)
         if getattr(new, "statistics", None) != ("mean", "var"):
             raise TypeError(_LAYER.format(layer=layer))
@@ -97,8 +104,9 @@ def restore_batch_norm(
     """Replaces the layers of bnjax in a model by `flax.nnx.BatchNorm`.
 
     The inverse of `replace_batch_norm`, in place. Left are layers with other variables
-    (`SplitBatchNorm`, `DecorrelatedBatchNorm`), and those with an option that Flax does
-    not have, because the model would compute something else.
+    (`SplitBatchNorm`, `DecorrelatedBatchNorm`), subclasses as in `replace_batch_norm`,
+    and those with an option that Flax does not have, because the model would compute
+    something else.
 
     Args:
         model: a model, or a layer.
@@ -122,6 +130,8 @@ def restore_batch_norm(
             return None, "is a layer of Flax"
         if not isinstance(old, nnx.BatchNorm):
             return None, f"{type(old).__name__} has other variables"
+        if reason := _of_its_own(old, "bnjax"):
+            return None, reason
         defaults = {"unbiased": False, "update_stats": None, "frozen": False}
         defaults |= {"skip_nonfinite_updates": False, "activation": None}
         set_options = [n for n, value in defaults.items() if getattr(old, n) != value]
@@ -134,6 +144,25 @@ def restore_batch_norm(
         return new, f"lost: {', '.join(lost)}" if lost else ""
 
     return _replace(model, (nnx.BatchNorm, Normalization), make, where)
+
+
+def _of_its_own(old: Any, library: str) -> str:
+    """What a subclass has that a layer in its place would not have; "" if nothing.
+
+    Args:
+        old: the layer.
+        library: the module, or the package, whose `__call__` it should have.
+    """
+    name = type(old).__qualname__
+    if not f"{type(old).__call__.__module__}.".startswith(f"{library}."):
+        return f"{name} overrides __call__"
+    known = {*_VARIABLES, "steps", "moments"}
+    own = [
+        key
+        for key, value in vars(old).items()
+        if key not in known and isinstance(value, nnx.Variable | nnx.Pytree)
+    ]
+    return f"{name} has variables of its own: {', '.join(own)}" if own else ""
 
 
 def _like(old: Any, layer: Callable[..., Any], **options: Any) -> Any:
