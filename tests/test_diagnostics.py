@@ -639,8 +639,11 @@ def test_updated_is_of_the_same_step_and_model(variables, moments):
     with pytest.raises(ValueError, match=r"updated= without batch_moments: .* Write "):
         diagnostics.report(variables, updated=stats)
     for wrong in ({"first": stats["first"]}, {"batch_stats": stats}):
-        with pytest.raises(ValueError, match=r"updated/\w+ is of None .* \(5,\)"):
+        with pytest.raises(ValueError, match=r"updated/\w+ is missing: .* \(5,\)"):
             diagnostics.report(variables, batch_moments=moments, updated=wrong)
+    wide = jax.tree.map(lambda a: np.ones(7), stats)
+    with pytest.raises(ValueError, match=r"updated/\w+ is of \(7,\) features: .*\(5,"):
+        diagnostics.report(variables, batch_moments=moments, updated=wide)
 
 
 # Replicas.
@@ -913,6 +916,29 @@ def test_the_limit_is_drawn():
     }
     assert drawn[MEAN] == [-0.5, 0.5]
     assert drawn[STD] == pytest.approx([1 / 1.5, 1.5])
+
+
+def test_limits_at_the_ends(variables, moments):
+    """Of 0, where chance alone is the limit; and none at all."""
+    for limit, lines in ((0.0, {-0.0, 0.0}), (np.inf, set())):
+        report = diagnostics.report(
+            variables, batch_moments=moments, largest_drift=limit
+        )
+        figure = report.figure()
+        figure.draw_without_rendering()
+        axes = panels_of(figure)[MEAN]
+        assert {line.get_ydata()[0] for line in axes.lines[2:]} == lines
+        assert np.isfinite(axes.get_ylim()).all()
+    assert not any("drifted" in finding.what for finding in report)
+    for wrong in (-1.0, np.nan):
+        with pytest.raises(ValueError, match=r"largest_drift=.*expected a number >= 0"):
+            diagnostics.report(variables, largest_drift=wrong)
+
+
+def test_a_name_is_no_formula():
+    stats = {"mean": np.zeros(3), "var": np.full(3, 2.0)}
+    figure = diagnostics.report({"batch_stats": {"$x_{1$": stats}}).figure()
+    figure.draw_without_rendering()
 
 
 def test_a_picture_of_many_layers_names_those_with_findings():

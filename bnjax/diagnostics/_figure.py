@@ -121,13 +121,15 @@ def draw_mean_drift(axes: Axes, layers: Layers, limit: float) -> None:
     )
     x, values, reported = by_channel(layers, lambda drift: np.real(drift.mean))
     dots(axes, x, values, reported)
-    farthest = max(np.abs(values).max(), limit)
-    if farthest > 3 * limit:
+    shown = limit if np.isfinite(limit) else 0.0
+    farthest = max(np.abs(values).max(), shown) or 1.0
+    if farthest > 3 * limit > 0:
         axes.set_yscale("symlog", linthresh=limit, linscale=0.7)
         powers = limit * 10.0 ** np.arange(np.log10(farthest / limit) + 0.5)
         ticks(axes, FixedLocator([*-powers[::-1], 0, *powers]), plain)
     axes.set_ylim(-1.3 * farthest, 1.3 * farthest)
-    limits(axes, -limit, limit)
+    if np.isfinite(limit):
+        limits(axes, -limit, limit)
 
 
 def draw_std_drift(axes: Axes, layers: Layers, limit: float) -> None:
@@ -137,10 +139,12 @@ def draw_std_drift(axes: Axes, layers: Layers, limit: float) -> None:
     values = np.maximum(values, 1e-9)  # of layers whose epsilon is 0
     dots(axes, x, values, reported)
     axes.set_yscale("log")
-    top = 1.3 * max(values.max(), 1 / values.min(), 1 + limit)
+    shown = limit if np.isfinite(limit) else 0.0
+    top = 1.3 * max(values.max(), 1 / values.min(), 1 + shown)
     axes.set_ylim(1 / top, top)
     ticks(axes, LogLocator(subs=(1, 2, 5) if top < 20 else (1,)), plain)
-    limits(axes, 1 / (1 + limit), 1 + limit)
+    if np.isfinite(limit):
+        limits(axes, 1 / (1 + limit), 1 + limit)
 
 
 def draw_momentum(axes: Axes, layers: Layers) -> None:
@@ -288,13 +292,16 @@ def label_layers(
 
 
 def shortened(name: str, longest: int = 14) -> str:
-    """The name with long pieces cut in their middles: 'Bottlen…ock_15/norm'."""
+    """The name with long pieces cut in their middles: 'Bottlen…ock_15/norm'.
+
+    A dollar would begin a formula of matplotlib's.
+    """
     half = longest // 2
     pieces = (
         piece if len(piece) <= longest else f"{piece[:half]}…{piece[1 - half :]}"
         for piece in name.split("/")
     )
-    return "/".join(pieces)
+    return "/".join(pieces).replace("$", r"\$")
 
 
 def draw_legend(figure: Figure) -> None:

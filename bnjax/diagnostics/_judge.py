@@ -105,7 +105,8 @@ def report(
             standard deviations away from the running mean, and a standard deviation
             that is more than 1 + L times larger or smaller than the running one, but
             only if chance does not explain it: batches of independent, normal values
-            give a report of drift less than once in 1,000.
+            give a report of drift less than once in 1,000. Infinite for no report of
+            drift.
 
     Returns:
         Report. Iterate over it, print it, or `rich.print` it; draw it with `figure()`.
@@ -113,7 +114,7 @@ def report(
 
     Raises:
         ValueError: no `batch_stats` in `variables`; `batch_moments` or `updated` of
-            other layers; `updated` without `batch_moments`.
+            other layers; `updated` without `batch_moments`; a negative limit.
 
     >>> stats = {"mean": jnp.zeros(3), "var": jnp.array([1.0, 0.5, 0.0])}
     >>> for finding in report({"batch_stats": {"norm": stats}}):
@@ -134,6 +135,11 @@ def report(
     References: Wu & Johnson 2021, section 3 (stale running statistics); Chernoff 1952
     (the bound on chance).
     """
+    if not largest_drift >= 0:
+        raise ValueError(
+            f"largest_drift={largest_drift} is a distance: expected a number >= 0. "
+            "Write largest_drift=1.0, or inf for no report of drift."
+        )
     batch_stats = batch_stats_in(variables)
     running = statistics_of(batch_stats)
     running = {path: running[path] for path in sorted(running, key=_natural)}
@@ -214,12 +220,13 @@ def _checked_updated(
         )
     after = statistics_of(updated)
     for path, stats in running.items():
-        received = None if path not in after else np.shape(after[path]["mean"])
+        received = np.shape(after[path]["mean"]) if path in after else None
         if received != np.shape(stats["mean"]):
+            is_so = "is missing" if received is None else f"is of {received} features"
             raise ValueError(
-                f"updated/{path} is of {received} features: expected "
-                f"{np.shape(stats['mean'])}, as in variables['batch_stats']. Write "
-                "updated=updates['batch_stats'], what apply returns."
+                f"updated/{path} {is_so}: expected {np.shape(stats['mean'])}, as in "
+                "variables['batch_stats']. Write updated=updates['batch_stats'], "
+                "what apply returns."
             )
     return {path: after[path] for path in running}
 
