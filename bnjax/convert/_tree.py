@@ -231,9 +231,8 @@ def _fits(value: np.ndarray, dtype: Any) -> bool:
         dtype, jnp.floating
     ):  # JAX does not promote floats of 8 bits
         narrow, wide = jnp.finfo(value.dtype), jnp.finfo(dtype)
-        return (
-            narrow.nmant <= wide.nmant
-            and narrow.max <= wide.max
+        return narrow.nmant <= wide.nmant and bool(
+            narrow.max <= wide.max
             and narrow.smallest_subnormal >= wide.smallest_subnormal
         )
     return jnp.promote_types(value.dtype, dtype) == dtype
