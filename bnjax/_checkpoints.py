@@ -7,6 +7,7 @@ name may be any; a target by its suffix.
 import contextlib
 import logging
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,9 @@ _NO_CHECKPOINT = "{path} is {what}: " + _EXPECTED + ". {write}"
 _UNREADABLE = (
     "{path} cannot be read as a checkpoint of {format} ({error}): expected a whole "
     "one. Copy or download it again."
+)
+_REWRITE = (
+    "Load it in Python, and write it again: bnjax.convert.save_safetensors(tree, path)."
 )
 _SEVERAL = (
     "{path} holds several {what}: {found}. Expected one of them: write --at {first}."
@@ -191,6 +195,13 @@ def _read_file(path: Path) -> Checkpoint:
 
 def _read_torch(path: Path) -> Any:
     torch = _torch()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if not any(name.endswith("data.pkl") for name in names):
+            what = "a zip file that torch did not write, such as NumPy's .npz"
+            message = _NO_CHECKPOINT.format(path=path, what=what, write=_REWRITE)
+            raise ValueError(message)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # its readers of zip files and pickles raise many
@@ -202,6 +213,10 @@ def _read_torch(path: Path) -> Any:
                 "file, write in Python: torch.save(torch.load(path, "
                 "weights_only=False)['model'], new_path)."
             ) from error
+        if "Unsupported operand" in text:
+            what = "a pickle that torch did not write"
+            message = _NO_CHECKPOINT.format(path=path, what=what, write=_REWRITE)
+            raise ValueError(message) from error
         first = re.split(r"\.\s|\n", text)[0] or type(error).__name__
         message = _UNREADABLE.format(path=path, format="torch", error=first)
         raise ValueError(message) from error

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -647,6 +648,18 @@ def test_other_files(content, match, folder, capsys):
     (folder / "in.pth").write_bytes(content)
     assert match in failing(capsys, "convert", "in.pth", "out")
     assert os.listdir() == ["in.pth"]
+
+
+def test_files_of_other_packages(folder, capsys):
+    tree = {"params": {"kernel": np.ones((3, 4))}}
+    with open("in.pkl", "wb") as file:
+        pickle.dump(tree, file)
+    np.savez("in.npz", **tree["params"])
+    message = failing(capsys, "convert", "in.pkl", "out")
+    assert "in.pkl is a pickle that torch did not write: expected a check" in message
+    assert "write it again: bnjax.convert.save_safetensors(tree, path)" in message
+    message = failing(capsys, "report", "in.npz")
+    assert "in.npz is a zip file that torch did not write, such as NumPy's" in message
 
 
 def test_other_things_in_a_file(folder, capsys):
