@@ -3,6 +3,7 @@
 The model is somebody else's: its layers keep their variables and arguments.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -43,6 +44,15 @@ class Replacement(NamedTuple):
     before: str
     after: str | None
     reason: str = ""
+
+
+def without_partial(
+    layer: Callable[..., Any], options: Mapping[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The layer behind a `functools.partial` of keywords alone, and all options."""
+    if isinstance(layer, functools.partial) and not layer.args:
+        return layer.func, {**layer.keywords, **options}
+    return layer, {**options}
 
 
 def check_options(options: Mapping[str, Any], layer: Callable[..., Any]) -> None:

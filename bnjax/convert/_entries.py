@@ -114,6 +114,7 @@ def to_flax_variables(
     converted: _tree.Flat = {}
     ordered: _tree.Flat = {}  # those whose axes are known
     sources: dict[str, str] = {}
+    before: dict[str, jax.ShapeDtypeStruct] = {}
     moved: dict[str, str] = {}
     left_out: dict[str, str] = {}
     stacked = _tree.stacked(weights, kinds)
@@ -124,6 +125,8 @@ def to_flax_variables(
             continue
         try:
             array = _tree.to_numpy(value)
+            if value is weights[entry]:  # not the rows of a layer, stacked
+                before[entry] = shape_of(array)
             reading = choose_reading(entries, module, name, array)
             if reading is None:
                 left_out[entry] = "left out: not in the Flax model"
@@ -155,13 +158,15 @@ def to_flax_variables(
     targets = {entry: path for path, entry in sources.items()}
     rows = []
     for entry, value in weights.items():
-        before = shape_of(_tree.to_numpy(value))
+        if entry not in before:
+            before[entry] = shape_of(_tree.to_numpy(value))
         if entry in targets:
             path = targets[entry]
-            row = Row(entry, before, path, shape_of(arrays[path]), moved[entry])
+            shape = shape_of(arrays[path])
+            row = Row(entry, before[entry], path, shape, moved[entry])
         else:
             why = left_out.get(entry, "a further row of what the layer stacks")
-            row = Row(entry, before, "", None, why)
+            row = Row(entry, before[entry], "", None, why)
         rows.append(row)
     return Converted(_tree.nested(_tree.boxed(arrays, like)), tuple(rows))
 
@@ -186,9 +191,9 @@ def to_state_dict(
     problems = _tree.Problems()
     converted: _tree.Flat = {}
     sources: dict[str, str] = {}
+    before: dict[str, jax.ShapeDtypeStruct] = {}
     moved: dict[str, str] = {}
-    leaves = _tree.flat(_collections(variables, BUFFERS))
-    for path, value in leaves.items():
+    for path, value in _tree.flat(_collections(variables, BUFFERS)).items():
         collection, *modules, leaf = path.split("/")
         try:
             module = module_of("/".join(modules))
@@ -197,7 +202,7 @@ def to_state_dict(
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
-        moved[path] = axes
+        before[path], moved[path] = shape_of(array), axes
         converted |= arrays
         sources |= dict.fromkeys(arrays, path)
         for entry in arrays if (collection, leaf) == ("batch_stats", "var") else ():
@@ -223,13 +228,12 @@ def to_state_dict(
         elif path == "like":
             rows.append(Row("", None, entry, after, "taken from like"))
         else:
-            before = shape_of(np.asarray(leaves[path]))
-            rows.append(Row(path, before, entry, after, moved[path]))
+            rows.append(Row(path, before[path], entry, after, moved[path]))
     used = set(sources.values())
     for path, leaf in _tree.flat({**variables}).items():
         if path not in used:
-            before = shape_of(leaf) if hasattr(leaf, "dtype") else None
-            rows.append(Row(path, before, "", None, "left out: not in torch"))
+            shape = shape_of(leaf) if hasattr(leaf, "dtype") else None
+            rows.append(Row(path, shape, "", None, "left out: not in torch"))
     return Converted(tree, tuple(rows))
 
 

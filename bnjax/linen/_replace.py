@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fnmatch
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,8 +116,7 @@ def replacing_batch_norm(
     References: flax.linen.intercept_methods; PyTorch's
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
-    if isinstance(layer, functools.partial) and not layer.args:
-        layer, options = layer.func, {**layer.keywords, **options}
+    layer, options = _replacement.without_partial(layer, options)
     if not (isinstance(layer, type) and issubclass(layer, Normalization)):
         raise TypeError(_LAYER.format(layer=layer))
     _replacement.check_options(options, layer)

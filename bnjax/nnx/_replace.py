@@ -1,6 +1,5 @@
 """Other layers in the place of those of a model that somebody else has written."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -67,8 +66,7 @@ def replace_batch_norm(
 
     References: PyTorch's `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
-    if isinstance(layer, functools.partial) and not layer.args:
-        layer, options = layer.func, {**layer.keywords, **options}
+    layer, options = _replacement.without_partial(layer, options)
     is_other_class = isinstance(layer, type) and not issubclass(layer, Normalization)
     if is_other_class or isinstance(layer, nnx.Module) or not callable(layer):
         raise TypeError(_LAYER.format(layer=layer))
