@@ -19,7 +19,7 @@ import bnjax
 Record = dict[str, Any]
 
 HERE = Path(__file__).parents[1]
-PLACES = "data_dir", "out", "record", "smoke", "plot_only"
+PLACES = "data_dir", "out", "part", "record", "smoke", "plot_only"
 """The settings that do not change a result."""
 
 
@@ -27,7 +27,7 @@ class Log:
     """A JSON-lines file that one run is appended to, record by record.
 
     Each record is one line, on disk once `add` returns, with the fields `kind`, `run`
-    and `seconds` (since the start).
+    and `seconds` (since the start). Several processes may append to one file.
     """
 
     def __init__(self, path: Path, digits: int | None = 6):
@@ -41,8 +41,8 @@ class Log:
         self._start = time.perf_counter()
         self._digits = digits
         self.run = uuid.uuid4().hex[:12]
-        self._file = path.open("a", encoding="utf-8")
-        self._file.write("" if whole else "\n")
+        self._file = path.open("ab", buffering=0)  # each line in one write
+        self._file.write(b"" if whole else b"\n")
 
     def __enter__(self) -> Self:
         return self
@@ -59,10 +59,8 @@ class Log:
         """Appends one record; numbers that are not finite become null."""
         seconds = time.perf_counter() - self._start
         record = {"kind": kind, "run": self.run, "seconds": seconds, **fields}
-        self._file.write(
-            json.dumps(plain(record, self._digits), allow_nan=False) + "\n"
-        )
-        self._file.flush()
+        line = json.dumps(plain(record, self._digits), allow_nan=False)
+        self._file.write(f"{line}\n".encode())
 
 
 def read(path: Path) -> list[Record]:

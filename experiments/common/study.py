@@ -4,6 +4,11 @@ What decides the result of one training is a cell, a frozen dataclass. Each resu
 one line in the experiment's file, with its cell; a cell whose line is there is not
 trained again. If a run was stopped, repeat the command to continue. Results are cached
 by `Cell`, not by code: after changing the code use a new --out.
+
+Networks as small as these use one core. Two processes share the trainings of a run:
+
+    python -m experiments.normalizers --part 1 2 & python -m experiments.normalizers \
+        --part 2 2; wait; python -m experiments.normalizers --plot-only
 """
 
 import dataclasses
@@ -57,6 +62,8 @@ class Settings(Output):
 
     data_dir: Path | None = None
     """A local copy of the data; see experiments/common/images.py."""
+    part: tuple[int, int] = (1, 1)
+    """K N: run only the K-th of N parts of the trainings, and draw nothing."""
 
 
 class Trained(NamedTuple):
@@ -124,6 +131,8 @@ def _main(study: Study, config: Any) -> int:
     path, folder = results.places(study.name, config.out, config.record)
     if not config.plot_only:
         complete(study, config, path, console)
+    if config.part != (1, 1):
+        return 0
     found = load(study, config, path)
     console.print(*study.report(config, found), sep="\n", highlight=False)
     drawn = study.draw(config, found, folder)
@@ -133,9 +142,19 @@ def _main(study: Study, config: Any) -> int:
 
 
 def complete(study: Study, config: Any, path: Path, console: Console) -> None:
-    """Trains the cells that the file has no result of, and appends theirs."""
+    """Trains the cells that the file has no result of, and appends theirs.
+
+    Raises:
+        ValueError: a part that does not exist.
+    """
+    part, parts = config.part
+    if not 1 <= part <= parts:
+        raise ValueError(
+            f"received part {part} of {parts}: expected 1 to {max(parts, 1)} of at "
+            "least 1, as in --part 1 2"
+        )
     known = finished(path)
-    cells = dict.fromkeys(study.cells(config))  # each once
+    cells = list(dict.fromkeys(study.cells(config)))[part - 1 :: parts]  # each once
     missing = [cell for cell in cells if key(cell) not in known]
     if not missing:
         return

@@ -10,7 +10,7 @@ import pytest
 
 import experiments
 from experiments import small_batch
-from experiments.common import results, study
+from experiments.common import intervals, results, study
 
 pytestmark = pytest.mark.experiment
 
@@ -67,3 +67,77 @@ def test_records_survive_a_line_that_was_cut_off(tmp_path):
     assert first == {"kind": "run"}
     assert (second["value"], second["array"]) == (None, [1.5, None])
     assert second["run"] == log.run
+
+
+def counting_study(trained):
+    """Ten trainings, whose result is their number."""
+
+    def train(config, cells):
+        for cell in cells:
+            trained.append(cell)
+            yield study.Trained(cell, {"number": cell.seed})
+
+    cells = [
+        small_batch.make_cell(small_batch.Config(), "ghost", 4, "mixed", s, 0.1)
+        for s in range(10)
+    ]
+    drawn = []
+    made = study.Study(
+        "counting",
+        lambda config: cells,
+        train,
+        lambda config, found: [],
+        lambda config, found, folder: drawn.append(len(found)) or [],
+        smoke={},
+    )
+    return made, cells, drawn
+
+
+def test_parts_share_the_trainings(tmp_path):
+    """Each training is in one part; a part draws nothing, all of them are drawn."""
+    trained = []
+    made, cells, drawn = counting_study(trained)
+    for part, expected in ((2, cells[1::3]), (3, cells[2::3]), (1, cells[::3])):
+        trained.clear()
+        config = small_batch.Config(out=tmp_path, part=(part, 3))
+        assert study.main(made, config) == 0
+        assert trained == expected
+    assert not drawn
+    trained.clear()
+    assert study.main(made, small_batch.Config(out=tmp_path)) == 0
+    assert not trained
+    assert drawn == [10]
+
+
+@pytest.mark.parametrize("part", [(0, 2), (3, 2), (1, 0)])
+def test_a_part_that_does_not_exist(tmp_path, capsys, part):
+    made, _, _ = counting_study([])
+    assert study.main(made, small_batch.Config(out=tmp_path, part=part)) == 1
+    assert f"received part {part[0]} of {part[1]}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_records_of_two_processes(tmp_path):
+    """Long records that two logs write to one file at the same time stay whole."""
+    path = tmp_path / "results.jsonl"
+    with results.Log(path) as first, results.Log(path) as second:
+        for number in range(20):
+            first.add("cell", number=number, curve=[0.123456] * 5_000)
+            second.add("cell", number=-number, curve=[0.123456] * 5_000)
+    found = [record["number"] for record in results.read(path)]
+    assert found == [sign * n for n in range(20) for sign in (1, -1)]
+
+
+def test_intervals():
+    """Student's t of two degrees of freedom, from a table: 4.303 (95 %), 2.920 (90)."""
+    values = np.array([1.0, 2.0, 6.0])
+    error = np.sqrt(7 / 3)  # of the mean: the deviation is sqrt(7)
+    found = intervals.interval(values)
+    assert found.mean == 3
+    assert found.half == pytest.approx(4.303 * error, rel=1e-3)
+    assert (found.low, found.high) == (3 - found.half, 3 + found.half)
+    assert intervals.interval(values, 0.9).half == pytest.approx(
+        2.920 * error, rel=1e-3
+    )
+    assert str(intervals.Interval(-1.26, 0.84)) == "-1.3 ± 0.8"
+    assert intervals.interval(values[:1]) == (1.0, np.inf)
