@@ -22,8 +22,9 @@ class Interval(NamedTuple):
         return self.mean + self.half
 
     def __str__(self) -> str:
-        """With its sign, as is usual for differences: "+1.2 ± 0.8"."""
-        return f"{self.mean:+.1f} ± {self.half:.1f}"
+        """With its sign, as is usual for differences: "+1.2 ± 0.8", or "+1.2"."""
+        half = f" ± {self.half:.1f}" if np.isfinite(self.half) else ""
+        return f"{self.mean:+.1f}{half}"
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> Interval:

@@ -141,3 +141,4 @@ def test_intervals():
     )
     assert str(intervals.Interval(-1.26, 0.84)) == "-1.3 ± 0.8"
     assert intervals.interval(values[:1]) == (1.0, np.inf)
+    assert str(intervals.interval(values[:1])) == "+1.0"

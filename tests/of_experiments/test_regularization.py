@@ -1,7 +1,6 @@
 """Regularizers with and without batch normalization: each part, and the experiment."""
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ from helpers import assert_close
 from jax import lax
 
 from experiments import regularization
-from experiments.common import study
+from experiments.common import convnet, study
 from experiments.common.images import Split
 from experiments.common.results import read
 
@@ -27,112 +26,9 @@ def changed(**others) -> regularization.Cell:
     return dataclasses.replace(BASE, **others)
 
 
-# ---- the order of the examples ----
-
-
-def epochs(shuffling, examples=57, size=5, count=4):
-    whole = examples // size
-    drawn = regularization.batches(
-        changed(
-            seed=3,
-            images=examples,
-            steps=count * whole,
-            batch_size=size,
-            shuffling=shuffling,
-        )
-    )
-    assert drawn.shape == (count * whole, size)
-    return drawn.reshape(count, -1)
-
-
-def test_orders():
-    full, shards, none = map(epochs, ("full", "within shards", "none"))
-    for orders in (full, shards, none):
-        np.testing.assert_array_equal(orders[0], none[0])  # all begin alike
-        for epoch in orders:
-            assert len(set(epoch)) == 55
-            assert set(epoch) <= set(range(57))
-    assert (none == none[0]).all()
-    for later in full[1:]:
-        assert set(later[:11]) != set(full[0][:11])
-    pieces = [np.array_split(epoch, 10) for epoch in shards]
-    for epoch in pieces[1:]:
-        for here, first in zip(epoch, pieces[0], strict=True):
-            assert set(here) == set(first)
-    assert all((a != b).any() for a, b in itertools.pairwise(shards))
-
-
-# ---- augmentation ----
-
-
 @pytest.fixture
 def images():
     return np.random.default_rng(0).integers(1, 256, (200, 6, 5, 3), np.uint8)
-
-
-def test_moved_images(images):
-    found = np.asarray(regularization.move(jax.random.key(0), images, 1))
-    assert found.dtype == np.uint8
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    places = []
-    for image, frame in zip(found, padded, strict=True):
-        options = {
-            (t, s): frame[t : t + 6, s : s + 5] for t in range(3) for s in range(3)
-        }
-        (place,) = (p for p, o in options.items() if (o == image).all())
-        places.append(place)
-    assert len(set(places)) == 9
-
-
-def test_distorted_images(images, monkeypatch):
-    found = np.asarray(regularization.distort(jax.random.key(0), images, 255.0))
-    assert found.dtype == np.float32
-    assert (found.min(), found.max()) == (0, 255)
-    same = np.full((50, 2, 2, 1), 100, np.uint8)
-    each = np.asarray(regularization.distort(jax.random.key(0), same, 255.0))[
-        :, 0, 0, 0
-    ]
-    assert len(set(each)) == 50  # each by itself
-    assert 50 <= each.min() < 60 < 140 < each.max() <= 150
-
-    def constant(key, shape, dtype, low, high):
-        return jnp.full(shape, 0.8, dtype)
-
-    monkeypatch.setattr(jax.random, "uniform", constant)
-    x = 0.8 * images.astype(np.float64)
-    x = 0.8 * x + 0.2 * x.mean((1, 2, 3), keepdims=True)
-    x = 0.8 * x + 0.2 * x.mean(3, keepdims=True)
-    key = jax.random.key(1)
-    assert_close(regularization.distort(key, images, 255.0), x)
-    assert_close(regularization.distort(key, images, 90.0), np.minimum(x, 90))
-
-
-def test_augmentation(images):
-    key = jax.random.key(0)
-    found = {
-        (data, kind): np.asarray(
-            regularization.augment(changed(data=data, augmentation=kind), key, images)
-        )
-        for data in ("digits", "cifar10")
-        for kind in ("none", "weak", "strong")
-    }
-    for data in ("digits", "cifar10"):
-        np.testing.assert_array_equal(found[data, "none"], images)
-        assert (found[data, "weak"] == 0).any()  # borders; no pixel was black
-        assert found[data, "strong"].dtype == np.float32
-    middle = found["digits", "weak"][:, 1:-1, 1:-1]
-    assert (found["digits", "strong"].max(), middle.max()) == (1, 255)
-    still = regularization.TASKS["cifar10"]._replace(padding=0)
-    regularization.TASKS["still"] = still
-    try:
-        cell = changed(data="still", augmentation="weak")
-        mirrored = np.asarray(regularization.augment(cell, key, images))
-    finally:
-        del regularization.TASKS["still"]
-    same = (mirrored == images).all((1, 2, 3))
-    other = (mirrored == images[:, :, ::-1]).all((1, 2, 3))
-    assert (same ^ other).all()
-    assert 70 < same.sum() < 130
 
 
 # ---- the network ----
@@ -149,7 +45,9 @@ def lrn(x, alpha):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_network(images, normalize, data):
     """LRN of pixels up to 255 after the first two convolutions; BN, or a bias."""
-    cell = changed(widths=(4, 6, 8), strides=(1, 2, 1), normalize=normalize, data=data)
+    cell = changed(
+        widths=(4, 6, 8), strides=(1, 2, 1), normalize=normalize, data=data, lrn=True
+    )
     net = regularization.Network(cell)
     variables = net.init(jax.random.key(0), images[:2], train=False)
     params = variables["params"]
@@ -213,33 +111,34 @@ def test_decay_is_of_kernels():
 
 
 def test_cells_that_differ_in_strengths_are_compiled_once():
-    data = regularization.load("digits", None)
-    small = changed(widths=(4,), strides=(4,), steps=12, batch_size=10, lrn=False)
+    data = convnet.load("digits")._asdict()
+    small = changed(
+        data="digits", widths=(4,), strides=(4,), steps=12, batch_size=10, images=90
+    )
     step, found = regularization.train_step, []
     before = step._cache_size()
-    for others in (
-        {},
-        {"seed": 1},
-        {"rate": 1.0},
-        {"decay": 0.5},
-        {"shuffling": "none"},
-    ):
-        cell = dataclasses.replace(small, images=90, **others)
-        found.append(regularization.train_cell(cell, data)["error"])
+    for others in ({}, {"seed": 1}, {"rate": 1.0}, {"l2": 0.5}):
+        cell = dataclasses.replace(small, **others)
+        found.append(regularization.train_cell(cell, data)["training"])
     assert step._cache_size() == before + 1
     assert len(set(found)) > 1
 
 
 def test_the_error_is_of_the_images_asked_for(monkeypatch):
-    data = regularization.load("digits", None)
+    data = convnet.load("digits")._asdict()
     counts = {"train": 1097, "validation": 300, "test": 400}
     assert {name: len(split.labels) for name, split in data.items()} == counts
-    assert set(np.unique(data["train"].images)) == {0, 1}
+    right = {400: 3, 300: 5, 90: 7}  # by the number of images
+    monkeypatch.setattr(
+        regularization, "evaluate", lambda cell, variables, part: right[len(part[1])]
+    )
     for measured in ("test", "validation"):
-        monkeypatch.setattr(regularization, "evaluate", lambda *_: 3)
-        short = changed(widths=(4,), strides=(4,), steps=1, measured=measured)
-        error = regularization.train_cell(short, data)["error"]
-        assert error == pytest.approx(1 - 3 / counts[measured])
+        short = changed(data="digits", widths=(4,), strides=(4,), steps=1, images=90)
+        short = dataclasses.replace(short, measured=measured)
+        found = regularization.train_cell(short, data)
+        count = counts[measured]
+        assert found["error"] == pytest.approx(1 - right[count] / count)
+        assert found["training"] == pytest.approx(1 - 7 / 90)
 
 
 def test_right_answers(images):
@@ -254,36 +153,28 @@ def test_right_answers(images):
 # ---- the experiment ----
 
 
-def test_what_is_removed():
-    expected = {
-        "dropout": {"dropout"},
-        "four fifths of L2": {"decay"},
-        "L2": {"decay"},
-        "LRN": {"lrn"},
-        "distortions": {"augmentation"},
-        "augmentation": {"augmentation"},
-        "shuffling across shards": {"shuffling"},
-        "all shuffling": {"shuffling"},
-        "as in the paper": {"dropout", "decay", "lrn", "augmentation"},
-        "all but shuffling": {"dropout", "decay", "lrn", "augmentation"},
-    }
-    base = dataclasses.asdict(BASE)
+def test_what_is_changed():
+    """Each cell differs from that of no change in what its name says."""
     cells = {
-        name: dataclasses.asdict(regularization.cell_of(CONFIG, True, name, 0))
-        for name in regularization.REMOVED
+        name: regularization.cell_of(CONFIG, True, name, 0)
+        for name in regularization.CHANGES
     }
-    differ = {
-        name: {field for field in base if cell[field] != base[field]}
-        for name, cell in cells.items()
+    found = {name: (c.dropout, c.l2, c.lrn) for name, c in cells.items()}
+    assert found == {
+        "nothing": (0.4, 2e-3, False),
+        "no dropout": (0.0, 2e-3, False),
+        "a fifth of L2": (0.4, 4e-4, False),
+        "no L2": (0.4, 0.0, False),
+        "no dropout, a fifth of L2": (0.0, 4e-4, False),
+        "no dropout, no L2": (0.0, 0.0, False),
+        "LRN as well": (0.4, 2e-3, True),
     }
-    assert differ == {regularization.NOTHING: set(), **expected}
-    assert cells["four fifths of L2"]["decay"] == pytest.approx(1e-4)
-    assert cells["as in the paper"]["augmentation"] == "weak"
+    others = {(c.data, c.seed, c.rate, c.images, c.steps) for c in cells.values()}
+    assert others == {("cifar10", 0, 0.1, 10_000, 4_000)}
 
 
 @pytest.mark.parametrize(
-    ("config", "count"),
-    [(CONFIG, 44), (regularization.Config(tune=True, seeds=(0,)), 16)],
+    ("config", "count"), [(CONFIG, 42), (regularization.Config(tune=True), 12)]
 )
 def test_committed_records_are_of_these_cells(config, count):
     found = study.load(regularization.STUDY, config, RESULTS)
@@ -292,15 +183,40 @@ def test_committed_records_are_of_these_cells(config, count):
     assert measured == {"validation" if config.tune else "test"}
 
 
-def test_changes_are_taken_seed_by_seed():
-    config = regularization.Config(removed=("L2",))
-    every = regularization.cells(config)
-    found = dict(zip(every, [{"error": e} for e in (0.10, 0.20, 0.13, 0.23, 0.5)]))
+def test_two_parts_share_the_kinds():
+    """Of two parts, one trains the networks with batch normalization."""
+    cells = regularization.cells(CONFIG)
+    assert {c.normalize for c in cells[::2]} == {True}
+    assert {c.normalize for c in cells[1::2]} == {False}
+
+
+def made_up(config):
+    """Errors of three seeds: with BN no dropout costs 1, 2 and 3 points, without 4."""
+    found = {}
+    for cell in regularization.cells(config):
+        error = 0.3 + 0.05 * cell.seed
+        if cell.dropout == 0:
+            error += 0.01 * (cell.seed + 1) if cell.normalize else 0.04
+        found[cell] = {"error": error, "training": 0.125}
+    return found
+
+
+def test_costs_are_taken_seed_by_seed():
+    config = regularization.Config(changes=("no dropout",))
+    found = made_up(config)
+    (known,) = regularization.findings(config, found).values()
+    half = 4.303 / np.sqrt(3)  # of a deviation of 1, by Student's t
+    assert known.with_bn == pytest.approx((2, half), rel=1e-3)
+    assert known.without_bn == pytest.approx((4, 0))
+    assert known.less == pytest.approx((2, half), rel=1e-3)
     _, table = regularization.report(config, found)
     columns = [list(column.cells) for column in table.columns]
-    assert columns[1] == ["15.0 ± 7.1", "18.0 ± 7.1"]
-    assert columns[2] == ["", "+3.0 ± 0.0"]
-    assert columns[3] == ["nan ± nan", "nan ± nan"]  # not all seeds are trained yet
+    assert columns[1] == ["35.0 ± 5.0", "37.0 ± 6.0"]
+    assert columns[2] == ["12.5 ± 0.0"] * 2
+    assert columns[3] == ["", "+2.0 ± 2.5"]
+    assert columns[7] == ["", "+2.0 ± 2.5"]
+    found.popitem()  # not all seeds are trained yet
+    assert np.isnan(regularization.findings(config, found)["no dropout"].less.mean)
 
 
 def test_smoke(tmp_path, monkeypatch):
@@ -312,10 +228,11 @@ def test_smoke(tmp_path, monkeypatch):
     first, *found, last = read(path)
     assert {"versions", "hardware", "commit", "time"} <= first.keys()
     assert (last["kind"], last["finished"]) == ("end", True)
-    which = [(r["cell"]["normalize"], r["cell"]["shuffling"]) for r in found]
-    assert which == [(n, o) for n in (True, False) for o in ("full", "none")]
+    which = [(r["cell"]["normalize"], r["cell"]["dropout"]) for r in found]
+    assert which == [(n, d) for d in (0.4, 0.0) for n in (True, False)]
     for record in found:
         assert 0 < record["result"]["error"] < 1
+        assert 0 < record["result"]["training"] < 1
     records, drawn = path.read_bytes(), picture.read_bytes()
     assert len(drawn) > 20_000
 
@@ -323,17 +240,19 @@ def test_smoke(tmp_path, monkeypatch):
     monkeypatch.setattr(
         regularization,
         "train_cell",
-        lambda cell, data: trained.append(cell.shuffling) or {"error": 0.5},
+        lambda cell, data: (
+            trained.append(cell.normalize) or {"error": 0.5, "training": 0.5}
+        ),
     )
     assert study.main(regularization.STUDY, config) == 0
     assert (path.read_bytes(), picture.read_bytes()) == (records, drawn)
     assert not trained
     path.write_bytes(b"".join(records.splitlines(True)[:4])[:-30])  # cut off
     assert study.main(regularization.STUDY, config) == 0
-    assert trained == ["full", "none"]
+    assert trained == [True, False]
 
 
 def test_refuses(tmp_path, capsys):
-    config = regularization.Config(out=tmp_path, removed=("L2", "bias"))
+    config = regularization.Config(out=tmp_path, changes=("no L2", "bias"))
     assert study.main(regularization.STUDY, config) == 1
-    assert "received {'bias'} to be removed" in capsys.readouterr().out
+    assert "received the changes {'bias'}" in capsys.readouterr().out
