@@ -1,44 +1,21 @@
 """Batch, layer, group and weight normalization, whitening, and none: steps and time.
 
+    python -m experiments.normalizers --tune         # the learning rates
     python -m experiments.normalizers
-    python -m experiments.normalizers --data cifar10
+    python -m experiments.normalizers --data digits
 
-Time: four minutes on two busy CPU cores (CIFAR-10 was never run in full); with --smoke
-some seconds.
+Time on one CPU core: 20 minutes with --tune, then 10 for the comparison (it uses the
+trainings of --tune again); with --smoke some seconds. Two processes can share them, see
+`common/study.py`.
 
 Expected, at batches of 128: counted in steps, batch normalization and whitening need
 the fewest. On ImageNet with ResNet-50 (Wu & He 2018) group, layer and weight norm have
 0.5, 1.7 and 4.6 points more error than batch norm; no normalization should be last.
 Counted in time, whitening loses what it gains.
 
-Measured (digits, 3 seeds, jax 0.10.2, two cores of an AMD EPYC). The column "steps" is
-the number of steps until the test error first reaches 7.0 %, the final error without
-normalization, measured every 20 steps; "seconds" is the time of these steps without
-compilation:
+Measured:
 
-    method                 rate   test error (%)   ms per step   steps   seconds
-    batch norm             1      6.1 ± 0.4        1.7           100     0.2
-    whitening (eigh)       1      5.7 ± 1.0        2.3           280     0.6
-    whitening (Newton)     1      5.7 ± 0.5        2.4           100     0.2
-    group norm             0.3    5.8 ± 1.2        1.8            60     0.1
-    layer norm             0.3    5.9 ± 0.8        1.7            60     0.1
-    weight norm            0.3    6.4 ± 0.5        1.5           100     0.2
-    none                   0.3    7.0 ± 0.7        1.5           180     0.3
-
-The table does not rank the methods. The errors of the normalizations differ by 0.7
-points or less, and the standard deviations over seeds reach 1.2 points. 300 validation
-images are too few to choose the rate: they chose 0.3 for the network without
-normalization (7.0 %), although 0.03 gives 5.8 %. At the rates with the lowest test
-error the methods have errors between 5.0 and 5.8 %, which is no ranking either. The
-task, 8x8 pixels, is too easy for three convolutions.
-
-Which learning rates each method tolerates is clear. At rate 1 batch norm (error 6.1 %),
-whitening (eigh and Newton, 5.7 %) and group norm (6.7 %) still train. Layer norm
-(mean error 37 %) and weight norm (68 %) fail from some seeds. The network without
-normalization (92 %) fails from all seeds.
-
-A step with whitening takes 1.35 to 1.43 times as long as a step with batch norm. A step
-without normalization takes 0.88 times as long.
+TO BE MEASURED
 
 The network is in `common/convnet.py`: convolutions of 3x3, each followed by a
 normalization and a ReLU, then the mean over positions and a linear layer. The pixels of
@@ -51,11 +28,15 @@ and 12 on CIFAR-10.
 
 The optimizer is gradient descent with Nesterov momentum 0.9 and batches of 128. The
 learning rate rises to its peak during the first tenth of the steps, then falls as a
-cosine. The peak rate is chosen separately for each method, from one grid, by validation
-accuracy. The curves of the test error use at most 1,000 test images; the final test
-error uses all. The time of a step is the median of many steps, without compilation; all
-methods are timed in one process, in turns. The picture multiplies this time by the
-number of steps.
+cosine. The peak rate of each method is the one of `RATES`: with --tune, each method is
+trained at all rates of one grid, from one seed, and the rate with the lowest error on
+held-out images is its best. A seed gives all methods the same batches; differences to
+batch norm are taken seed by seed, with 95 % confidence intervals.
+
+The curves of the test error use at most 1,000 test images; the final test error uses
+all. The time of a step is the median of many steps, without compilation; all methods
+are timed in one process, in turns. The picture multiplies this time by the number of
+steps.
 
 To change the data or the sizes of the network, see `convnet.TASKS`; a normalization,
 `normalize`; the optimizer, `train_step`; the schedule, `run`. If a run was stopped,
@@ -88,6 +69,7 @@ from rich.table import Table
 import bnjax
 from experiments.common import convnet, panels, study
 from experiments.common.images import Dataset, Split, draw_batches
+from experiments.common.intervals import Interval, interval
 from experiments.common.rates import ByRate, percent
 from experiments.common.results import Record
 from experiments.common.study import Study, Trained
@@ -111,8 +93,29 @@ LABELS_AND_COLOURS = {
     "weight": ("weight norm", "#e69f00"),
     "none": ("none", "#d55e00"),
 }
-STEPS = {"digits": 300, "cifar10": 350}
-SEEDS = {"digits": (0, 1, 2), "cifar10": (0,)}
+STEPS = {"digits": 300, "cifar10": 1_000}
+RATES: dict[str, dict[Method, float]] = {
+    "digits": {
+        "batch": 1.0,
+        "whitening_eigh": 1.0,
+        "whitening_newton": 1.0,
+        "group": 0.3,
+        "layer": 0.3,
+        "weight": 0.3,
+        "none": 0.3,
+    },
+    "cifar10": {  # TO BE TUNED
+        "batch": 0.1,
+        "whitening_eigh": 0.1,
+        "whitening_newton": 0.1,
+        "group": 0.1,
+        "layer": 0.1,
+        "weight": 0.1,
+        "none": 0.1,
+    },
+}
+"""The peak learning rate of each method, chosen by --tune."""
+TRAINS = 0.8  # a network trains if its error is lower; chance is 0.9
 WHITENING_GROUP_SIZE = {"digits": 16, "cifar10": 12}  # channels
 BATCH_SIZE = 128
 CURVE_IMAGES = 1_000  # the number of test images for a point of a curve
@@ -122,17 +125,19 @@ CURVE_IMAGES = 1_000  # the number of test images for a point of a curve
 class Config(study.Settings):
     """The settings of a run; each is an option of the command line."""
 
-    data: Literal["digits", "cifar10"] = "digits"
-    """The images. The digits come with scikit-learn; CIFAR-10 is downloaded once."""
+    data: Literal["cifar10", "digits"] = "cifar10"
+    """The images. CIFAR-10 is downloaded once; the digits come with scikit-learn."""
     methods: tuple[Method, ...] = get_args(Method)
     """The methods to compare; whitening_eigh is DBN, whitening_newton is IterNorm."""
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
-    """Peak learning rates to try, the same for all methods."""
-    seeds: tuple[int, ...] | None = None
-    """Random seeds of the initial weights and batches. None: 0 1 2, for CIFAR-10 0."""
+    tune: bool = False
+    """Only compare peak learning rates, by the error on held-out images."""
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    """Peak learning rates that --tune tries, the same for all methods."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Random seeds of the initial weights and batches; --tune uses the first."""
     steps: int | None = None
-    """Number of training steps. None: 300 for the digits, 350 for CIFAR-10."""
-    points: int = 15
+    """Number of training steps. None: 1,000 for CIFAR-10, 300 for the digits."""
+    points: int = 20
     """Points per curve."""
     seconds: float = 30.0
     """Seconds that timing the steps of all methods takes."""
@@ -160,14 +165,24 @@ class Timing:
 
 
 def cells(config: Config) -> list[Cell | Timing]:
-    """The timing, then every training of a run, those of one method side by side."""
+    """Every training of a run, after the timing; --tune has no timing.
+
+    The trainings of two methods alternate, so that of two processes that share them
+    (--part 1 2 and --part 2 2) each compiles one of the two.
+    """
     steps = config.steps or STEPS[config.data]
-    seeds = config.seeds or SEEDS[config.data]
-    trainings = [
-        Cell(config.data, method, rate, seed, steps, config.points)
-        for method, rate, seed in itertools.product(config.methods, config.rates, seeds)
-    ]
-    return [Timing(config.data, config.methods, config.seconds), *trainings]
+    seeds = config.seeds[:1] if config.tune else config.seeds
+    tried = config.rates if config.tune else (None,)
+    listed: list[Cell | Timing] = []
+    if not config.tune:
+        listed.append(Timing(config.data, config.methods, config.seconds))
+    for first in range(0, len(config.methods), 2):
+        pair = config.methods[first : first + 2]
+        for seed, rate, method in itertools.product(seeds, tried, pair):
+            rate = rate or RATES[config.data][method]
+            cell = Cell(config.data, method, rate, seed, steps, config.points)
+            listed.append(cell)
+    return listed
 
 
 # Model
@@ -374,15 +389,81 @@ def step_seconds(results: dict[Any, Record]) -> dict[str, float]:
 
 
 def report(config: Config, results: dict[Any, Record]) -> list[Table]:
-    """The errors of all methods at all rates, then `summary`."""
+    """`summary`; with --tune, the errors on held-out images and `tuned`."""
     trainings = by_rate(results)
+    if not config.tune:
+        return [summary(findings(config, results), trainings, step_seconds(results))]
 
     def error(method: str, rate: float) -> str:
-        return percent(1 - trainings.of(method, rate, "final"))
+        return percent(1 - trainings.of(method, rate, "validation"))
 
-    title = "test error (%) at rate"
-    errors = trainings.table(title, config.rates, error, label_of)
-    return [errors, summary(trainings, step_seconds(results))]
+    title = "held-out error (%) at rate"
+    return [
+        trainings.table(title, config.rates, error, label_of),
+        tuned(trainings),
+    ]
+
+
+def tuned(trainings: ByRate) -> Table:
+    """The best rate of each method, and the largest one at which it trains."""
+    title = f"largest rate with an error below {TRAINS:.0%}"
+    table = Table("method", "best rate", title, box=box.MARKDOWN)
+    for method in trainings.names():
+        best, largest = trainings.best(method), largest_rate(trainings, method)
+        table.add_row(label_of(method), f"{best:g}", f"{largest:g}")
+    return table
+
+
+def largest_rate(trainings: ByRate, method: str) -> float:
+    """The largest rate at which a method trains, by held-out images; NaN for none."""
+    return max(
+        (
+            rate
+            for rate in trainings.rates(method)
+            if 1 - trainings.of(method, rate, "validation").mean() < TRAINS
+        ),
+        default=np.nan,
+    )
+
+
+class Finding(NamedTuple):
+    """What is known of one method.
+
+    Attributes:
+        rate: its peak learning rate.
+        errors: (seed,), the final test errors in percent.
+        difference: of these errors to those of batch norm, in points, seed by seed;
+            None for batch norm itself, and if it was not trained.
+        relative_time: the time of a step over that of batch norm; NaN if not timed.
+    """
+
+    rate: float
+    errors: np.ndarray
+    difference: Interval | None
+    relative_time: float
+
+
+def findings(config: Config, results: dict[Any, Record]) -> dict[str, Finding]:
+    """What is known of each method, by its name."""
+    errors: dict[Method, dict[int, float]] = {}
+    for cell, result in results.items():
+        if isinstance(cell, Cell):
+            by_seed = errors.setdefault(cell.method, {})
+            by_seed[cell.seed] = 100 * (1 - result["final"])
+    seconds = step_seconds(results)
+
+    def finding(method: Method) -> Finding:
+        mine, batch = errors[method], errors.get("batch", {})
+        differences = [mine[seed] - batch[seed] for seed in mine if seed in batch]
+        compared = method != "batch" and len(differences) > 0
+        return Finding(
+            RATES[config.data][method],
+            np.array(list(mine.values())),
+            interval(np.array(differences)) if compared else None,
+            seconds.get(method, np.nan) / seconds.get("batch", np.nan),
+        )
+
+    return {method: finding(method) for method in errors}
 
 
 def label_of(method: str) -> str:
@@ -391,41 +472,41 @@ def label_of(method: str) -> str:
     return label
 
 
-def summary(trainings: ByRate, seconds: dict[str, float]) -> Table:
-    """Each method at its best rate: error, and the steps and time to the goal.
+def summary(
+    found: dict[str, Finding], trainings: ByRate, seconds: dict[str, float]
+) -> Table:
+    """What was found of each method, and its steps and time to the goal.
 
     The goal is the accuracy of the network without normalization at the end.
     """
-    best_rates = {method: trainings.best(method) for method in trainings.names()}
     curves = {
-        method: trainings.of(method, rate, "test").mean(0)
-        for method, rate in best_rates.items()
+        method: trainings.of(method, finding.rate, "test").mean(0)
+        for method, finding in found.items()
     }
     goal = curves["none"][-1] if "none" in curves else np.nan
     table = Table(
         "method",
         "rate",
         "test error (%)",
+        "minus batch norm's",
         "ms per step",
         "relative to batch norm",
         f"steps to {100 * (1 - goal):.1f} %",
         "seconds",
         box=box.MARKDOWN,
     )
-    for method, rate in best_rates.items():
+    for method, finding in found.items():
+        steps = trainings.of(method, finding.rate, "steps")[0]
+        reached = steps[curves[method] >= goal]
+        first_step = reached[0] if len(reached) else np.inf
         step_time = seconds.get(method, np.nan)
-        first_step = np.inf  # the first step with accuracy >= goal
-        steps = trainings.of(method, rate, "steps")[0]
-        for step, accuracy in zip(steps, curves[method], strict=True):
-            if accuracy >= goal:
-                first_step = step
-                break
         table.add_row(
             label_of(method),
-            f"{rate:g}",
-            percent(1 - trainings.of(method, rate, "final")),
+            f"{finding.rate:g}",
+            percent(finding.errors / 100),
+            str(finding.difference or ""),
             f"{1e3 * step_time:.1f}",
-            f"{step_time / seconds.get('batch', np.nan):.2f}",
+            f"{finding.relative_time:.2f}",
             f"{first_step:g}",
             f"{first_step * step_time:.1f}",
         )
@@ -434,6 +515,8 @@ def summary(trainings: ByRate, seconds: dict[str, float]) -> Table:
 
 def draw(config: Config, results: dict[Any, Record], folder: Path) -> list[Path]:
     """Errors against steps and against time, each method at its best rate."""
+    if config.tune:
+        return []
     trainings = by_rate(results)
     seconds = step_seconds(results)
     count = max(map(len, trainings.records.values()))
@@ -445,7 +528,7 @@ def draw(config: Config, results: dict[Any, Record], folder: Path) -> list[Path]
     figure, (left, right) = panels.make(title, (9.6, 4.0), 1, 2)
     lowest, highest = 100.0, 0.0
     for method in trainings.names():
-        rate = trainings.best(method)
+        (rate,) = trainings.rates(method)
         label, colour = LABELS_AND_COLOURS[method]
         errors = 100 * (1 - trainings.of(method, rate, "test"))
         steps = trainings.of(method, rate, "steps")[0]
@@ -467,7 +550,6 @@ def draw(config: Config, results: dict[Any, Record], folder: Path) -> list[Path]
 SMOKE = {
     "data": "digits",
     "methods": ("batch", "none"),
-    "rates": (0.1,),
     "seeds": (0,),
     "steps": 20,
     "points": 2,

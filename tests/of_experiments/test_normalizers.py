@@ -1,5 +1,6 @@
 """`normalizers` runs, goes on where it was, and compares what is to be compared."""
 
+import dataclasses
 import functools
 import typing
 
@@ -12,7 +13,6 @@ from helpers import assert_trees_close
 
 from experiments import normalizers
 from experiments.common import convnet, results, study
-from experiments.common.rates import ByRate
 
 pytestmark = pytest.mark.experiment
 
@@ -57,40 +57,122 @@ def test_smoke_and_again(tmp_path, capsys):
     assert newest["result"] == trainings[1]["result"]
 
 
-def made(test, validation):
-    return {
-        "test": test,
-        "validation": validation,
-        "final": test[-1],
-        "steps": [10, 20, 30],
-    }
+def config_and_results(errors, seconds, **settings):
+    """Made-up records: by method, the final errors of the seeds in percent."""
+    seeds = tuple(range(max(map(len, errors.values()))))
+    config = normalizers.Config(methods=tuple(errors), seeds=seeds, **settings)
+    curve = [0.1, 0.6]  # accuracies, before the final one
+    results = {}
+    for cell in normalizers.cells(config):
+        if isinstance(cell, normalizers.Timing):
+            results[cell] = {"seconds": seconds}
+        elif cell.seed < len(errors[cell.method]):
+            final = 1 - errors[cell.method][cell.seed] / 100
+            test = [*curve, final]
+            steps = [10, 20, 30]
+            results[cell] = {"test": test, "final": final, "steps": steps}
+    return config, results
 
 
-def test_steps_and_time_to_what_none_comes_to():
-    known = ByRate(
-        {
-            ("batch", 0.1): [made([0.5, 0.7, 0.8], 0.5), made([0.5, 0.9, 0.9], 0.9)],
-            ("batch", 1.0): [made([0.9, 0.9, 0.9], 0.6)] * 2,
-            ("weight", 0.1): [made([0.1, 0.2, 0.3], 0.3)] * 2,
-            ("none", 1.0): [made([0.1, 0.6, 0.75], 0.5)] * 2,
-        }
-    )
+def test_differences_to_batch_norm_are_paired(monkeypatch):
+    rates = {"batch": 1.0, "group": 0.3, "none": 0.03}
+    monkeypatch.setitem(normalizers.RATES, "cifar10", rates)
+    errors = {"batch": [20, 30, 40], "group": [21, 32, 43], "none": [35, 45]}
+    config, results = config_and_results(errors, {"batch": 0.2, "none": 0.1})
+    found = normalizers.findings(config, results)
+    assert [finding.rate for finding in found.values()] == [1.0, 0.3, 0.03]
+    for method, finding in found.items():
+        np.testing.assert_allclose(finding.errors, errors[method])
+    assert found["batch"].difference is None
+    # Differences of 1, 2, 3: 4.303 is Student's t of two degrees of freedom.
+    assert found["group"].difference == pytest.approx((2, 4.303 / 3**0.5), rel=1e-3)
+    assert found["none"].difference.mean == pytest.approx(15)  # of the shared seeds
+    times = [finding.relative_time for finding in found.values()]
+    np.testing.assert_allclose(times, [1, np.nan, 0.5])
+
+    alone, results = config_and_results({"group": [21]}, {})
+    assert normalizers.findings(alone, results)["group"].difference is None
+
+
+def test_steps_and_time_to_what_none_comes_to(monkeypatch):
+    rates = {"batch": 1.0, "weight": 0.1, "none": 0.3}
+    monkeypatch.setitem(normalizers.RATES, "cifar10", rates)
+    errors = {"batch": [15, 25], "weight": [70, 70], "none": [40, 42]}
     seconds = {"batch": 0.2, "none": 0.1}
-    table = normalizers.summary(known, seconds)
+    config, results = config_and_results(errors, seconds)
+    (table,) = normalizers.report(config, results)
     columns = [list(column.cells) for column in table.columns]
-    assert table.columns[5].header == "steps to 25.0 %"
+    assert table.columns[6].header == "steps to 41.0 %"
     assert columns[0] == ["batch norm", "weight norm", "none"]
-    assert columns[1] == ["0.1", "0.1", "1"]  # by held-out images, not by the test's
-    assert columns[2] == ["15.0 ± 7.1", "70.0 ± 0.0", "25.0 ± 0.0"]
-    assert columns[4] == ["1.00", "nan", "0.50"]
-    assert columns[5] == ["20", "inf", "30"]
-    assert columns[6] == ["4.0", "nan", "3.0"]
+    assert columns[1] == ["1", "0.1", "0.3"]
+    assert columns[2] == ["20.0 ± 7.1", "70.0 ± 0.0", "41.0 ± 1.4"]
+    assert columns[3] == ["", "+50.0 ± 63.5", "+21.0 ± 50.8"]
+    assert columns[4] == ["200.0", "nan", "100.0"]
+    assert columns[5] == ["1.00", "nan", "0.50"]
+    assert columns[6] == ["20", "20", "20"]
+    config, results = config_and_results(errors | {"none": [35, 35]}, seconds)
+    (table,) = normalizers.report(config, results)
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[6] == ["30", "inf", "30"]
+    assert columns[7] == ["6.0", "nan", "3.0"]
+
+
+def test_tuning_is_by_held_out_images():
+    config = normalizers.Config(tune=True, methods=("batch", "none"), rates=(0.1, 1, 3))
+    validation = {
+        "batch": {0.1: 0.5, 1: 0.6, 3: 0.21},
+        "none": {0.1: 0.2, 1: 0.1, 3: 0.1},
+    }
+    results = {
+        cell: {"validation": validation[cell.method][cell.rate], "final": cell.rate / 9}
+        for cell in normalizers.cells(config)
+    }
+    errors, best = normalizers.report(config, results)
+    assert [list(column.cells) for column in errors.columns[1:]] == [
+        ["50.0", "80.0"],
+        ["40.0", "90.0"],
+        ["79.0", "90.0"],
+    ]
+    assert [list(column.cells) for column in best.columns] == [
+        ["batch norm", "none"],
+        ["1", "0.1"],
+        ["3", "nan"],
+    ]
 
 
 def test_each_training_is_one_cell():
-    cells = normalizers.cells(normalizers.Config(seeds=(0, 1), steps=7))
-    assert len(cells) == len(set(cells)) == 1 + 7 * 5 * 2
-    assert {cell.steps for cell in cells[1:]} == {7}
+    """The comparison repeats no training of --tune at a rate that was chosen."""
+    config = normalizers.Config(seeds=(5, 6), steps=7)
+    timing, *cells = normalizers.cells(config)
+    assert isinstance(timing, normalizers.Timing)
+    assert len(cells) == len(set(cells)) == 7 * 2
+    rates = normalizers.RATES["cifar10"]
+    assert {(cell.method, cell.rate) for cell in cells} == set(rates.items())
+    assert {cell.steps for cell in cells} == {7}
+    tuning = normalizers.cells(dataclasses.replace(config, tune=True))
+    assert len(tuning) == len(set(tuning)) == 7 * 4
+    assert set(tuning) & set(cells) == {cell for cell in cells if cell.seed == 5}
+
+
+@pytest.mark.parametrize("tune", [True, False])
+def test_two_parts_share_the_work(tune):
+    """A part trains every other cell: the same number, and half of the methods."""
+    listed = normalizers.cells(normalizers.Config(tune=tune))
+    parts = [
+        [cell.method for cell in listed[first::2] if isinstance(cell, normalizers.Cell)]
+        for first in (0, 1)
+    ]
+    assert abs(len(parts[0]) - len(parts[1])) <= 1
+    assert set(parts[0]) & set(parts[1]) == {"none"}
+
+
+def test_the_rates_are_those_that_tuning_chose():
+    """In the committed records, each method's best rate is the one of `RATES`."""
+    config = normalizers.Config(tune=True)
+    path, _ = results.places(normalizers.STUDY.name, config.out, record=True)
+    trainings = normalizers.by_rate(study.load(normalizers.STUDY, config, path))
+    best = {method: trainings.best(method) for method in trainings.names()}
+    assert best == normalizers.RATES["cifar10"]
 
 
 # ---- the networks ----
