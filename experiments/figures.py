@@ -26,6 +26,7 @@ from experiments import (
     saturation,
     scale_invariance,
     small_batch,
+    weight_averaging,
     why_it_works,
 )
 from experiments.bench import (
@@ -46,6 +47,7 @@ STUDIES: dict[Any, list[Any]] = {
     regularization: [regularization.Config()],
     saturation: [saturation.Config()],
     scale_invariance: [scale_invariance.Config()],
+    weight_averaging: [weight_averaging.Config()],
     why_it_works: [why_it_works.Config()],
     small_batch: [
         small_batch.Config(),
