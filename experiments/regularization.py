@@ -79,7 +79,7 @@ TASKS = {
         images=1_097, steps=300, l2=5e-4, white=1.0, rates={True: 0.3, False: 0.3}
     ),
     "cifar10": Task(
-        images=10_000, steps=4_000, l2=2e-3, white=255.0, rates={True: 0.1, False: 0.1}
+        images=10_000, steps=4_000, l2=2e-3, white=255.0, rates={True: 0.3, False: 0.03}
     ),
 }
 DROPOUT = 0.4  # the share of features that are dropped, as in GoogLeNet

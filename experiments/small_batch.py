@@ -127,7 +127,7 @@ The momentum, None for that of the training, and the groups that are averaged.
 """
 AXIS = "devices"
 ESTIMATED = 4_096  # images at most, for population statistics
-STEPS = {"digits": 300, "cifar10": 1_600}
+STEPS = {"digits": 300, "cifar10": 1_000}
 RATES = {
     "digits": {"group_norm": 0.3, "layer_norm": 0.3},
     "cifar10": {"group_norm": 0.1, "layer_norm": 0.3},

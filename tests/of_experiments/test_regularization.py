@@ -170,7 +170,7 @@ def test_what_is_changed():
         "LRN as well": (0.4, 2e-3, True),
     }
     others = {(c.data, c.seed, c.rate, c.images, c.steps) for c in cells.values()}
-    assert others == {("cifar10", 0, 0.1, 10_000, 4_000)}
+    assert others == {("cifar10", 0, 0.3, 10_000, 4_000)}
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,20 @@ def test_committed_records_are_of_these_cells(config, count):
     assert len(found) == len(regularization.cells(config)) == count
     measured = {cell.measured for cell in found}
     assert measured == {"validation" if config.tune else "test"}
+
+
+def test_rates_are_those_that_tuning_chose():
+    config = regularization.Config(tune=True)
+    found = study.load(regularization.STUDY, config, RESULTS)
+    for normalize, chosen in regularization.TASKS["cifar10"].rates.items():
+        errors = {
+            rate: sum(
+                regularization.errors(config, found, normalize, change, rate)[0]
+                for change in (regularization.NOTHING, regularization.EVERYTHING)
+            )
+            for rate in regularization.RATES
+        }
+        assert chosen == min(errors, key=errors.__getitem__)
 
 
 def test_two_parts_share_the_kinds():
