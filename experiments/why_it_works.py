@@ -105,15 +105,15 @@ class Config(study.Settings):
     """The images. CIFAR-10 is downloaded once; the digits come with scikit-learn."""
     nets: tuple[Net, ...] = get_args(Net)
     """What is compared."""
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    rates: tuple[float, ...] = (0.1, 0.3, 1.0)
     """Learning rates, the same for all networks."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each gives the weights and the batches of one run of each network."""
-    steps: int = 300
+    steps: int = 600
     """Training steps."""
     depth: int | None = None
     """Convolutions, the first ones of the network; None: all."""
-    every: int = 100
+    every: int = 150
     """Steps between two measurements."""
 
 
