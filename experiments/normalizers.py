@@ -104,10 +104,10 @@ RATES: dict[str, dict[Method, float]] = {
         "weight": 0.3,
         "none": 0.3,
     },
-    "cifar10": {  # TO BE TUNED
-        "batch": 0.1,
-        "whitening_eigh": 0.1,
-        "whitening_newton": 0.1,
+    "cifar10": {
+        "batch": 0.3,
+        "whitening_eigh": 1.0,
+        "whitening_newton": 1.0,
         "group": 0.1,
         "layer": 0.1,
         "weight": 0.1,
