@@ -27,6 +27,7 @@ import experiments.regularization
 import experiments.saturation
 import experiments.scale_invariance
 import experiments.small_batch
+import experiments.weight_averaging
 import experiments.why_it_works
 from experiments.common import results, study
 from experiments.common.rates import percent
@@ -209,21 +210,21 @@ def scale_invariance() -> str:
 def regularization() -> str:
     experiment = experiments.regularization
     config, found = trainings(experiment)
+    known = experiment.findings(config, found)
 
-    def row_of(name: str) -> list[str]:
-        row = [name]
-        for normalize in experiment.WITH:
-            error = experiment.errors(config, found, normalize, name)
-            change = error - experiment.errors(
-                config, found, normalize, experiment.NOTHING
-            )
-            row += [experiment.spread(error), experiment.spread(change, "+")]
-            if name == experiment.NOTHING:
-                row[-1] = ""
-        return row
+    def row_of(change: str) -> list[str]:
+        costs = map(str, known.get(change, ("", "", "")))
+        row = [change]
+        for normalize, cost in zip(experiment.WITH, costs, strict=False):
+            error = experiment.errors(config, found, normalize, change)
+            row += [percent(error), cost]
+        return [*row, str(known[change].less) if change in known else ""]
 
-    head = ["removed", "with BN: error, %", "change", "without BN: error, %", "change"]
-    return markdown(head, map(row_of, (experiment.NOTHING, *config.removed)))
+    head = [
+        *("changed", "with BN: error, %", "costs", "without BN: error, %", "costs"),
+        "less with BN by",
+    ]
+    return markdown(head, map(row_of, (experiment.NOTHING, *config.changes)))
 
 
 def why_it_works() -> str:
@@ -271,23 +272,58 @@ def normalizers() -> str:
         "weight": "weight norm",
         "none": "none",
     }
-    _, found = trainings(experiment)
-    known, seconds = experiment.by_rate(found), experiment.step_seconds(found)
+    config, found = trainings(experiment)
+    known = experiment.findings(config, found)
+    _, tuned = trainings(experiment, tune=True)
+    by_rate = experiment.by_rate(tuned)
 
     def row_of(method: str, name: str) -> list[str]:
-        best = known.best(method)
-        errors = (percent(1 - known.of(method, r, "final")) for r in (best, 1.0))
-        time = seconds[method] / seconds["batch"]
-        return [name, f"{best:g}", *errors, f"{time:.2f}"]
+        of_method = known[method]
+        return [
+            name,
+            f"{of_method.rate:g}",
+            percent(of_method.errors / 100),
+            str(of_method.difference or "–"),
+            f"{experiment.largest_rate(by_rate, method):g}",
+            f"{of_method.relative_time:.2f}",
+        ]
 
     head = (
         "",
         "best rate",
         "test error, %",
-        "at rate 1",
+        "minus batch norm's",
+        "largest rate that trains",
         "time of a step over batch norm's",
     )
     return markdown(head, (row_of(*method) for method in names.items()))
+
+
+def weight_averaging() -> str:
+    experiment = experiments.weight_averaging
+    config, found = trainings(experiment)
+    known = experiment.findings(config, found)
+    names = experiment.kinds(experiment.SCHEDULES[config.data])
+
+    def row_of(kind: str, name: str) -> list[str]:
+        errors = (known.final[weights].get(kind) for weights in experiment.WEIGHTS)
+        return [name, *("–" if e is None else percent(e / 100) for e in errors)]
+
+    head = ["test error, %, by statistics", *experiment.WEIGHTS.values()]
+    return markdown(head, (row_of(*kind) for kind in names.items()))
+
+
+def early_statistics() -> str:
+    experiment = experiments.weight_averaging
+    config, found = trainings(experiment)
+    early = experiment.findings(config, found).early
+    steps = experiment.SCHEDULES[config.data].early
+
+    def row_of(kind: str, name: str) -> list[str]:
+        return [name, *(percent(errors / 100) for errors in early[kind].T)]
+
+    head = ["error, %, after steps", *steps]
+    return markdown(head, (row_of(*kind) for kind in experiment.EARLY.items()))
 
 
 def small_batch(data: str = "digits") -> str:
@@ -480,13 +516,11 @@ def versions(name: str) -> str:
     return f"*Records of {first['time'][:10]}: {where}; {', '.join(rest)}.*"
 
 
+OF_CLAIMS = "claim", "from", "the paper", "measured", "data", "verdict"
+
 TABLES: dict[str, Callable[[], str]] = {
-    "paper": functools.partial(
-        of_readme, "The paper, claim by claim", "claim", "from", "the paper", "measured"
-    ),
-    "successors": functools.partial(
-        of_readme, "Its successors", "claim", "from", "the paper", "measured"
-    ),
+    "paper": functools.partial(of_readme, "The paper, claim by claim", *OF_CLAIMS),
+    "successors": functools.partial(of_readme, "Its successors", *OF_CLAIMS),
     "library": functools.partial(
         of_readme, "The library", "claim", "command", "measured"
     ),
@@ -495,7 +529,8 @@ TABLES: dict[str, Callable[[], str]] = {
         for table in (
             *(mnist, population, inception, inception_ablated, saturation),
             *(scale_invariance, regularization, why_it_works, smoothness, normalizers),
-            *(small_batch, small_batch_cifar10, bench_layer, bench_step, bench_compile),
+            *(weight_averaging, early_statistics, small_batch, small_batch_cifar10),
+            *(bench_layer, bench_step, bench_compile),
             *(bench_whitening, bench_accelerators, bench_accelerators_step),
         )
     },

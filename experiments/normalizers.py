@@ -4,18 +4,36 @@
     python -m experiments.normalizers
     python -m experiments.normalizers --data digits
 
-Time on one CPU core: 20 minutes with --tune, then 10 for the comparison (it uses the
-trainings of --tune again); with --smoke some seconds. Two processes can share them, see
-`common/study.py`.
+Time: 16 minutes with --tune, then 10 for the comparison, which uses the trainings of
+--tune again, for two processes with a CPU core each (`--part`, see `common/study.py`);
+with --smoke some seconds.
 
 Expected, at batches of 128: counted in steps, batch normalization and whitening need
 the fewest. On ImageNet with ResNet-50 (Wu & He 2018) group, layer and weight norm have
 0.5, 1.7 and 4.6 points more error than batch norm; no normalization should be last.
 Counted in time, whitening loses what it gains.
 
-Measured:
+Measured (CIFAR-10, 3 seeds, jax 0.10.2, two cores of an AMD EPYC). The columns: the
+peak rate; the test error in %; its difference to batch norm's in points, seed by seed,
+with 95 % intervals; the time of a step over batch norm's; and the number of steps until
+the test error first reaches 44.2 %, the final error without normalization on the images
+of the curves:
 
-TO BE MEASURED
+    method                 rate   test error   difference    time   steps
+    batch norm             0.3    33.7 ± 0.3                 1.00     450
+    whitening (eigh)       1      30.8 ± 0.2   -2.9 ± 0.7    1.34     600
+    whitening (Newton)     1      30.7 ± 0.6   -3.0 ± 1.0    1.41     400
+    layer norm             0.1    42.2 ± 0.2   +8.5 ± 0.6    1.02     800
+    group norm             0.1    42.9 ± 0.4   +9.2 ± 0.9    1.12     750
+    none                   0.1    45.1 ± 2.3  +11.4 ± 6.3    0.88     950
+    weight norm            0.1    45.4 ± 2.2  +11.7 ± 6.0    0.90       -
+
+The order is the expected one, with much larger differences: the network is narrow and
+is trained for 1,000 steps. Weight norm and no normalization cannot be told apart.
+Whitening ends three points below batch norm, at the largest rate of the grid; its time
+per step is 1.34 to 1.41 times as long, and for most of the training batch norm has the
+lower error after the same time. At rate 1 all train but weight norm and none; group and
+layer norm are better at 0.1.
 
 The network is in `common/convnet.py`: convolutions of 3x3, each followed by a
 normalization and a ReLU, then the mean over positions and a linear layer. The pixels of
@@ -495,6 +513,7 @@ def summary(
         "seconds",
         box=box.MARKDOWN,
     )
+    table.columns[0].no_wrap = True
     for method, finding in found.items():
         steps = trainings.of(method, finding.rate, "steps")[0]
         reached = steps[curves[method] >= goal]
@@ -523,7 +542,7 @@ def draw(config: Config, results: dict[Any, Record], folder: Path) -> list[Path]
     title = (
         f"{panels.DATA[config.data]}, {len(convnet.TASKS[config.data].widths)} "
         "convolutions; each method at its best learning rate; "
-        f"mean of {count} seed{'s' * (count > 1)}"
+        f"mean and range of {count} seed{'s' * (count > 1)}"
     )
     figure, (left, right) = panels.make(title, (9.6, 4.0), 1, 2)
     lowest, highest = 100.0, 0.0

@@ -3,11 +3,30 @@
     python -m experiments.regularization
     python -m experiments.regularization --tune     # learning rates
 
-TO BE MEASURED
+Time: 16 minutes with --tune, then 37, for two processes with a CPU core each (`--part`,
+see `common/study.py`); with --smoke some seconds.
 
 Expected: with batch normalization, dropout and local response normalization (LRN) can
 be removed, and L2 be cut to a fifth, at no cost or at a gain. Without it, removing them
 costs more.
+
+Measured (CIFAR-10, 3 seeds, jax 0.10.2, two cores of an AMD EPYC; test error in %, of
+training in brackets, and by how many points each change makes it larger):
+
+                              with BN                       without BN
+    nothing                   38.1 ± 0.8 (10)               42.6 ± 0.2 (23)
+    no dropout                36.3 ± 0.5 (2)    -1.8 ± 1.6  42.7 ± 1.1 (9)   +0.1 ± 2.2
+    a fifth of L2             40.0 ± 0.6 (2)    +1.9 ± 0.9  45.6 ± 0.5 (14)  +3.0 ± 1.1
+    no L2                     41.6 ± 0.8 (3)    +3.5 ± 2.4  46.1 ± 1.6 (13)  +3.5 ± 3.4
+    no dropout, a fifth of L2 40.3 ± 0.7 (0)    +2.2 ± 2.7  45.5 ± 0.8 (0)   +2.9 ± 1.4
+    no dropout, no L2         42.1 ± 0.8 (0)    +4.0 ± 1.0  46.2 ± 0.4 (0)   +3.6 ± 0.7
+    LRN as well               39.6 ± 0.1 (12)   +1.6 ± 2.0  46.4 ± 0.7 (41)  +3.8 ± 1.2
+
+With BN dropout is removed at a gain, as expected, and LRN brings nothing. L2 cannot be
+cut to a fifth at no cost: that takes 1.9 points. And that all this is needed less than
+without BN is not shown: there dropout brings nothing either, and what L2 is worth
+differs by less than three seeds can tell (1.1 ± 1.9 points). Removing dropout and L2
+costs both networks the same.
 
 Both networks are trained on the first 10,000 images of CIFAR-10 until, without dropout
 and L2, they have learned them by heart: then there is something to regularize. The same
@@ -336,27 +355,26 @@ def report(config: Config, found: dict[Cell, Record]) -> list[str | Table]:
             each = (percent(errors(config, found, *which, rate)) for rate in RATES)
             table.add_row(WITH[which[0]], which[1], *each)
         return ["Error on held-out images (%) by learning rate", table]
-    table = Table(box=box.MARKDOWN)
-    table.add_column("changed", no_wrap=True)
-    for kind in WITH.values():
-        for column in (f"{kind}: error", "of training", "cost"):
-            table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("less with BN", justify="right", no_wrap=True)
-    known = findings(config, found)
+    table, changes = Table(box=box.MARKDOWN), Table(box=box.MARKDOWN)
+    columns = [
+        f"{kind}: {part}" for kind in WITH.values() for part in ("test", "train")
+    ]
+    for each, names in ((table, columns), (changes, (*WITH.values(), "less with BN"))):
+        each.add_column("changed", no_wrap=True)
+        for name in names:
+            each.add_column(name, justify="right", no_wrap=True)
     for change in (NOTHING, *config.changes):
-        row = []
-        for normalize, cost in zip(WITH, known.get(change, ("", "")), strict=False):
-            for field in ("error", "training"):
-                each = errors(config, found, normalize, change, field=field)
-                row.append(percent(each))
-            row.append(str(cost))
-        less = str(known[change].less) if change in known else ""
-        table.add_row(change, *row, less)
-    title = (
-        "Test error (%, ± deviation over the seeds) and what each change costs "
-        "(points, 95 % intervals)"
-    )
-    return [title, table]
+        kinds = itertools.product(WITH, ("error", "training"))
+        row = (errors(config, found, n, change, field=field) for n, field in kinds)
+        table.add_row(change, *map(percent, row))
+    for change, finding in findings(config, found).items():
+        changes.add_row(change, *map(str, finding))
+    return [
+        "Error (%) on test and on training images, ± deviation over the seeds",
+        table,
+        "What each change costs in test error (points, 95 % intervals)",
+        changes,
+    ]
 
 
 def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:

@@ -3,8 +3,8 @@
     python -m experiments.weight_averaging
     python -m experiments.weight_averaging --data digits
 
-Time: about ten minutes of one CPU core; with --smoke some seconds. Two processes can
-share it, see `common/study.py`.
+Time: eight minutes for two processes with a CPU core each (`--part`, see
+`common/study.py`); with --smoke some seconds.
 
 Expected: the mean of the weights of many steps (stochastic weight averaging, SWA) has
 less error than the last weights, provided that the statistics of batch normalization
@@ -18,9 +18,34 @@ Early in training, a running average with momentum 0.99 still weighs its start, 
 and variance 1, with 0.99^50 = 61 % after 50 steps; pooled statistics have no such lag
 (Wu & Johnson 2021, section 3).
 
-Measured:
+Measured (CIFAR-10, 3 seeds, jax 0.10.2, two cores of an AMD EPYC; test error in %):
 
-TO BE MEASURED
+    statistics                              last weights        SWA         EMA
+    running (0.99), of the last step         40.5 ± 1.2   29.9 ± 1.0   25.7 ± 0.8
+    running (0.9), of the last step          32.8 ± 1.5   40.3 ± 3.9   31.4 ± 2.6
+    running (0.99), averaged as the weights            -  26.0 ± 0.4   26.4 ± 0.4
+    pooled, 1 batch                          30.8 ± 0.1   26.2 ± 0.6   26.0 ± 0.9
+    pooled, 4 batches                        30.4 ± 0.2   25.9 ± 0.6   25.7 ± 0.8
+    pooled, 351 batches                      30.2 ± 0.3   25.9 ± 0.5   25.6 ± 0.8
+    Algorithm 2, 351 batches                 30.2 ± 0.3   25.9 ± 0.5   25.6 ± 0.8
+
+    points                                  last weights        SWA         EMA
+    lost                                               - -10.6 ± 2.2 -14.8 ± 1.0
+    recovered                                10.3 ± 3.2    4.0 ± 1.4    0.0 ± 0.0
+    recovered (averaged)                               -   0.1 ± 0.5    0.7 ± 1.3
+    gained                                             -   4.3 ± 1.8    4.6 ± 2.3
+
+As expected, averaged weights are better by more than four points, and the running
+statistics of the last step cost the SWA weights four points. Not as expected: they cost
+the last weights ten. At a constant rate the weights move so fast that an average of
+momentum 0.99 is that of other weights; so it happens to suit the EMA of the weights,
+whose decay is the same. And running statistics that were averaged as the weights are
+as good as pooled ones here. Four batches are enough for pooled statistics, and one is
+almost. Between pooled statistics and Algorithm 2 there is no difference.
+
+Early in training the running average costs 10 to 14 points from step 50 to step 500.
+Debiasing mends that until step 20, half of it until step 100, and nothing from step 200
+on, where the average lags because it is one of older weights.
 
 Of each training the weights are evaluated in three forms: the last ones, their plain
 mean over the last part of the training (SWA), and their EMA over all of it, with decay
@@ -496,7 +521,7 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
     for name, label in EARLY.items():
         style = {"color": COLOURS[name], "label": label, "marker": "o", "ms": 3}
         panels.line(left, schedule.early, known.early[name], **style)
-    panels.label(left, "early in training", "training steps", "test error (%)", log="x")
+    panels.label(left, "Early in training", "training steps", "test error (%)", log="x")
     left.legend(fontsize=7, frameon=False, title="statistics", title_fontsize=7)
 
     names = kinds(schedule)
@@ -510,7 +535,7 @@ def draw(config: Config, found: dict[Cell, Record], folder: Path) -> list[Path]:
             right.axhline(error, color=colour, ls=DASHES[kind], lw=1.2)
     panels.label(
         right,
-        "at the end, by weights (colour) and statistics (line)",
+        "At the end, by weights (colour) and statistics (line)",
         f"batches of {config.batch_size} images for pooled statistics",
         "test error (%)",
         log="xy",

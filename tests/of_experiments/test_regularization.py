@@ -1,6 +1,7 @@
 """Regularizers with and without batch normalization: each part, and the experiment."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
@@ -223,12 +224,13 @@ def test_costs_are_taken_seed_by_seed():
     assert known.with_bn == pytest.approx((2, half), rel=1e-3)
     assert known.without_bn == pytest.approx((4, 0))
     assert known.less == pytest.approx((2, half), rel=1e-3)
-    _, table = regularization.report(config, found)
-    columns = [list(column.cells) for column in table.columns]
+    _, errors, _, costs = regularization.report(config, found)
+    columns = [list(column.cells) for column in errors.columns]
     assert columns[1] == ["35.0 ± 5.0", "37.0 ± 6.0"]
     assert columns[2] == ["12.5 ± 0.0"] * 2
-    assert columns[3] == ["", "+2.0 ± 2.5"]
-    assert columns[7] == ["", "+2.0 ± 2.5"]
+    assert columns[3] == ["35.0 ± 5.0", "39.0 ± 5.0"]
+    row = [*itertools.chain(*(column.cells for column in costs.columns))]
+    assert row == ["no dropout", "+2.0 ± 2.5", "+4.0 ± 0.0", "+2.0 ± 2.5"]
     found.popitem()  # not all seeds are trained yet
     assert np.isnan(regularization.findings(config, found)["no dropout"].less.mean)
 
