@@ -16,6 +16,7 @@ from experiments import (
     saturation,
     scale_invariance,
     weight_averaging,
+    why_it_works,
 )
 from experiments.common import results, study
 from experiments.common.rates import percent
@@ -208,6 +209,34 @@ def test_normalizers():
     for name in ("whitening_eigh", "whitening_newton"):
         assert known[name].difference.high < 0
         assert known[name].relative_time > 1
+
+
+def test_why_it_works():
+    config, found = trained(why_it_works)
+    known = why_it_works.findings(config, found)
+    ratios = {
+        name: f"{mean:.2g} ± {spread:.1g}"
+        for name, (mean, spread) in known.ratios.items()
+    }
+    row = row_of("experiments.why_it_works")
+    assert row["measured"] == (
+        f"at rate {known.rate:g}, the best without BN, without BN over with: range of "
+        f"the loss along the gradient {ratios['range of loss']}, change of the "
+        f"gradient {ratios['change of gradient']}, per distance "
+        f"{ratios['smoothness']}. Noise alone: {known.noise_alone} points of accuracy"
+    )
+    assert row["verdict"] == "smoother: not confirmed; noise alone trains"
+    assert known.ratios["smoothness"][0] < 2
+    by_rate = why_it_works.by_rate(found)
+    assert by_rate.of("noisy plain", known.rate, "test").min() > 0.3
+    row = row_of("the same")
+    assert row["measured"] == (
+        f"at {known.rate:g} BN gains {known.gain} points over "
+        f"{percent(known.plain / 100)} %; at {known.bn_rate:g}, its own best rate, "
+        f"{known.gain_at_best}"
+    )
+    assert row["verdict"] == "contradicted: most is gained at the small rate"
+    assert known.gain.low > known.gain_at_best.mean / 2
 
 
 def test_weight_averaging():

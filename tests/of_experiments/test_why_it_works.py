@@ -10,7 +10,6 @@ from helpers import assert_close
 
 from experiments import why_it_works
 from experiments.common import convnet, results, study
-from experiments.common.rates import ByRate
 
 pytestmark = pytest.mark.experiment
 
@@ -84,35 +83,90 @@ def made(test, validation, **other):
     }
 
 
+CONFIG = why_it_works.Config(rates=(0.1, 1.0), seeds=(0, 1))
+
+
+def found_of(records):
+    """By cell, from the records of each network and rate, seed by seed."""
+    return {
+        cell: records[cell.net, cell.rate][cell.seed]
+        for cell in why_it_works.cells(CONFIG)
+        if cell.seed < len(records.get((cell.net, cell.rate), ()))
+    }
+
+
 @pytest.fixture
-def known():
-    """Two seeds of either network: best without BN is 0.1, with it 1."""
+def records():
+    """Two seeds of each network: best without BN is 0.1, with it 1."""
     failed = made(0.1, 0.1, smoothness=[4.0, None], losses=[[1.0, 2.0], [None, None]])
-    return ByRate(
-        {
-            ("plain", 0.1): [made(0.5, 0.6), made(0.7, 0.6)],
-            ("plain", 1.0): [failed, failed],
-            ("bn", 0.1): [made(0.61, 0.5), made(0.63, 0.5)],
-            ("bn", 1.0): [made(0.8, 0.7), made(0.9, 0.9)],
-        }
-    )
+    smooth = {"smoothness": [0.5, 0.5], "changes": [[0.0, 0.1], [0.0, 0.3]]}
+    smoother = {"smoothness": [1.0, 1.5], "losses": [[0.0, 0.1], [0.0, 0.2]]}
+    return {
+        ("plain", 0.1): [made(0.5, 0.6), made(0.7, 0.6)],
+        ("plain", 1.0): [failed, failed],
+        ("bn", 0.1): [made(0.61, 0.5, **smooth), made(0.63, 0.5, **smoother)],
+        ("bn", 1.0): [made(0.8, 0.7), made(0.9, 0.9)],
+        ("noisy plain", 0.1): [made(0.2, 0.1), made(0.3, 0.1)],
+        ("noisy plain", 1.0): [made(0.4, 0.5), made(0.5, 0.5)],
+    }
 
 
-def test_what_is_concluded(known):
+def test_what_is_concluded(records):
+    known = why_it_works.by_rate(found_of(records))
     assert why_it_works.shared_rate(known) == 0.1
-    assert why_it_works.conclusion(known) == (
-        "At 0.1, the best rate without BN, BN gains +2.0 points over 60.0 %; at 1, its "
-        "own best, +25.0."
-    )
     table = why_it_works.medians(known)
     columns = [list(column.cells) for column in table.columns]
-    assert columns[1] == ["0.1", "0.1", "1"]
+    assert columns[1] == ["0.1", "0.1", "1", "0.1", "1"]
     medians = [column[0] for column in columns[2:]]
     assert medians == ["3", "2", "5", "0.6", "0.3"]
     assert (
         np.isnan(known.of("plain", 1.0, "smoothness")).tolist() == [[False, True]] * 2
     )
     assert np.isnan(known.of("noise", 1.0, "test")).all()
+
+
+def test_findings_compare_seed_by_seed(records):
+    found = found_of(records)
+    findings = why_it_works.findings(CONFIG, found)
+    assert (findings.rate, findings.bn_rate) == (0.1, 1.0)
+    assert_close(findings.plain, [50, 70])
+    # Of two values the interval is 12.706 times half of their difference.
+    assert findings.gain == pytest.approx((2, 9 * 12.706), rel=1e-3)  # 11 and -7
+    assert findings.gain_at_best == pytest.approx((25, 5 * 12.706), rel=1e-3)
+    assert findings.noise_alone == pytest.approx((-15, 5 * 12.706), rel=1e-3)
+    # Medians of 3, 2 and 5 without BN; with it 3 and 0.15, 0.2 and 2, 0.5 and 1.25.
+    expected = {"range of loss": (1, 20), "change of gradient": (10, 1)}
+    for name, ratios in (expected | {"smoothness": (10, 4)}).items():
+        mean_and_deviation = np.mean(ratios), np.std(ratios, ddof=1)
+        assert findings.ratios[name] == pytest.approx(mean_and_deviation), name
+    assert why_it_works.conclusion(findings) == (
+        "At 0.1, the best rate without BN, BN gains +2.0 ± 114.4 points over 60.0 %; "
+        "at 1, its own best, +25.0 ± 63.5. Without BN over with BN, at 0.1: "
+        "range of loss 10.5 ± 13, change of gradient 5.5 ± 6.4, smoothness 7 ± 4.2. "
+        "Noise alone at its best rate: -15.0 ± 63.5 points over no BN."
+    )
+
+
+def test_findings_of_what_there_is(records):
+    """Only the seeds of which all is known; nothing without one of the networks."""
+    records["bn", 0.1].pop()
+    assert_close(why_it_works.findings(CONFIG, found_of(records)).plain, [50])
+    for net in ("noisy plain", "bn"):
+        for rate in CONFIG.rates:
+            del records[net, rate]
+        if net == "noisy plain":
+            assert why_it_works.findings(CONFIG, found_of(records)).noise_alone is None
+    assert why_it_works.findings(CONFIG, found_of(records)) is None
+    assert why_it_works.conclusion(None) == ""
+
+
+def test_two_parts_share_the_networks():
+    """A part trains every other cell: all of two networks."""
+    cells = why_it_works.cells(why_it_works.Config())
+    assert len(cells) == len(set(cells)) == 4 * 3 * 3
+    assert {cell.depth for cell in cells} == {13}
+    parts = [{cell.net for cell in cells[first::2]} for first in (0, 1)]
+    assert parts == [{"plain", "noisy bn"}, {"bn", "noisy plain"}]
 
 
 # ---- around the weights ----
