@@ -127,13 +127,11 @@ def test_saturation():
 
 def test_scale_invariance():
     _, found = trained(scale_invariance)
-    every = {
-        kind: values.max((0, 1))  # over seeds and quantities, by factor
-        for kind, values, _ in scale_invariance.series(found, "deviations", "bn")
-    }
-    largest = dict(zip(scale_invariance.FACTORS, every["bn"], strict=True))
+    ((_, deviations, _),) = scale_invariance.series(found, "deviations", "bn")
+    of_factors = deviations.max((0, 1))  # over seeds and quantities
+    largest = dict(zip(scale_invariance.FACTORS, of_factors, strict=True))
     middle = {}
-    names = "bn small", "bn", "bn large", "plain small", "plain", "plain large"
+    names = scale_invariance.BY_SCALE
     place = scale_invariance.PERCENTILES.index(50)
     for kind, values, _ in scale_invariance.series(found, "singular", *names):
         middle[kind] = (
