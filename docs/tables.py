@@ -326,31 +326,29 @@ def early_statistics() -> str:
     return markdown(head, (row_of(*kind) for kind in experiment.EARLY.items()))
 
 
-def small_batch(data: str = "digits") -> str:
+def small_batch() -> str:
     experiment = experiments.small_batch
     names = {
         "BN, running average": "BN, running average",
+        "BN, average of one group": "BN, average of one group",
         "BN, pooled, groups of 128": "BN, pooled statistics",
         "BN, by the test group": "BN, by the test group",
-        "ghost BN": "`GhostBatchNorm`",
         "BN, frozen at the end": "BN, frozen for the last fifth",
         "batch renorm": "`BatchRenorm`",
-        "decorrelated BN": "`DecorrelatedBatchNorm`",
         "cross-replica BN": "BN, cross-replica",
         "group norm": "group norm",
-        "layer norm": "layer norm",
     }
-    shown = {"iid": (2, 8, 32, 128), "by class": (2, 8, 32)}
-    config, found = trainings(experiment, data=data)
+    config, found = trainings(experiment)
+    shown = {"iid": config.sizes, "by class": config.sizes[:-1]}
     mixed, by_class = experiment.curves(config, found).values()
 
     def row_of(row: str, name: str) -> list[str]:
         cells = [name]
-        for errors, sizes in zip((mixed[row], by_class[row]), shown.values()):
+        for order, sizes in zip((mixed, by_class), shown.values(), strict=True):
+            errors = order.get(row, np.full((1, len(config.sizes)), NAN))
             for size in sizes:
-                of_size = errors[:, config.sizes.index(size)]
-                known = of_size[np.isfinite(of_size)]
-                cells.append(f"{100 * known.mean():.1f}" if len(known) else "–")
+                known = percent(errors[:, config.sizes.index(size)])
+                cells.append("–" if known == "-" else known)
         return cells
 
     head = [f"{order}: {size}" for order, sizes in shown.items() for size in sizes]
@@ -358,10 +356,6 @@ def small_batch(data: str = "digits") -> str:
         ["test error, %, in groups of", *head],
         (row_of(*row) for row in names.items()),
     )
-
-
-def small_batch_cifar10() -> str:
-    return small_batch("cifar10")
 
 
 # Benches
@@ -529,7 +523,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for table in (
             *(mnist, population, inception, inception_ablated, saturation),
             *(scale_invariance, regularization, why_it_works, smoothness, normalizers),
-            *(weight_averaging, early_statistics, small_batch, small_batch_cifar10),
+            *(weight_averaging, early_statistics, small_batch),
             *(bench_layer, bench_step, bench_compile),
             *(bench_whitening, bench_accelerators, bench_accelerators_step),
         )

@@ -1,74 +1,52 @@
 """Small and non-iid batches: where batch normalization fails, and what helps.
 
     python -m experiments.small_batch
-    python -m experiments.small_batch --data cifar10 --seeds 0
+    python -m experiments.small_batch --deeper
+    python -m experiments.small_batch --data digits
+    python -m experiments.small_batch --tune --seeds 0
 
-Time: ten minutes on two CPU cores (twice that on a busy machine), CIFAR-10 about half
-an hour; with --smoke some seconds.
+Time: about an hour on one CPU core each for the first two, half of that if two
+processes share the trainings (`--part`, see experiments/common/study.py); with --smoke
+some seconds.
 
 Expected: of the same 128 images per step, normalized in groups of 2 to 128 (as devices
 would each by itself), the smaller the groups, the larger the error; larger still if the
 groups are not iid, one class to each. Batch renormalization and population statistics
-get most of it back; to cross-replica statistics, group and layer normalization it is
-nothing.
+get most of it back; to cross-replica statistics and group normalization it is nothing.
+With --deeper: population statistics are better than the running average, most of all
+early in training, and small groups make an error of the estimate that accumulates from
+layer to layer.
 
-Measured (digits, 3 seeds, jax 0.10.2, two cores of an AMD EPYC; test error in %):
+Measured (CIFAR-10, 3 seeds):
 
-    images per group      iid:      2    8   32  128   by class:    2    8   32
-    BN, running average          34.0  4.8  5.6  5.9             66.2 18.2 11.0
-    BN, pooled                   34.2  4.8  5.7  5.7             67.6 17.3 11.0
-    BN, by the test group        58.2  7.6  6.3  5.7             89.5 44.2  6.2
-    ghost BN                     32.8  4.7  5.5  5.9             65.0 17.3 10.9
-    BN, frozen at the end        29.3  4.5  5.6  5.5             38.1  6.9  6.8
-    batch renorm                 16.0  5.2  5.4  6.0             32.9 12.2  7.2
-    decorrelated BN               6.7  4.3  4.0  4.8             20.4 18.5 12.2
-    cross-replica BN              5.9  5.9  5.9  5.9              5.9  5.9  5.9
-    group norm                    6.2  6.2  6.2  6.2              6.2  6.2  6.2
-    layer norm                    5.9  5.9  5.9  5.9              5.9  5.9  5.9
-
-(standard deviations up to 3, in groups of 2 up to 5). BN fails as expected: in
-groups of 2, and, if a group is of one class or few, at every size. The running average
-is not to blame, contrary to what was expected: pooled statistics are as bad, be they of
-mixed batches or of groups as in training. What a network learns by the statistics of
-such groups is of little use with any others. What helps is to train with what will be
-evaluated by: cross-replica statistics; or to freeze the statistics for the last fifth
-of the steps, which costs nothing and takes 18.2 to 6.9. Renorm takes back 49 to 76 % of
-what these groups cost over 5.9, but is worse than BN in groups of 4 of one class (27.3
-against 22.5), perhaps because its gradient still loses the mean of the group. No
-limits, an average of momentum 0.99, or a third of the rate hardly changed that (one
-seed, groups of 2 and 8). Ghost batches are BN's training, and have its errors.
-Whitening channels by fours withstands groups of 2 if they are iid. Statistics of the
-test group are the worst until it has 16 images.
-
-CIFAR-10 (1 seed):
-
-    images per group      iid:      2    8   32  128   by class:    2    8   32
-    BN, running average          42.8 36.1 34.2 33.0             78.8 73.8 58.8
-    BN, pooled                   42.4 36.2 34.1 33.1             81.1 77.4 56.5
-    BN, by the test group        47.8 40.2 35.7 33.6             40.2 33.9 26.0
-    ghost BN                     43.1 36.3 34.1 33.0             77.2 73.4 60.3
-    BN, frozen at the end        40.8 35.9 34.1 33.2             50.2 49.7 41.2
-    batch renorm                 42.0 38.2 34.9 34.9             71.7 71.4 46.0
-    decorrelated BN              43.6 34.4 33.3 33.1             78.7 70.7 56.5
-    cross-replica BN             33.8 34.1 34.0 34.0             33.3 33.6 34.4
-    group norm                   44.4 44.4 44.4 44.4             44.4 44.4 44.4
-    layer norm                   44.9 44.9 44.9 44.9             44.9 44.9 44.9
-
-The same order, with less taken back: renorm helps groups of 16 and more of few classes,
-and costs two points where they are iid. Statistics of the test group look good by class
-because the group is of the class that is asked for. The network is too narrow for group
-and layer normalization to compete; they are flat, as they must be.
+TO BE MEASURED
 
 The network: convolutions of 3x3, normalized and rectified, then the mean over positions
-and a matrix; on the digits three, the last of which has one position per image: a group
-of 2 is two values. By class: each batch of 128, drawn at random, is sorted by label and
-cut into groups. "By the test group": of test images in groups of that size, put
-together in the same way, by label. Pooled: with the weights frozen, up to 4,096
-training images pass by the statistics of mixed batches of 128; "as trained": of groups
-of the size and the order of training. Gradient descent with momentum 0.9, a rate that
-rises for a tenth of the steps and then falls as a cosine; its height is that with the
-least error on held-out images (`--tune`), for all methods with statistics of a batch
-the one of BN in 128.
+and a matrix; on CIFAR-10 six, on the digits three, the last of which has one position
+per image: a group of 2 is two values. By class: each batch of 128, drawn at random, is
+sorted by label and cut into groups.
+
+A network with batch normalization is trained once, and evaluated by several statistics.
+The running average is that of the mean over the groups; "of one group": of the first
+group alone, as a replica has it that does not share its statistics (by class, the first
+group always has the same classes). "By the test group": of test images in groups of
+that size, put together in the same way, by label. Pooled: with the weights frozen, up
+to 4,096 training images pass by the statistics of mixed batches of 128; "as trained":
+of groups of the size and the order of training. "Frozen at the end": the last fifth of
+the steps is repeated with the running statistics in place of those of the groups.
+
+Cross-replica statistics are those of the whole batch, however it is split: one training
+per seed, in the smallest groups.
+
+With --deeper each convolution of the network is followed by none, one or two more of
+stride 1, and the number of steps varies; groups are iid. The same training keeps a
+running average of momentum 0.99 as well, and is evaluated after half of the steps too,
+where the rate is still high. All differences are taken seed by seed; their intervals
+are Student's, of 95 %.
+
+Gradient descent with Nesterov momentum 0.9, a rate that rises for a tenth of the steps
+and then falls as a cosine; its height is that with the least error on held-out images
+(`--tune`), for all methods with statistics of a batch the one of BN in 128.
 
 To change the data or the sizes of the network, see `convnet.TASKS`; a normalization,
 `normalize`; the optimizer or schedule, `Network`. A run that was stopped goes on where
@@ -82,7 +60,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -92,38 +70,42 @@ import numpy as np
 import optax
 import tyro
 from jax.typing import ArrayLike
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from rich import box
 from rich.table import Table
 
 import bnjax
+from bnjax import running
 from bnjax.training import TrainState
 from experiments.common import convnet, panels, study
 from experiments.common.images import Dataset, Split, draw_batches
+from experiments.common.intervals import Interval, interval
 from experiments.common.rates import ByRate, percent
 from experiments.common.study import Study, Trained
 
 Method = Literal[
     "batch_norm",
-    "ghost",
-    "frozen",
     "renorm",
-    "decorrelated",
     "cross_replica",
     "group_norm",
+    "ghost",
+    "decorrelated",
     "layer_norm",
 ]
 Order = Literal["mixed", "by class"]
+When = Literal["halfway", "end"]
 Errors = dict[str, float]
 """The share of wrong answers, by the statistics that a network is evaluated with.
 
-running: the running statistics, or none.  pooled: pooled over mixed batches of the size
-of a whole batch.  pooled_groups: over groups as in training.  batch: those of each test
-group, which are put together as in training.
+running: the running statistics, or none.  one_group, slow: see `AVERAGES`.  pooled:
+pooled over mixed batches of the size of a whole batch.  pooled_groups: over groups as
+in training.  batch: those of each test group, which are put together as in training.
+frozen: the running statistics, by which the last fifth of the steps was trained.
+"K, halfway": by K, after half of the steps.
 """
 
 METHODS: tuple[Method, ...] = get_args(Method)
+BY_DEFAULT = METHODS[:4]
 PER_IMAGE: tuple[Method, ...] = ("group_norm", "layer_norm")
 """Methods for which it does not matter how a batch is split."""
 ORDERS: dict[Order, str] = {
@@ -132,6 +114,17 @@ ORDERS: dict[Order, str] = {
 }
 WHOLE: tuple[Method, ...] = ("ghost", *PER_IMAGE)
 """Methods that are called on a whole batch, not on each of its groups."""
+EVALUATED = "running", "one_group", "pooled", "pooled_groups", "batch", "frozen"
+"""By what a network with batch normalization is evaluated."""
+EVALUATED_DEEPER = "running", "slow", "one_group", "pooled", "pooled_groups"
+AVERAGES: dict[str, tuple[float | None, slice]] = {
+    "one_group": (None, slice(0, 1)),
+    "slow": (0.99, slice(None)),
+}
+"""Running averages beside the one of the training, which they do not change.
+
+The momentum, None for that of the training, and the groups that are averaged.
+"""
 AXIS = "devices"
 ESTIMATED = 4_096  # images at most, for population statistics
 STEPS = {"digits": 300, "cifar10": 1_000}
@@ -141,7 +134,7 @@ RATES = {
 }
 """Chosen by --tune; methods with statistics of a batch share BATCH_RATE."""
 BATCH_RATE = 0.1
-PERCENTS = (1, 2, 3, 5, 10, 20, 30, 50, 100)  # along the axis of errors
+PERCENTS = (1, 2, 3, 5, 10, 20, 30, 40, 50, 70, 100)  # along the axis of errors
 TRIED = (0.03, 0.1, 0.3, 1.0)  # by --tune
 
 
@@ -149,9 +142,9 @@ TRIED = (0.03, 0.1, 0.3, 1.0)  # by --tune
 class Config(study.Settings):
     """The settings of a run; each is an option of the command line."""
 
-    data: Literal["digits", "cifar10"] = "digits"
+    data: Literal["digits", "cifar10"] = "cifar10"
     """The images. The digits come with scikit-learn; CIFAR-10 is downloaded once."""
-    sizes: tuple[int, ...] = (2, 4, 8, 16, 32, 128)
+    sizes: tuple[int, ...] = (2, 8, 32, 128)
     """Of the groups that a batch is normalized in."""
     batch_size: int = 128
     """Images per step, on all virtual devices together."""
@@ -159,12 +152,22 @@ class Config(study.Settings):
     """Training steps; None: as many as suit the data."""
     momentum: float = 0.9
     """Of the running statistics."""
-    methods: tuple[Method, ...] = METHODS
+    methods: tuple[Method, ...] = BY_DEFAULT
     """What is trained."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each gives the weights and the batches of one run of each method and size."""
     tune: bool = False
     """Compare learning rates on images held out of training, and do nothing else."""
+    deeper: bool = False
+    """Compare statistics of deeper networks instead, with batch normalization alone."""
+    networks: tuple[tuple[int, int], ...] = (
+        *((1, 400), (1, 1_600)),
+        *((2, 400), (2, 1_600)),
+        *((3, 1_600),),
+    )
+    """With --deeper: how many convolutions take the place of each, and the steps."""
+    deeper_sizes: tuple[int, ...] = (2, 32)
+    """With --deeper: of the groups."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,28 +186,62 @@ class Cell:
     widths: tuple[int, ...]
     strides: tuple[int, ...]
     measured: Literal["test", "validation"]
+    evaluated: tuple[str, ...]
+    halfway: bool
 
 
 def cells(config: Config) -> list[Cell]:
     """Every training of a run.
 
+    Networks alternate, those with the same number of trainings, so that of two
+    processes with every other cell each has its own networks to compile.
+
     Raises:
-        ValueError: groups that do not divide a batch.
+        ValueError: groups that do not divide a batch; --deeper with --tune.
     """
-    if uneven := [size for size in config.sizes if config.batch_size % size]:
+    if config.deeper and config.tune:
+        raise ValueError("received --deeper and --tune: expected one of them")
+    sizes = config.deeper_sizes if config.deeper else config.sizes
+    if uneven := [size for size in sizes if config.batch_size % size]:
         raise ValueError(
             f"sizes has {uneven}: expected divisors of batch_size, "
             f"{config.batch_size}. Leave them out, or change --batch-size."
         )
-    if config.tune:
-        methods: tuple[Method, ...] = ("batch_norm", *PER_IMAGE)
-        return [
-            make_cell(config, method, config.batch_size, "mixed", seed, rate)
-            for method, rate in itertools.product(methods, TRIED)
-            for seed in config.seeds
-        ]
-    every = itertools.product(config.methods, config.sizes, ORDERS, config.seeds)
-    return [make_cell(config, *where) for where in every]
+    networks = sorted(by_network(_cells(config)), key=len, reverse=True)
+    every: list[Cell] = []
+    for pair in itertools.zip_longest(networks[::2], networks[1::2], fillvalue=[]):
+        every += filter(None, itertools.chain(*itertools.zip_longest(*pair)))
+    return every
+
+
+def _cells(config: Config) -> Iterator[Cell]:
+    """Every training, perhaps more than once, in an order to be read."""
+    if config.deeper:
+        for network, size, seed in itertools.product(
+            config.networks, config.deeper_sizes, config.seeds
+        ):
+            yield deeper_cell(config, *network, size, seed)
+    elif config.tune:
+        for method in ("batch_norm", *PER_IMAGE):
+            if method in config.methods:
+                for rate, seed in itertools.product(TRIED, config.seeds):
+                    yield make_cell(
+                        config, method, config.batch_size, "mixed", seed, rate
+                    )
+    else:
+        for where in itertools.product(
+            config.methods, config.sizes, ORDERS, config.seeds
+        ):
+            yield make_cell(config, *where)
+
+
+def by_network(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """The cells, each once, that differ in seed or order alone in one list."""
+    lists: dict[Cell, list[Cell]] = {}
+    for cell in dict.fromkeys(cells):
+        network = dataclasses.replace(cell, seed=0, order="mixed")
+        lists.setdefault(network, []).append(cell)
+    return list(lists.values())
 
 
 def make_cell(
@@ -219,6 +256,9 @@ def make_cell(
     task = convnet.TASKS[config.data]
     if method in PER_IMAGE:
         size = config.batch_size
+    elif method == "cross_replica":
+        size, order = min(config.sizes), "mixed"
+    compared = method == "batch_norm" and not config.tune
     return Cell(
         data=config.data,
         method=method,
@@ -232,6 +272,22 @@ def make_cell(
         widths=task.widths,
         strides=task.strides,
         measured="validation" if config.tune else "test",
+        evaluated=EVALUATED if compared else EVALUATED[:1],
+        halfway=False,
+    )
+
+
+def deeper_cell(config: Config, repeats: int, steps: int, size: int, seed: int) -> Cell:
+    """A training with `repeats` convolutions, the last of stride 1, for each."""
+    cell = make_cell(config, "batch_norm", size, "mixed", seed)
+    ones = (1,) * (repeats - 1)
+    return dataclasses.replace(
+        cell,
+        steps=steps,
+        widths=tuple(width for width in cell.widths for _ in range(repeats)),
+        strides=tuple(s for stride in cell.strides for s in (stride, *ones)),
+        evaluated=EVALUATED_DEEPER,
+        halfway=True,
     )
 
 
@@ -242,7 +298,7 @@ def normalize(cell: Cell, x: jax.Array, train: bool, step: ArrayLike) -> jax.Arr
     """Adds the layer of the cell's method to the network that calls it."""
     running: Any = {"use_running_average": not train, "momentum": cell.momentum}
     match cell.method:
-        case "batch_norm" | "frozen":
+        case "batch_norm":
             return bnjax.BatchNorm(**running)(x)
         case "cross_replica":
             return bnjax.BatchNorm(**running, axis_name=AXIS)(x)
@@ -266,6 +322,12 @@ def normalize(cell: Cell, x: jax.Array, train: bool, step: ArrayLike) -> jax.Arr
             return nn.GroupNorm(num_groups=1)(x)
 
 
+class State(TrainState):
+    """What is trained, and running averages beside: {name: batch_stats}."""
+
+    averages: Any
+
+
 class Network:
     """The network of a cell, and of all that differ in seed or order alone.
 
@@ -277,23 +339,28 @@ class Network:
 
     def __init__(self, cell: Cell):
         task = convnet.TASKS[cell.data]
+        task = task._replace(widths=cell.widths, strides=cell.strides)
+        self.cell = cell
         self.model = convnet.ConvNet(task, functools.partial(normalize, cell))
         rate = optax.warmup_cosine_decay_schedule(
             0, cell.rate, cell.steps // 10, cell.steps
         )
         self.optimizer = optax.sgd(rate, momentum=0.9, nesterov=True)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def init(self, seed: int, images: jax.Array) -> TrainState:
-        """The state before training."""
+    def init(self, seed: int, images: ArrayLike) -> State:
+        """The state before training; compiled as a whole this takes longer."""
         variables: Any = self.model.init(jax.random.key(seed), images, train=False)
         variables = {"batch_stats": {}, **variables}  # some methods have none
-        return TrainState.create(
-            apply_fn=self.model.apply, tx=self.optimizer, **variables
+        names = [name for name in self.cell.evaluated if name in AVERAGES]
+        return State.create(
+            apply_fn=self.model.apply,
+            tx=self.optimizer,
+            averages=dict.fromkeys(names, variables["batch_stats"]),
+            **variables,
         )
 
     @functools.partial(jax.jit, static_argnums=(0, 4))
-    def step(self, state: TrainState, images, labels, train: bool) -> TrainState:
+    def step(self, state: State, images, labels, train: bool) -> State:
         """The state after one batch: images (group, example, ...), and labels."""
 
         def loss(params):
@@ -303,17 +370,40 @@ class Network:
             return losses.mean(), updates
 
         grads, updates = jax.grad(loss, has_aux=True)(state.params)
-        return state.apply_gradients(grads=grads, **updates)
+        averages = state.averages
+        if train and averages:
+            averages = self.averaged(averages, updates["batch_moments"])
+        return state.apply_gradients(
+            grads=grads,
+            batch_stats=_mean_of_groups(updates.get("batch_stats", {})),
+            averages=averages,
+        )
 
     def apply(self, variables, images, step, train: bool):
-        """Logits (group, example, class), and the mean of the running statistics."""
+        """Logits (group, example, class), and what the layers leave of each group."""
 
         def one(images):
-            settings: Any = {"train": train, "step": step, "mutable": ["batch_stats"]}
+            collections = ["batch_stats", "batch_moments"]
+            settings: Any = {"train": train, "step": step, "mutable": collections}
             return self.model.apply(variables, images, **settings)
 
-        logits, updates = jax.vmap(one, axis_name=AXIS)(images)
-        return logits, jax.tree.map(lambda value: value.mean(0), updates)
+        return jax.vmap(one, axis_name=AXIS)(images)
+
+    def averaged(self, averages, batch_moments):
+        """The averages after a batch with these moments of its groups."""
+
+        def update(name: str, layer: str, old: Any) -> dict[str, jax.Array]:
+            momentum, groups = AVERAGES[name]
+            rule = running.ema(momentum or self.cell.momentum)
+            moments = batch_moments[layer]["moments"]
+            moments = jax.tree.map(lambda value: value[groups], moments)
+            of_groups = jax.vmap(rule.update, (None, 0))(running.State(**old), moments)
+            return _mean_of_groups(of_groups)._asdict()
+
+        return {
+            name: {layer: update(name, layer, old) for layer, old in stats.items()}
+            for name, stats in averages.items()
+        }
 
     @functools.partial(jax.jit, static_argnums=0)
     def classify(self, variables, images: jax.Array) -> jax.Array:
@@ -327,23 +417,22 @@ class Network:
         return self.model.apply(variables, images, train=True, mutable=collections)
 
 
+def _mean_of_groups(tree: Any) -> Any:
+    return jax.tree.map(lambda value: value.mean(0), tree)
+
+
 # Training and evaluation
 
 
 def train(config: Config, cells: Sequence[Cell]) -> Iterator[Trained]:
     """The errors of each network."""
     data = convnet.load(config.data, config.data_dir)
-
-    def kind(cell: Cell) -> tuple[str, int, float]:
-        return cell.method, cell.size, cell.rate
-
-    for _, alike in itertools.groupby(cells, kind):
-        network = None
+    for alike in by_network(cells):
+        network = Network(alike[0])  # compiled once for all alike
         for cell in alike:
-            network = network or Network(cell)  # compiled once for all alike
             errors = evaluate(cell, network, data)
-            shown = f"{cell.method} {cell.size}: {errors['running']:.1%}"
-            yield Trained(cell, errors, shown)
+            name = f"{cell.method} {cell.size}, {len(cell.widths)} layers"
+            yield Trained(cell, errors, f"{name}: {errors['running']:.1%}")
 
 
 def evaluate(cell: Cell, network: Network, data: Dataset) -> Errors:
@@ -351,20 +440,65 @@ def evaluate(cell: Cell, network: Network, data: Dataset) -> Errors:
     images, labels = data.train
     drawn = draw_batches(cell.seed, len(labels), cell.steps, cell.batch_size)
     groups = split(drawn, labels, cell)
-    state = fit(cell, network, data.train, groups)
+    half, frozen_from = cell.steps // 2, cell.steps - cell.steps // 5
+    errors: Errors = {}
+
+    state = network.init(cell.seed, images[:2])
+    state = fit(network, state, data.train, groups[:half])
+    if cell.halfway:
+        found = errors_of(cell, network, state, data, drawn, groups)
+        errors |= {f"{kind}, halfway": error for kind, error in found.items()}
+    state = fit(network, state, data.train, groups[half:frozen_from])
+    last = groups[frozen_from:]
+    if "frozen" in cell.evaluated:
+        frozen = fit(network, state, data.train, last, train=False)
+        test: Split = getattr(data, cell.measured)
+        errors["frozen"] = 1 - convnet.accuracy(network.model, frozen.variables, test)
+    state = fit(network, state, data.train, last)
+    return errors | errors_of(cell, network, state, data, drawn, groups)
+
+
+def fit(
+    network: Network, state: State, data: Split, batches: np.ndarray, train: bool = True
+) -> State:
+    """The state after a step on each of `batches`, (step, group, example).
+
+    Args:
+        network: of the state.
+        state: from where it goes on.
+        data: the training images.
+        batches: places in `data`.
+        train: by the statistics of the groups, else by the running statistics.
+    """
+    for batch in batches:
+        state = network.step(state, data.images[batch], data.labels[batch], train)
+    return state
+
+
+def errors_of(
+    cell: Cell,
+    network: Network,
+    state: State,
+    data: Dataset,
+    drawn: np.ndarray,
+    groups: np.ndarray,
+) -> Errors:
+    """The errors of one state by every kind of statistics that it has."""
     test: Split = getattr(data, cell.measured)
-
-    def error(variables: Any) -> float:
-        return 1 - convnet.accuracy(network.model, variables, test)
-
-    errors = {"running": error(state.variables)}
-    if cell.method == "batch_norm":
-        mixed = drawn[: ESTIMATED // cell.batch_size]
-        as_trained = groups[: len(mixed)].reshape(-1, cell.size)
-        for kind, batches in (("pooled", mixed), ("pooled_groups", as_trained)):
-            examples = (images[batch] for batch in batches)
-            stats = bnjax.population.pooled(network.collect, state.variables, examples)
-            errors[kind] = error({"params": state.params, "batch_stats": stats})
+    mixed = drawn[: ESTIMATED // cell.batch_size]
+    as_trained = groups[: len(mixed)].reshape(-1, groups.shape[-1])
+    stats = {"running": state.batch_stats, **state.averages}
+    for kind, batches in (("pooled", mixed), ("pooled_groups", as_trained)):
+        if kind in cell.evaluated:
+            examples = (data.train.images[batch] for batch in batches)
+            stats[kind] = bnjax.population.pooled(
+                network.collect, state.variables, examples
+            )
+    errors: Errors = {}
+    for kind, of_kind in stats.items():
+        variables = {"params": state.params, "batch_stats": of_kind}
+        errors[kind] = 1 - convnet.accuracy(network.model, variables, test)
+    if "batch" in cell.evaluated:
         errors["batch"] = error_by_group(cell, network, state, test)
     return errors
 
@@ -378,19 +512,7 @@ def split(batches: np.ndarray, labels: np.ndarray, cell: Cell) -> np.ndarray:
     return batches.reshape(len(batches), -1, size)
 
 
-def fit(cell: Cell, network: Network, data: Split, batches: np.ndarray) -> TrainState:
-    """The state after a step on each of `batches`, (step, group, example)."""
-    state = network.init(cell.seed, data.images[:2])
-    frozen = cell.steps // 5 if cell.method == "frozen" else 0
-    for step, batch in enumerate(batches):
-        train = step < cell.steps - frozen  # else by the running statistics
-        state = network.step(state, data.images[batch], data.labels[batch], train)
-    return state
-
-
-def error_by_group(
-    cell: Cell, network: Network, state: TrainState, test: Split
-) -> float:
+def error_by_group(cell: Cell, network: Network, state: State, test: Split) -> float:
     """By the statistics of each test group; groups are put together as in training."""
     count, size = len(test.labels), cell.batch_size
     # The last batch is filled up from the start, by images that are not counted.
@@ -418,24 +540,26 @@ class Row(NamedTuple):
     width: float = 1.4
 
 
-ORANGE = "#d55e00"
+ORANGE, BLUE, GREEN = "#d55e00", "#0072b2", "#009e73"
+BN = "BN, running average"
 ROWS = {
-    "BN, running average": Row("batch_norm", "running", ORANGE, width=2.2),
+    BN: Row("batch_norm", "running", ORANGE, width=2.2),
+    "BN, average of one group": Row("batch_norm", "one_group", ORANGE, "-."),
     "BN, pooled, groups of 128": Row("batch_norm", "pooled", ORANGE, "--"),
     "BN, pooled, as trained": Row("batch_norm", "pooled_groups", ORANGE, ":"),
     "BN, by the test group": Row("batch_norm", "batch", "#e69f00"),
+    "BN, frozen at the end": Row("batch_norm", "frozen", "#cc79a7"),
     "ghost BN": Row("ghost", "running", "#56b4e9"),
-    "BN, frozen at the end": Row("frozen", "running", "#cc79a7"),
-    "batch renorm": Row("renorm", "running", "#009e73"),
+    "batch renorm": Row("renorm", "running", GREEN),
     "decorrelated BN": Row("decorrelated", "running", "#6a3d9a"),
-    "cross-replica BN": Row("cross_replica", "running", "#0072b2", width=2.2),
+    "cross-replica BN": Row("cross_replica", "running", BLUE, width=2.2),
     "group norm": Row("group_norm", "running", "0.3", "--"),
     "layer norm": Row("layer_norm", "running", "0.6", "--"),
 }
 
 
 def report(config: Config, found: dict[Cell, Errors]) -> list[Any]:
-    """A table for each order, or that of the learning rates."""
+    """The tables of a run."""
     if config.tune:
         known = ByRate.grouped((c.method, c.rate, e) for c, e in found.items())
 
@@ -443,15 +567,20 @@ def report(config: Config, found: dict[Cell, Errors]) -> list[Any]:
             return percent(known.of(method, rate, "running"))
 
         return [known.table("error (%) at rate", TRIED, error)]
+    if config.deeper:
+        return report_deeper(config, found)
     printed: list[Any] = []
+    costs = findings(config, found)
     for order, rows in curves(config, found).items():
-        table = Table(box=box.MARKDOWN)
-        table.add_column("method", no_wrap=True)
-        for size in config.sizes:
-            table.add_column(f"{size}", justify="right", no_wrap=True)
-        for name, errors in rows.items():
-            table.add_row(name, *map(percent, errors.T))
-        printed += [f"Test error (%), {ORDERS[order]}, by their size", table]
+        errors, above = (_table("method", *config.sizes) for _ in range(2))
+        for name, of_row in rows.items():
+            errors.add_row(name, *map(percent, of_row.T))
+            known = (costs.get((name, order, size)) for size in config.sizes)
+            above.add_row(name, *(str(f.cost) if f else "-" for f in known))
+        printed += [f"Test error (%), {ORDERS[order]}, by their size", errors]
+        if costs:
+            title = f"Points of error above BN in one group of {config.batch_size}"
+            printed += [f"{title}, {ORDERS[order]}", above]
     return printed
 
 
@@ -469,44 +598,225 @@ def curves(config: Config, found: dict[Cell, Errors]) -> Curves:
     return rows
 
 
+class Finding(NamedTuple):
+    """One number of the table, compared seed by seed, in percentage points.
+
+    Attributes:
+        cost: its error minus that of BN in one group of the whole batch.
+        change: its error minus that of the base in the same groups.
+        closed: the share of the base's mean cost that it takes back; NaN if the
+            interval of that cost reaches 0.
+    """
+
+    cost: Interval
+    change: Interval
+    closed: float
+
+
+def findings(
+    config: Config, found: dict[Cell, Errors], base: str = BN
+) -> dict[tuple[str, Order, int], Finding]:
+    """What sentences quote, by row, order and size; only of what all seeds have.
+
+    Args:
+        config: of the run.
+        found: its records.
+        base: the row that the others are compared to.
+    """
+    rows = curves(config, found)
+    if config.batch_size not in config.sizes or BN not in rows.get("mixed", {}):
+        return {}
+    whole = rows["mixed"][BN][:, config.sizes.index(config.batch_size)]
+    known: dict[tuple[str, Order, int], Finding] = {}
+    for order, of_order in rows.items():
+        for name, (j, size) in itertools.product(of_order, enumerate(config.sizes)):
+            own, others = of_order[name][:, j], of_order[base][:, j]
+            if np.isfinite([own, others, whole]).all():
+                cost, of_base = points(own - whole), points(others - whole)
+                closed = 1 - cost.mean / of_base.mean if of_base.low > 0 else np.nan
+                finding = Finding(cost, points(own - others), closed)
+                known[name, order, size] = finding
+    return known
+
+
+def points(shares: np.ndarray) -> Interval:
+    """(seed,) -> the interval of the mean, in percentage points."""
+    return interval(100 * shares)
+
+
+def _table(*columns: Any) -> Table:
+    table = Table(box=box.MARKDOWN)
+    for i, name in enumerate(columns):
+        table.add_column(str(name), justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+# With --deeper
+
+
+class Stop(NamedTuple):
+    """What is evaluated: convolutions, all steps, images per group, and when."""
+
+    convolutions: int
+    steps: int
+    size: int
+    when: When
+
+
+AGAINST = {
+    "running": ("average", ORANGE),
+    "slow": (f"average, {AVERAGES['slow'][0]}", BLUE),
+    "one_group": ("of one group", GREEN),
+    "pooled_groups": ("as trained", "0.5"),
+}
+"""What pooled statistics are compared to, its name and colour."""
+
+
+WHEN: dict[When, str] = {
+    "halfway": "after half of the steps",
+    "end": "after all steps",
+}
+
+
+def errors_deeper(
+    config: Config, found: dict[Cell, Errors]
+) -> dict[Stop, dict[str, np.ndarray]]:
+    """The errors (seed,) by each kind of statistics, of what all seeds have."""
+    known: dict[Stop, dict[str, np.ndarray]] = {}
+    for (repeats, steps), size in itertools.product(
+        config.networks, config.deeper_sizes
+    ):
+        of_seeds = [
+            deeper_cell(config, repeats, steps, size, seed) for seed in config.seeds
+        ]
+        if not all(cell in found for cell in of_seeds):
+            continue
+        layers = len(of_seeds[0].widths)
+        for when in WHEN:
+            ending = ", halfway" if when == "halfway" else ""
+            known[Stop(layers, steps, size, when)] = {
+                kind: np.array([found[cell][kind + ending] for cell in of_seeds])
+                for kind in EVALUATED_DEEPER
+            }
+    return known
+
+
+def findings_deeper(
+    config: Config, found: dict[Cell, Errors]
+) -> dict[Stop, dict[str, Interval]]:
+    """Pooled minus each of `AGAINST`, seed by seed, in percentage points."""
+    return {
+        stop: {kind: points(errors["pooled"] - errors[kind]) for kind in AGAINST}
+        for stop, errors in errors_deeper(config, found).items()
+    }
+
+
+def report_deeper(config: Config, found: dict[Cell, Errors]) -> list[Any]:
+    """A row for each network and stop."""
+    errors, differences = errors_deeper(config, found), findings_deeper(config, found)
+    names = [name for name, _ in AGAINST.values()]
+    where = "layers", "steps", "group", "when"
+    absolute = _table(*where, "pooled", *names)
+    paired = _table(*where, *names)
+    for stop, of_stop in errors.items():
+        place = [str(value) for value in stop]
+        kinds = "pooled", *AGAINST
+        absolute.add_row(*place, *(percent(of_stop[kind]) for kind in kinds))
+        paired.add_row(*place, *(str(differences[stop][kind]) for kind in AGAINST))
+    title = "Points of error by pooled statistics minus those by another"
+    return ["Test error (%) by statistics", absolute, title, paired]
+
+
+def draw_deeper(config: Config, found: dict[Cell, Errors], path: Path) -> None:
+    """Pooled minus running averages against depth, by size, length and time."""
+    known = findings_deeper(config, found)
+    layers = sorted({stop.convolutions for stop in known})
+    sizes, seeds = config.deeper_sizes, len(config.seeds)
+    figure, axes = panels.make(
+        f"{panels.DATA[config.data]}: pooled statistics minus a running average, "
+        f"{seeds} seed{'s' * (seeds > 1)}, 95 % intervals",
+        (9.4, 6.2),
+        len(WHEN),
+        len(sizes),
+    )
+    kinds = [kind for kind in AGAINST if kind != "pooled_groups"]
+    lengths = sorted({steps for _, steps in config.networks})
+    series = list(itertools.product(kinds, lengths))
+    places = itertools.product(WHEN, sizes)
+    for panel, (when, size) in zip(axes, places, strict=True):
+        panels.label(
+            panel,
+            f"groups of {size}, {WHEN[when]}",
+            "convolutions",
+            "difference of the test error (points)",
+        )
+        panel.axhline(0, color="0.4", lw=0.8)
+        for i, (kind, steps) in enumerate(series):
+            stops = [Stop(n, steps, size, when) for n in layers]
+            of_kind = [known[stop][kind] if stop in known else None for stop in stops]
+            drawn = [(j, each) for j, each in enumerate(of_kind) if each]
+            name, colour = AGAINST[kind]
+            panel.errorbar(
+                [j + 0.08 * (i - (len(series) - 1) / 2) for j, _ in drawn],
+                [each.mean for _, each in drawn],
+                [each.half if np.isfinite(each.half) else 0 for _, each in drawn],
+                color=colour,
+                ls=("-", "--", ":")[lengths.index(steps) % 3],
+                marker="o",
+                ms=3,
+                lw=1.2,
+                capsize=2,
+                label=f"{name}; {steps:,} steps",
+            )
+        panel.set_xticks(range(len(layers)), map(str, layers))
+    place = {"loc": "outside lower center", "fontsize": 8, "frameon": False, "ncols": 3}
+    figure.legend(*axes[0].get_legend_handles_labels(), **place)
+    panels.save(figure, path)
+
+
+# Pictures
+
+
 def draw(config: Config, found: dict[Cell, Errors], folder: Path) -> list[Path]:
-    """A panel for each order, with a line for each row of the table."""
+    """The picture of a run, if it has one."""
     if config.tune:
         return []
+    kind = "_deeper" if config.deeper else ""
+    path = folder / f"small_batch{kind}_{config.data}.png"
+    (draw_deeper if config.deeper else draw_errors)(config, found, path)
+    return [path]
+
+
+def draw_errors(config: Config, found: dict[Cell, Errors], path: Path) -> None:
+    """A panel for each order, with a line for each row of the table."""
     known = curves(config, found)
     task, seeds = convnet.TASKS[config.data], len(config.seeds)
-    figure = Figure((9.4, 4.4), dpi=panels.DPI, layout="constrained")
-    figure.suptitle(
+    figure, (left, right) = panels.make(
         f"{panels.DATA[config.data]}, {len(task.widths)} convolutions, "
         f"{config.steps or STEPS[config.data]:,} steps of {config.batch_size} images; "
-        f"mean of {seeds} seed{'s' * (seeds > 1)}",
-        fontsize=10,
+        f"mean{' and range' * (seeds > 1)} of {seeds} seed{'s' * (seeds > 1)}",
+        (9.4, 4.4),
+        1,
+        2,
     )
-    left, right = figure.subplots(1, 2, sharey=True)
     for axes, (order, title) in zip((left, right), ORDERS.items(), strict=True):
         for name, errors in known[order].items():
             _, _, colour, dashes, width = ROWS[name]
             style = {"color": colour, "ls": dashes, "lw": width, "marker": "o", "ms": 3}
-            axes.plot(config.sizes, 100 * errors.mean(0), label=name, **style)
-        axes.set_title(title, fontsize=9)
+            panels.line(axes, config.sizes, 100 * errors, label=name, **style)
+        of = f"images per normalized group, of {config.batch_size} per step"
+        panels.label(axes, title, of, "test error (%)", log="y")
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.set_xticks(config.sizes, map(str, config.sizes))
         axes.set_yticks(PERCENTS, map(str, PERCENTS))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("images per normalized group, of 128 per step", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     drawn = [100 * e for order in ORDERS for e in known[order].values()]
-    left.set_ylim(0.9 * np.nanmin(drawn), 1.1 * np.nanmax(drawn))
-    left.set_ylabel("test error (%)", fontsize=9)
+    for axes in (left, right):
+        axes.set_ylim(0.9 * np.nanmin(drawn), 1.1 * np.nanmax(drawn))
     place = {"loc": "outside right center", "fontsize": 8, "frameon": False}
     figure.legend(*left.get_legend_handles_labels(), **place)
-    path = folder / f"small_batch_{config.data}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    return [path]
 
 
 SMOKE = {
@@ -515,6 +825,8 @@ SMOKE = {
     "steps": 20,
     "seeds": (0,),
     "methods": METHODS[:1],
+    "networks": ((2, 20),),
+    "deeper_sizes": (4,),
 }
 STUDY = Study("small_batch", cells, train, report, draw, SMOKE)
 
