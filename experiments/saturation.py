@@ -132,7 +132,7 @@ TRAINS = 0.5  # accuracy of a network that counts as trained: five times chance
 class Config(Settings):
     """The settings of a run; each is an option of the command line."""
 
-    data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
+    data: Literal["digits", "mnist", "fashion_mnist"] = "fashion_mnist"
     """The images. The digits come with scikit-learn; the others are downloaded once."""
     depths: tuple[int, ...] = (3, 5, 10, 20, 50)
     """Numbers of hidden layers."""
@@ -148,7 +148,7 @@ class Config(Settings):
     """Number of training steps."""
     batch_size: int = 60
     """Number of images per step."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Random seeds of the initial weights and batches of all networks."""
 
 
@@ -434,6 +434,7 @@ STUDY = Study(
     report,
     draw,
     smoke={
+        "data": "digits",
         "depths": (8,),
         "activations": ("sigmoid",),
         "rates": (0.01, 1.0),

@@ -1,7 +1,7 @@
 """The scale of the weights, with batch normalization (BN) and without.
 
     python -m experiments.scale_invariance
-    python -m experiments.scale_invariance --data mnist
+    python -m experiments.scale_invariance --data digits
     python -m experiments.scale_invariance --tune        # the learning rates
 
 Time: a minute on two CPU cores, two with --tune; with --smoke some seconds.
@@ -153,7 +153,7 @@ BY_SCALE = "bn small", "bn", "bn large", "plain small", "plain", "plain large"
 class Config(Settings):
     """The settings of a run; each is an option of the command line."""
 
-    data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
+    data: Literal["digits", "mnist", "fashion_mnist"] = "fashion_mnist"
     """The images. The digits come with scikit-learn; the others are downloaded once."""
     kinds: tuple[str, ...] = tuple(KINDS)
     """The networks to train: keys of `KINDS`."""
