@@ -358,6 +358,23 @@ def small_batch() -> str:
     )
 
 
+def small_batch_deeper() -> str:
+    experiment = experiments.small_batch
+    config, found = trainings(experiment, deeper=True)
+    errors = experiment.errors_deeper(config, found)
+    differences = experiment.findings_deeper(config, found)
+
+    def row_of(stop: Any) -> list[str]:
+        minus = (str(differences[stop][kind]) for kind in experiment.AGAINST)
+        place = stop.convolutions, f"{stop.steps:,}", stop.size
+        pooled = percent(errors[stop]["pooled"])
+        return [*map(str, place), experiment.WHEN[stop.when], pooled, *minus]
+
+    against = (f"minus {name}" for name, _ in experiment.AGAINST.values())
+    head = ["convolutions", "steps", "in groups of", "", "pooled: error, %", *against]
+    return markdown(head, map(row_of, errors))
+
+
 # Benches
 
 
@@ -523,7 +540,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for table in (
             *(mnist, population, inception, inception_ablated, saturation),
             *(scale_invariance, regularization, why_it_works, smoothness, normalizers),
-            *(weight_averaging, early_statistics, small_batch),
+            *(weight_averaging, early_statistics, small_batch, small_batch_deeper),
             *(bench_layer, bench_step, bench_compile),
             *(bench_whitening, bench_accelerators, bench_accelerators_step),
         )

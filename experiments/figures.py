@@ -49,10 +49,7 @@ STUDIES: dict[Any, list[Any]] = {
     scale_invariance: [scale_invariance.Config()],
     weight_averaging: [weight_averaging.Config()],
     why_it_works: [why_it_works.Config()],
-    small_batch: [
-        small_batch.Config(),
-        small_batch.Config(data="cifar10", seeds=(0,)),
-    ],
+    small_batch: [small_batch.Config(), small_batch.Config(deeper=True)],
 }
 """The settings of the runs whose results are committed."""
 BENCHES = layer, compile, scaling, step, whitening

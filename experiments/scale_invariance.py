@@ -106,6 +106,7 @@ from rich.table import Table
 import bnjax
 from experiments.common import panels, study
 from experiments.common.images import Dataset, Split, draw_batches
+from experiments.common.rates import percent
 from experiments.common.results import Record, plain
 from experiments.common.study import Settings, Study, Trained
 from experiments.saturation import (
@@ -157,8 +158,8 @@ class Config(Settings):
     """The images. The digits come with scikit-learn; the others are downloaded once."""
     kinds: tuple[str, ...] = tuple(KINDS)
     """The networks to train: keys of `KINDS`."""
-    rate: float = 0.3
-    """Learning rate, the best one for both networks."""
+    rate: float = 0.1
+    """Learning rate, the best one for both networks (--tune)."""
     weight_decay: float = 0.005
     """Weight decay of the hidden layers, in the networks that have it."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -583,12 +584,6 @@ def report(config: Config, results: dict[Cell, Record]) -> list[Table]:
             label = f"{KINDS[kind].label}, {when}"
             singular.add_row(label, *(f"{v:.3g}" for v in percentiles))
     return [main, changes, singular]
-
-
-def percent(shares: np.ndarray) -> str:
-    """The mean, and the standard deviation (n - 1) of several."""
-    spread = f" ± {100 * shares.std(ddof=1):.1f}" if len(shares) > 1 else ""
-    return f"{100 * shares.mean():.1f}{spread}"
 
 
 def equilibrium(rate: float, decay: float) -> float:

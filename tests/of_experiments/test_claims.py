@@ -4,6 +4,7 @@ Each function below writes the sentence of one row from the records; the row mus
 it, word by word. A verdict is checked against the numbers that it stands for.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from experiments import (
     regularization,
     saturation,
     scale_invariance,
+    small_batch,
     weight_averaging,
     why_it_works,
 )
 from experiments.common import results, study
+from experiments.common.intervals import Interval
 from experiments.common.rates import percent
 
 pytestmark = pytest.mark.experiment
@@ -26,19 +29,26 @@ pytestmark = pytest.mark.experiment
 HERE = Path(results.HERE)
 
 
-def row_of(command: str) -> dict[str, str]:
-    """The row of the table whose command begins so, by column."""
+def rows() -> list[dict[str, str]]:
+    """All rows of the claim tables, by column."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
     tables = [
         part.splitlines() for part in text.split("\n\n") if part[:8] == "| claim "
     ]
+    found = []
     for head, _, *lines in tables:
         columns = [name.strip() for name in head.strip("|").split(" | ")]
         for line in lines:
             cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-            row = dict(zip(columns, cells, strict=True))
-            if row["command"].strip("`").startswith(command):
-                return row
+            found.append(dict(zip(columns, cells, strict=True)))
+    return found
+
+
+def row_of(command: str) -> dict[str, str]:
+    """The first row whose command begins so."""
+    for row in rows():
+        if row["command"].strip("`").startswith(command):
+            return row
     raise LookupError(f"no row of the claim tables has the command {command}")
 
 
@@ -52,6 +62,18 @@ def trained(module, **settings):
     found = study.load(module.STUDY, config, path_of(module.STUDY.name))
     assert len(found) == len(set(module.cells(config)))
     return config, found
+
+
+def test_time_of_all_commands():
+    times = [
+        float(number) * {"s": 1 / 60, "min": 1}[unit]
+        for row in rows()
+        for number, unit in re.findall(r"([\d.]+) (s|min)\b", row["time"])
+    ]
+    assert len(times) >= len(rows()) - 1  # one row is of the same command
+    assert max(times) <= 60
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    assert f"{sum(times) / 60:.1f} hours in all, none above one hour" in text
 
 
 def test_mnist():
@@ -254,3 +276,65 @@ def test_weight_averaging():
     assert min(swa["gained"].low, swa["recovered"].low, known.lag[50].low) > 0
     assert swa["recovered (averaged)"].low < 0 < swa["recovered (averaged)"].high
     assert abs(swa["recovered (averaged)"].mean) < 0.5
+
+
+def test_small_batch():
+    config, found = trained(small_batch)
+    known = small_batch.findings(config, found)
+    whole = small_batch.curves(config, found)["mixed"][small_batch.BN][:, -1]
+
+    def cost(row: str) -> str:
+        mixed, by_class = (known[row, order, 2].cost for order in small_batch.ORDERS)
+        return f"{mixed} and {by_class}"
+
+    row = row_of("experiments.small_batch")
+    shared = known["cross-replica BN", "mixed", 2].cost
+    assert row["measured"] == (
+        f"points of error above one group of 128 ({percent(whole)} %), in groups of 2, "
+        f"iid and of one class: {cost(small_batch.BN)}; cross-replica {shared}; the "
+        f"last fifth of the steps frozen {cost('BN, frozen at the end')}; renorm "
+        f"{cost('batch renorm')}; group norm {known['group norm', 'mixed', 2].cost}"
+    )
+    assert row["verdict"] == (
+        "confirmed, but for renorm, which is better than BN only in groups of 32 of "
+        "one class"
+    )
+    for order in small_batch.ORDERS:
+        assert known[small_batch.BN, order, 2].cost.low > 0
+        assert known["BN, frozen at the end", order, 2].change.high < 0
+        assert known["cross-replica BN", order, 2].change.high < 0
+    better = {
+        (order, size)
+        for order in small_batch.ORDERS
+        for size in config.sizes[:-1]
+        if known["batch renorm", order, size].change.high < 0
+    }
+    assert better == {("by class", 32)}
+
+
+def test_small_batch_deeper():
+    config, found = trained(small_batch, deeper=True)
+    known = small_batch.findings_deeper(config, found)
+    depths = sorted({stop.convolutions for stop in known})
+
+    def by_depth(when: str) -> list[Interval]:
+        stops = (small_batch.Stop(n, 1_600, 32, when) for n in depths)
+        return [known[stop]["running"] for stop in stops]
+
+    halfway, end = by_depth("halfway"), by_depth("end")
+    row = row_of("experiments.small_batch --deeper")
+    assert row["measured"] == (
+        "points of error by pooled statistics minus the running average's, groups of "
+        f"32, 1,600 steps, {depths[0]}, {depths[1]} and {depths[2]} convolutions: after "
+        f"half of the steps {halfway[0]}, {halfway[1]} and {halfway[2]}; after all "
+        f"{end[0]}, {end[1]} and {end[2]}"
+    )
+    assert (
+        row["verdict"]
+        == "confirmed while the rate is high; at the end not, at any depth"
+    )
+    assert halfway[0].high < 0
+    assert halfway[1].high < 0
+    assert halfway[0].mean > halfway[1].mean > halfway[2].mean
+    ends = [of["running"] for stop, of in known.items() if stop.when == "end"]
+    assert all(each.high > 0 for each in ends)

@@ -1,12 +1,14 @@
 """Every committed picture is drawn from committed results."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import tyro
 
 from experiments import figures
-from experiments.common import results
+from experiments.common import results, study
 
 pytestmark = pytest.mark.experiment
 
@@ -37,10 +39,22 @@ def test_missing_results_are_named(tmp_path, capsys):
 
 def test_the_table_names_the_commits_of_the_records():
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    row = r"\| `experiments\.([\w.]+)[^|]*\|.*\| ([0-9a-f]{7}) \|$"
+    row = r"\| `experiments\.([\w.]+)([^`]*)`[^|]*\|.*\| ([0-9a-f]{7}) \|$"
     rows = re.findall(row, text, re.MULTILINE)
     assert len(rows) >= 11
-    for name, commit in rows:
-        path = HERE / "results" / f"{name.replace('.', '_')}.jsonl"
-        stamps = [r["commit"] for r in results.read(path) if "commit" in r]
-        assert stamps[-1].startswith(commit), name
+    for name, options, commit in rows:
+        assert newest_commit(name, options.split()).startswith(commit), (name, options)
+
+
+def newest_commit(name: str, options: list[str]) -> str:
+    """Of the records of a command; of a study, of the trainings that it asks for."""
+    records = results.read(HERE / "results" / f"{name.replace('.', '_')}.jsonl")
+    commits = {r["run"]: r["commit"] for r in records if "commit" in r}
+    studies = {module.STUDY.name: module for module in figures.STUDIES}
+    if name not in studies:
+        return [*commits.values()][-1]
+    config = tyro.cli(studies[name].Config, args=options)
+    asked = {study.key(cell) for cell in studies[name].cells(config)}
+    cells = (record for record in records if record["kind"] == "cell")
+    runs = [r["run"] for r in cells if json.dumps(r["cell"], sort_keys=True) in asked]
+    return commits[runs[-1]]
