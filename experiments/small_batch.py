@@ -6,7 +6,8 @@
     python -m experiments.small_batch --tune --seeds 0
 
 Time, if two processes with a core each share the trainings (`--part`, see
-experiments/common/study.py): 26 minutes and 41 with --deeper; with --smoke some seconds.
+experiments/common/study.py): 26 minutes, and 41 with --deeper; with --smoke some
+seconds.
 
 Expected: of the same 128 images per step, normalized in groups of 2 to 128 (as devices
 would each by itself), the smaller the groups, the larger the error; larger still if the
@@ -35,18 +36,18 @@ by class, and elsewhere nothing that three seeds can tell, or makes it worse. Po
 statistics close none of the gap: what is lost is lost in training. By class, the
 network does best by the statistics of the test group, which tell it the class.
 
-With --deeper, points of error by pooled statistics minus those by the running average of
-momentum 0.9, in groups of 32 and 1,600 steps:
+With --deeper, points of error by pooled statistics minus those by the running average
+of momentum 0.9, in groups of 32 and 1,600 steps:
 
     convolutions                         6            12            18
     after half of the steps     -0.8 ± 0.5    -2.1 ± 1.2    -3.1 ± 3.8
     after all steps             -0.0 ± 0.2    +0.1 ± 0.2    -0.0 ± 0.2
 
-So population statistics pay as long as the rate is high, by the mean the more the deeper
-the network, and more still against momentum 0.99 (3 to 7 points here, 19 in 12
-convolutions after 200 steps). Once the rate has fallen they pay nothing, at any depth or
-length that was tried. In groups of 2 the average of one group alone is worse by 0.6 to
-1.6 points.
+So population statistics pay as long as the rate is high, by the mean the more the
+deeper the network, and more still against momentum 0.99 (3 to 7 points here, 19 in 12
+convolutions after 200 steps). Once the rate has fallen they pay nothing, at any depth
+or length that was tried. In groups of 2 the average of one group alone is worse by 0.6
+to 1.6 points.
 
 The network: convolutions of 3x3, normalized and rectified, then the mean over positions
 and a matrix; on CIFAR-10 six, on the digits three, the last of which has one position

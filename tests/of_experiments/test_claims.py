@@ -325,8 +325,8 @@ def test_small_batch_deeper():
     row = row_of("experiments.small_batch --deeper")
     assert row["measured"] == (
         "points of error by pooled statistics minus the running average's, groups of "
-        f"32, 1,600 steps, {depths[0]}, {depths[1]} and {depths[2]} convolutions: after "
-        f"half of the steps {halfway[0]}, {halfway[1]} and {halfway[2]}; after all "
+        f"32, 1,600 steps, {depths[0]}, {depths[1]} and {depths[2]} convolutions: "
+        f"after half of the steps {halfway[0]}, {halfway[1]} and {halfway[2]}; after all "
         f"{end[0]}, {end[1]} and {end[2]}"
     )
     assert (
