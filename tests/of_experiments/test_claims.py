@@ -22,7 +22,7 @@ from experiments import (
 )
 from experiments.common import results, study
 from experiments.common.intervals import Interval
-from experiments.common.rates import percent
+from experiments.common.rates import ByRate, percent
 
 pytestmark = pytest.mark.experiment
 
@@ -148,7 +148,7 @@ def test_saturation():
 
 
 def test_scale_invariance():
-    _, found = trained(scale_invariance)
+    config, found = trained(scale_invariance)
     ((_, deviations, _),) = scale_invariance.series(found, "deviations", "bn")
     of_factors = deviations.max((0, 1))  # over seeds and quantities
     largest = dict(zip(scale_invariance.FACTORS, of_factors, strict=True))
@@ -175,6 +175,9 @@ def test_scale_invariance():
     before = [middle[kind][1] for kind in names[:3]]
     assert max(before) - min(before) < 0.01  # with BN the scale does not matter
     assert len({cell.seed for cell in found}) == 3
+    _, tuned = trained(scale_invariance, tune=True)
+    by_rate = ByRate.grouped((cell.kind, cell.rate, r) for cell, r in tuned.items())
+    assert by_rate.best("bn") == by_rate.best("plain") == config.rate
 
 
 def test_regularization():
@@ -326,8 +329,8 @@ def test_small_batch_deeper():
     assert row["measured"] == (
         "points of error by pooled statistics minus the running average's, groups of "
         f"32, 1,600 steps, {depths[0]}, {depths[1]} and {depths[2]} convolutions: "
-        f"after half of the steps {halfway[0]}, {halfway[1]} and {halfway[2]}; after all "
-        f"{end[0]}, {end[1]} and {end[2]}"
+        f"after half of the steps {halfway[0]}, {halfway[1]} and {halfway[2]}; after "
+        f"all {end[0]}, {end[1]} and {end[2]}"
     )
     assert (
         row["verdict"]
