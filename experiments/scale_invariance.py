@@ -160,7 +160,7 @@ class Config(Settings):
     """The networks to train: keys of `KINDS`."""
     rate: float = 0.1
     """Learning rate, the best one for both networks (--tune)."""
-    weight_decay: float = 0.005
+    weight_decay: float = 0.015
     """Weight decay of the hidden layers, in the networks that have it."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Random seeds of the initial weights and batches, one run each."""
@@ -660,7 +660,8 @@ def draw(config: Config, results: dict[Cell, Record], folder: Path) -> list[Path
     panels.label(by_scale, title, "factor of the initial weights", y, log="xy")
 
     for panel in axes:
-        panel.legend(fontsize=6.5, frameon=False)
+        place = (0.5, 0.2) if panel is rates else "best"  # between the lines
+        panel.legend(fontsize=6.5, frameon=False, loc=place)
     path = folder / f"scale_invariance_{config.data}.png"
     panels.save(figure, path)
     return [path]
