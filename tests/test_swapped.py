@@ -441,7 +441,9 @@ def test_a_dummy_layer_on_raw_observations(of):
         found.append((acted, state[1]))
     renamed = jax.tree.leaves(found[0]), jax.tree.leaves(found[1])
     for theirs, ours in zip(*renamed, strict=True):
-        assert_close(ours, np.asarray(theirs), tol=1e-4)  # of Flax's variance, too
+        # The gradient to a bias before normalization is 0 but for rounding, which moves
+        # the small mean behind it.
+        assert_close(ours, np.asarray(theirs), tol=1e-3)
 
 
 class Critic(nn.Module):
