@@ -17,8 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 import experiments.inception
 import experiments.mnist
 import experiments.normalizers
@@ -343,13 +341,9 @@ def small_batch() -> str:
     mixed, by_class = experiment.curves(config, found).values()
 
     def row_of(row: str, name: str) -> list[str]:
-        cells = [name]
-        for order, sizes in zip((mixed, by_class), shown.values(), strict=True):
-            errors = order.get(row, np.full((1, len(config.sizes)), NAN))
-            for size in sizes:
-                known = percent(errors[:, config.sizes.index(size)])
-                cells.append("–" if known == "-" else known)
-        return cells
+        in_both = zip((mixed, by_class), shown.values(), strict=True)
+        errors = (of for order, sizes in in_both for of in order[row].T[: len(sizes)])
+        return [name, *map(percent, errors)]
 
     head = [f"{order}: {size}" for order, sizes in shown.items() for size in sizes]
     return markdown(

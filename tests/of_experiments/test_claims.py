@@ -142,7 +142,7 @@ def test_saturation():
     assert len(config.seeds) == 3
     for activation, depth in itertools.product(config.activations, config.depths):
         with_bn, without = (
-            (kinds[activation, normalize, depth]["test"] > saturation.TRAINS)
+            kinds[activation, normalize, depth]["test"] > saturation.TRAINS
             for normalize in (True, False)
         )
         assert with_bn.mean() > without.mean()
